@@ -1,0 +1,165 @@
+"""`LLMEncoder`: the same frozen language model as a scikit-learn transformer.
+
+One pooled state a text, for pipelines and for comparison with the head.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+import joblib
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin, _fit_context
+from sklearn.utils import Tags
+from sklearn.utils._param_validation import StrOptions
+from sklearn.utils.validation import check_is_fitted
+from torch.nn.functional import rms_norm
+
+from sklearn_relish.backbone import FrozenLLM
+from sklearn_relish.head import RMS_EPSILON
+from sklearn_relish.reader import LLMReader
+
+
+class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
+    """Texts to vectors: a frozen language model's token states, pooled.
+
+    It reads and keeps the same states as :class:`RelishRegressor`: with the same `model`, `layer`,
+    `max_length`, `dtype` and `memory`, a text that either has read is not read again.
+
+    Parameters
+    ----------
+    model : str, path or FrozenLLM, default="HuggingFaceTB/SmolLM2-135M"
+        Hub id, local folder or path of a ``.gguf`` file; or a :class:`FrozenLLM`.
+    layer : int or float, default=0.6
+        The layer whose states are read, as in :class:`RelishRegressor`.
+    state_norm : {"rms", None}, default="rms"
+        ``"rms"`` divides each token's state by its root mean square before pooling.
+    pooling : {"mean", "last"}, default="mean"
+        The mean of a text's token states, or the last token's.
+    prompt : str, default=None
+        Template of a row's text, as in :class:`RelishRegressor`.
+    max_length : int, default=512
+        Tokens of a text that are read.
+    memory : str, path or joblib.Memory, default=None
+        Folder where token states are kept. None keeps them in this process.
+    device : str or torch.device, default=None
+        Where the language model runs. None: ``"cuda"``, else ``"mps"``, else ``"cpu"``.
+    dtype : {"auto", "float32", "bfloat16", "float16"} or torch.dtype, default="auto"
+        Of the language model and the kept states.
+    model_kwargs : dict, default=None
+        Passed to `from_pretrained`, see :class:`FrozenLLM`.
+    verbose : int, default=0
+        Above 0, a bar counts the texts read.
+
+    Attributes
+    ----------
+    layer_ : int
+        The layer that is read, from 1.
+    n_features_in_ : int
+        Columns of `X`, 1 for texts in one dimension.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Their names, if `X` was a frame whose column names are all strings.
+
+    See Also
+    --------
+    RelishRegressor : Regression that attends to the token states instead of pooling them.
+
+    Examples
+    --------
+    >>> from sklearn.linear_model import RidgeCV
+    >>> from sklearn.pipeline import make_pipeline
+    >>> from sklearn_relish import LLMEncoder
+    >>> regressor = make_pipeline(LLMEncoder("HuggingFaceTB/SmolLM2-135M"), RidgeCV())
+    >>> regressor.fit(["dull", "fine", "splendid"], [1, 3, 5])  # doctest: +SKIP
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **LLMReader._parameter_constraints,
+        "pooling": [StrOptions({"mean", "last"})],
+    }
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | FrozenLLM = "HuggingFaceTB/SmolLM2-135M",
+        *,
+        layer: int | float = 0.6,
+        state_norm: str | None = "rms",
+        pooling: str = "mean",
+        prompt: str | None = None,
+        max_length: int = 512,
+        memory: str | os.PathLike[str] | joblib.Memory | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        model_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.model = model
+        self.layer = layer
+        self.state_norm = state_norm
+        self.pooling = pooling
+        self.prompt = prompt
+        self.max_length = max_length
+        self.memory = memory
+        self.device = device
+        self.dtype = dtype
+        self.model_kwargs = model_kwargs
+        self.verbose = verbose
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = []  # states are float32 whatever X is
+        return tags
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: ArrayLike, y: Any = None) -> LLMEncoder:
+        """Check the input and find the layer; nothing is read.
+
+        Parameters
+        ----------
+        X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
+            Texts; or rows of several columns, rendered to texts by `prompt`.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        self : LLMEncoder
+        """
+        self._render(self._read_table(X, reset=True))
+        llm = self._llm()
+        self.layer_ = llm.resolve_layer(self.layer)
+        self._n_features_out = llm.hidden_size
+        return self
+
+    def transform(self, X: ArrayLike) -> np.ndarray:
+        """Pooled states of texts.
+
+        Parameters
+        ----------
+        X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
+            As in `fit`.
+
+        Returns
+        -------
+        X_out : float32 ndarray of shape (n_samples, hidden size of the model)
+        """
+        check_is_fitted(self)
+        states = self._states(self._render(self._read_table(X, reset=False)), self.layer_)
+        if self.pooling == "last":
+            pooled = self._normed(states.values[states.starts + states.lengths - 1])
+        else:
+            pooled = torch.empty(len(states), states.values.shape[1])
+            for row, (start, length) in enumerate(
+                zip(states.starts.tolist(), states.lengths.tolist(), strict=True)
+            ):
+                pooled[row] = self._normed(states.values[start : start + length]).mean(dim=0)
+        return pooled.numpy()
+
+    def _normed(self, states: torch.Tensor) -> torch.Tensor:
+        states = states.float()
+        if self.state_norm is None:
+            return states
+        return rms_norm(states, states.shape[-1:], eps=RMS_EPSILON)

@@ -1,0 +1,80 @@
+"""What the estimators share: from scikit-learn's `X` to the token states of its rows."""
+
+from __future__ import annotations
+
+import os
+from numbers import Integral
+from typing import Any, ClassVar
+
+import joblib
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.utils import Tags
+from sklearn.utils._param_validation import Interval, RealNotInt, StrOptions
+from sklearn.utils.validation import validate_data
+
+from sklearn_relish.backbone import FrozenLLM, shared_llm
+from sklearn_relish.prompts import Table, read_table, render
+from sklearn_relish.states import TokenStates
+from sklearn_relish.store import shared_store
+
+
+class LLMReader(BaseEstimator):
+    """Base of the estimators in front of a frozen language model.
+
+    A subclass has the parameters that are constrained here among its own.
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "model": [str, os.PathLike, FrozenLLM],
+        "layer": [
+            Interval(Integral, None, None, closed="neither"),
+            Interval(RealNotInt, 0, 1, closed="right"),
+        ],
+        "state_norm": [StrOptions({"rms"}), None],
+        "prompt": [str, None],
+        "max_length": [Interval(Integral, 1, None, closed="left")],
+        "memory": [str, os.PathLike, joblib.Memory, None],
+        "device": [str, torch.device, None],
+        "dtype": [str, torch.dtype],
+        "model_kwargs": [dict, None],
+        "verbose": ["verbose"],
+    }
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string = True
+        tags.input_tags.allow_nan = True  # a missing cell is left out of the text
+        return tags
+
+    def _read_table(self, X: Any, *, reset: bool) -> Table:
+        """`X` as a table that agrees with the one of `fit`, or sets what `fit` learns of it."""
+        table = read_table(X)
+        # scikit-learn looks at names and shape alone; an array of strings would cost memory.
+        shown = X if hasattr(X, "columns") else np.broadcast_to(np.float64(0), table.shape)
+        validate_data(self, shown, reset=reset, skip_check_array=True)
+        return table
+
+    def _render(self, table: Table) -> list[str]:
+        """The text of each row, its columns named as in `fit`."""
+        return render(table, getattr(self, "feature_names_in_", table.names), self.prompt)
+
+    def _llm(self) -> FrozenLLM:
+        if not isinstance(self.model, FrozenLLM):
+            return shared_llm(self.model, self.device, self.dtype, self.model_kwargs)
+        if self.dtype != "auto" or self.model_kwargs is not None:
+            raise ValueError(
+                "dtype and model_kwargs concern a model that is given by name: model is a FrozenLLM"
+                " here, which takes them itself."
+            )
+        return self.model
+
+    def _states(self, texts: list[str], layer: int) -> TokenStates:
+        return shared_store(self.memory).fetch(
+            texts,
+            self._llm(),
+            layer=layer,
+            max_length=self.max_length,
+            progress=bool(self.verbose),
+        )

@@ -1,0 +1,364 @@
+"""`RelishRegressor`: scikit-learn's front door to a frozen language model and the RELISH head.
+
+It checks what it is given and asks the other rooms in turn; it does no tensor maths itself.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from numbers import Integral, Real
+from typing import Any, ClassVar
+
+import joblib
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from sklearn.base import MultiOutputMixin, RegressorMixin, _fit_context
+from sklearn.model_selection import train_test_split
+from sklearn.utils import check_consistent_length, check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import _check_sample_weight, check_array, check_is_fitted
+
+from sklearn_relish.backbone import FrozenLLM, resolve_device
+from sklearn_relish.prompts import name_rows
+from sklearn_relish.reader import LLMReader
+from sklearn_relish.training import LOSSES, Examples, head_answers, new_head, train_head
+
+
+class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
+    r"""Regression on texts: a frozen language model read by a latent iterative state head.
+
+    Each text goes through the language model once; its token states are kept (see `memory`), and
+    a small network, the RELISH head [1]_, is fitted on them: one learned latent state that attends
+    to the token states a few times and is read out by a linear layer.
+
+    Parameters
+    ----------
+    model : str, path or FrozenLLM, default="HuggingFaceTB/SmolLM2-135M"
+        Hub id, local folder or path of a ``.gguf`` file of a language model, loaded once a process
+        however many estimators name it; or a :class:`FrozenLLM`, shared and never copied.
+    layer : int or float, default=0.6
+        The layer whose states are read; none above it is computed. A number from 1 to the model's
+        number of layers; a negative one counts from the end, and -1, the published choice, is the
+        last after the final norm; a float in (0, 1] is a share of the depth. Layers past the
+        middle tell more about a text than the last, which is bent on the next token.
+    state_norm : {"rms", None}, default="rms"
+        ``"rms"`` divides each token's state by its root mean square, which evens out the first
+        token, a hundred times larger than others in middle layers. None is the published choice.
+    prompt : str, default=None
+        Template of a row's text, ``"Sentence 1: {premise}\nSentence 2: {hypothesis}"``, with a
+        column's name for each field; ``{text}`` for one-dimensional `X`, ``{x0}``, ``{x1}``, ...
+        for arrays. None: the text itself, or ``column: value`` lines for several columns.
+    max_length : int, default=512
+        Tokens of a text that are read; longer texts are cut, and counted in a warning.
+    latent_size : int, default=256
+        Size of the latent state; a multiple of `n_heads`.
+    n_iterations : int, default=3
+        How often the latent state is refined.
+    n_heads : int, default=8
+        Attention heads.
+    share_weights : bool, default=False
+        Whether all iterations use one block's weights.
+    loss : {"huber", "squared_error"}, default="huber"
+        Loss on the standardized target. Huber's is squared up to one standard deviation and
+        linear beyond.
+    learning_rate : float, default=5e-4
+        Peak of the one-cycle schedule of AdamW.
+    weight_decay : float, default=0.01
+        Of AdamW.
+    batch_size : int, default=32
+        Texts of a training step.
+    max_epochs : int, default=10
+        Passes over the training rows, the length of the schedule.
+    early_stopping : bool, default=True
+        Whether a share of the rows is held out, and the epoch with the lowest loss on them kept.
+    validation_fraction : float, default=0.1
+        That share.
+    n_iter_no_change : int, default=5
+        Training stops after that many epochs without a lower validation loss.
+    memory : str, path or joblib.Memory, default=None
+        Folder where token states are kept, for other processes and later days: a text that has
+        been read is not read again. None keeps them in this process.
+    device : str or torch.device, default=None
+        Where the language model and the head run. None: ``"cuda"`` where there is one, else
+        ``"mps"``, else ``"cpu"``.
+    dtype : {"auto", "float32", "bfloat16", "float16"} or torch.dtype, default="auto"
+        Of the language model and the kept states. ``"auto"`` is bfloat16 where the hardware
+        computes in it, else float32.
+    model_kwargs : dict, default=None
+        Passed to `from_pretrained`: ``revision``, ``device_map``, ``quantization_config``, ...;
+        see :class:`FrozenLLM`.
+    random_state : int, RandomState instance or None, default=None
+        Draws the held-out rows, the head's initial weights and the order of the texts. With an
+        int, a fit on a CPU is the same to the last bit.
+    verbose : int, default=0
+        Above 0, bars show the texts read and the epochs.
+
+    Attributes
+    ----------
+    head_ : RelishHead
+        The fitted network, on the CPU, answering in standardized units.
+    layer_ : int
+        The layer that was read, from 1.
+    n_outputs_ : int
+        Numbers predicted for a text.
+    n_features_in_ : int
+        Columns of `X`, 1 for texts in one dimension.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Their names, if `X` was a frame whose column names are all strings.
+    history_ : list of dict
+        An entry an epoch: ``epoch``, ``learning_rate``, ``train_loss`` and, with early stopping,
+        ``validation_loss`` and ``validation_r2``; losses in standardized units.
+    n_epochs_ : int
+        Epochs trained.
+    best_epoch_ : int
+        The epoch whose weights the head has.
+
+    See Also
+    --------
+    LLMEncoder : The same states, pooled, for any other regressor.
+
+    Notes
+    -----
+    A pickle holds the head and the model's name, not the language model, and opens where there is
+    no GPU. On a CPU the head answers in float64, so a prediction is the same to 1e-7 alone or in
+    company.
+
+    With `GridSearchCV` and its like, no fold, candidate or refit reads a text a second time.
+
+    References
+    ----------
+    .. [1] Su and Lease, "RELISH: REgression with a Latent Iterative State Head", arXiv 2604.01206.
+
+    Examples
+    --------
+    >>> from sklearn_relish import RelishRegressor
+    >>> regressor = RelishRegressor("HuggingFaceTB/SmolLM2-135M", random_state=0)
+    >>> regressor.fit(["dull", "fine", "splendid"] * 20, [1, 3, 5] * 20)  # doctest: +SKIP
+    RelishRegressor(random_state=0)
+    >>> regressor.predict(["wonderful"])  # doctest: +SKIP
+    array([4.6])
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **LLMReader._parameter_constraints,
+        "latent_size": [Interval(Integral, 1, None, closed="left")],
+        "n_iterations": [Interval(Integral, 1, None, closed="left")],
+        "n_heads": [Interval(Integral, 1, None, closed="left")],
+        "share_weights": ["boolean"],
+        "loss": [StrOptions(set(LOSSES))],
+        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "weight_decay": [Interval(Real, 0, None, closed="left")],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "max_epochs": [Interval(Integral, 1, None, closed="left")],
+        "early_stopping": ["boolean"],
+        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
+        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+        "random_state": ["random_state"],
+    }
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | FrozenLLM = "HuggingFaceTB/SmolLM2-135M",
+        *,
+        layer: int | float = 0.6,
+        state_norm: str | None = "rms",
+        prompt: str | None = None,
+        max_length: int = 512,
+        latent_size: int = 256,
+        n_iterations: int = 3,
+        n_heads: int = 8,
+        share_weights: bool = False,
+        loss: str = "huber",
+        learning_rate: float = 5e-4,
+        weight_decay: float = 0.01,
+        batch_size: int = 32,
+        max_epochs: int = 10,
+        early_stopping: bool = True,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 5,
+        memory: str | os.PathLike[str] | joblib.Memory | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        model_kwargs: dict[str, Any] | None = None,
+        random_state: int | np.random.RandomState | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.model = model
+        self.layer = layer
+        self.state_norm = state_norm
+        self.prompt = prompt
+        self.max_length = max_length
+        self.latent_size = latent_size
+        self.n_iterations = n_iterations
+        self.n_heads = n_heads
+        self.share_weights = share_weights
+        self.loss = loss
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.batch_size = batch_size
+        self.max_epochs = max_epochs
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.memory = memory
+        self.device = device
+        self.dtype = dtype
+        self.model_kwargs = model_kwargs
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(
+        self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None
+    ) -> RelishRegressor:
+        """Fit the head on the token states of texts.
+
+        Parameters
+        ----------
+        X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
+            Texts; or rows of several columns, rendered to texts by `prompt`.
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+            The numbers to predict.
+        sample_weight : array-like of shape (n_samples,), default=None
+            Weights of the rows; one of weight 0 is as good as absent. None: all alike.
+
+        Returns
+        -------
+        self : RelishRegressor
+
+        Raises
+        ------
+        ValueError, TypeError
+            If the input is not as described; the message names the rows. Nothing has been read
+            by then.
+        OSError
+            If the model is not found.
+
+        Warns
+        -----
+        UserWarning
+            If a target is constant, or texts were cut at `max_length`.
+        """
+        table = self._read_table(X, reset=True)
+        y = self._check_y(y)
+        check_consistent_length(np.empty(table.n_rows), y)
+        weight = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
+        used = np.flatnonzero(weight)
+        if not len(used):
+            raise ValueError("sample_weight is zero for all rows: nothing is left to learn from.")
+        if self.latent_size % self.n_heads:
+            raise ValueError(
+                f"latent_size={self.latent_size} is not a multiple of n_heads={self.n_heads}: each"
+                " head works on an equal part of the latent state."
+            )
+        texts = self._render(table)
+        y, weight = y[used], weight[used]
+        self._y_shape = y.shape[1:]
+        self.n_outputs_ = int(np.prod(self._y_shape, dtype=int))
+        targets = self._standardize(y.reshape(len(y), -1), weight)
+        llm = self._llm()
+        self.layer_ = llm.resolve_layer(self.layer)
+
+        states = self._states([texts[row] for row in used], self.layer_)
+        random = check_random_state(self.random_state)
+        train_rows, held_out_rows = self._split(len(used), random)
+        examples = Examples.of(states, targets, weight / weight.mean())
+        self.head_ = new_head(
+            random.randint(np.iinfo(np.int32).max),
+            input_size=llm.hidden_size,
+            latent_size=self.latent_size,
+            n_heads=self.n_heads,
+            n_iterations=self.n_iterations,
+            n_outputs=self.n_outputs_,
+            share_weights=self.share_weights,
+            state_norm=self.state_norm,
+        )
+        self.history_, self.best_epoch_ = train_head(
+            self.head_,
+            examples[train_rows],
+            None if held_out_rows is None else examples[held_out_rows],
+            loss=self.loss,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            batch_size=self.batch_size,
+            max_epochs=self.max_epochs,
+            n_iter_no_change=self.n_iter_no_change,
+            seed=random.randint(np.iinfo(np.int32).max),
+            device=self._device(),
+            progress=bool(self.verbose),
+        )
+        self.n_epochs_ = len(self.history_)
+        return self
+
+    def predict(self, X: ArrayLike) -> np.ndarray:
+        """Numbers for texts, in the units of the `y` that was fitted.
+
+        Parameters
+        ----------
+        X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
+            As in `fit`; the columns of a frame are matched by name.
+
+        Returns
+        -------
+        y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
+        """
+        check_is_fitted(self)
+        texts = self._render(self._read_table(X, reset=False))
+        answers = head_answers(self.head_, self._states(texts, self.layer_), self._device())
+        return (answers * self._y_scale + self._y_mean).reshape(len(texts), *self._y_shape)
+
+    def _check_y(self, y: ArrayLike) -> np.ndarray:
+        """Targets as float64, of one dimension or two, all finite."""
+        if y is None:
+            raise ValueError(
+                f"{type(self).__name__} requires y to be passed, but the target y is None."
+            )
+        y = check_array(
+            y,
+            dtype=np.float64,
+            ensure_2d=False,
+            ensure_all_finite=False,
+            ensure_min_samples=0,
+            input_name="y",
+        )
+        broken = np.flatnonzero(~np.isfinite(y).reshape(len(y), -1).all(axis=1))
+        if len(broken):
+            raise ValueError(
+                f"Input y contains NaN or infinity in {name_rows(broken)}: drop these rows."
+            )
+        return y
+
+    def _standardize(self, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """Targets of mean 0 and standard deviation 1; remembers how to go back.
+
+        A constant target has scale 0, so the head's answer falls away and the constant is left.
+        """
+        constant = np.ptp(y, axis=0) == 0
+        if constant.any():
+            which = f" in columns {np.flatnonzero(constant).tolist()}" if len(constant) > 1 else ""
+            warnings.warn(
+                f"y is constant{which}: the prediction will be that constant.",
+                UserWarning,
+                stacklevel=3,
+            )
+        mean = np.average(y, axis=0, weights=weight)
+        scale = np.sqrt(np.average((y - mean) ** 2, axis=0, weights=weight))
+        self._y_mean = np.where(constant, y[0], mean)
+        self._y_scale = np.where(constant, 0.0, scale)
+        return (y - self._y_mean) / np.where(constant, 1.0, scale)
+
+    def _split(
+        self, n_rows: int, random: np.random.RandomState
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Rows to learn from and rows held out; a single row is learned from."""
+        if not self.early_stopping or n_rows == 1:
+            return np.arange(n_rows), None
+        return train_test_split(
+            np.arange(n_rows), test_size=self.validation_fraction, random_state=random
+        )
+
+    def _device(self) -> torch.device:
+        """Where the head runs: with the language model, unless `device` says otherwise."""
+        return self._llm().torch_device if self.device is None else resolve_device(self.device)

@@ -1,0 +1,215 @@
+"""Training of a RELISH head on token states: loss, optimiser, schedule, early stopping.
+
+It sees states and standardized targets; texts, units and scikit-learn are other rooms' business.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+from tqdm.auto import tqdm
+
+from sklearn_relish.head import RelishHead
+from sklearn_relish.states import TokenStates
+
+GRADIENT_NORM = 1.0  # gradients longer than this are scaled down to it
+POOL_BATCHES = 16  # batches whose rows are sorted by length together, after a shuffle
+PREDICT_TOKENS = 16_384  # padded tokens of a batch when the head only answers
+
+LOSSES = {
+    "huber": nn.HuberLoss(reduction="none"),
+    "squared_error": nn.MSELoss(reduction="none"),
+}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts' states, their standardized targets (n, n_outputs) and their weights (n,)."""
+
+    states: TokenStates
+    y: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, states: TokenStates, y: np.ndarray, weight: np.ndarray) -> Examples:
+        """Examples in float32, whatever the arrays' dtype."""
+        return cls(states, torch.from_numpy(y).float(), torch.from_numpy(weight).float())
+
+    def __getitem__(self, rows: np.ndarray) -> Examples:
+        chosen = torch.from_numpy(rows)
+        return Examples(self.states[chosen], self.y[chosen], self.weight[chosen])
+
+
+class Training(NamedTuple):
+    """What a training gave: its course, and which epoch's weights the head carries."""
+
+    history: list[dict[str, float]]
+    best_epoch: int
+
+
+def new_head(seed: int, **sizes: Any) -> RelishHead:
+    """A head with fresh weights drawn from `seed`; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return RelishHead(**sizes)
+
+
+def train_head(
+    head: RelishHead,
+    train: Examples,
+    validation: Examples | None,
+    *,
+    loss: str,
+    learning_rate: float,
+    weight_decay: float,
+    batch_size: int,
+    max_epochs: int,
+    n_iter_no_change: int,
+    seed: int,
+    device: torch.device,
+    progress: bool,
+) -> Training:
+    """Fit a head's weights in place.
+
+    AdamW under a one-cycle schedule [1]_, gradients clipped, batches of like length. With
+    validation examples, the weights of the epoch with the lowest validation loss are restored,
+    and training stops once `n_iter_no_change` epochs in a row brought no lower one.
+
+    Parameters
+    ----------
+    head : RelishHead
+        Trained on `device`, left on the CPU.
+    train, validation : Examples
+        What is learned from, and what is held out; no validation, no early stopping.
+    loss : {"huber", "squared_error"}
+        Loss on the standardized target; Huber's turns linear one standard deviation out.
+    learning_rate : float
+        Peak of the schedule.
+    weight_decay : float
+        AdamW's.
+    batch_size : int
+        Texts of a step.
+    max_epochs : int
+        Passes over the training examples, the length of the schedule.
+    n_iter_no_change : int
+        Epochs without a lower validation loss after which training stops.
+    seed : int
+        Decides the order of the texts.
+    device : torch.device
+        Where the steps run.
+    progress : bool
+        Whether a bar shows the epochs.
+
+    Returns
+    -------
+    Training
+        Its `history` has an entry an epoch with the keys ``epoch``, ``learning_rate``,
+        ``train_loss`` and, where something is held out, ``validation_loss`` and
+        ``validation_r2``.
+
+    References
+    ----------
+    .. [1] Smith and Topin, "Super-Convergence", arXiv 1708.07120.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    head.to(device).train()
+    loss_function = LOSSES[loss]
+    optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    steps = max_epochs * math.ceil(len(train.states) / batch_size)
+    schedule = OneCycleLR(optimizer, max_lr=learning_rate, total_steps=max(steps, 2))
+
+    history: list[dict[str, float]] = []
+    best_loss, best_epoch, best_weights = math.inf, max_epochs, None
+    with tqdm(total=max_epochs, desc="Training head", unit="epoch", disable=not progress) as bar:
+        for epoch in range(1, max_epochs + 1):
+            total = 0.0
+            for rows in shuffled_batches(train.states.lengths, batch_size, generator):
+                states, mask = (tensor.to(device) for tensor in train.states.batch(rows))
+                y, weight = train.y[rows].to(device), train.weight[rows].to(device)
+                losses = loss_function(head(states, mask), y).mean(dim=1) * weight  # (B,)
+                optimizer.zero_grad(set_to_none=True)
+                losses.mean().backward()
+                nn.utils.clip_grad_norm_(head.parameters(), GRADIENT_NORM)
+                optimizer.step()
+                schedule.step()
+                total += float(losses.detach().sum())
+            entry = {
+                "epoch": epoch,
+                "learning_rate": schedule.get_last_lr()[0],
+                "train_loss": total / float(train.weight.sum()),
+            }
+            if validation is not None:
+                entry |= evaluate(head, validation, loss_function, device)
+                bar.set_postfix({"validation R²": f"{entry['validation_r2']:.3f}"})
+                if entry["validation_loss"] < best_loss:
+                    best_loss, best_epoch = entry["validation_loss"], epoch
+                    best_weights = copy.deepcopy(head.state_dict())
+            history.append(entry)
+            bar.update()
+            if validation is not None and epoch - best_epoch >= n_iter_no_change:
+                break
+    if best_weights is not None:
+        head.load_state_dict(best_weights)
+    head.to("cpu").eval()
+    return Training(history, best_epoch)
+
+
+@torch.inference_mode()
+def evaluate(
+    head: RelishHead, examples: Examples, loss_function: nn.Module, device: torch.device
+) -> dict[str, float]:
+    """Validation loss and R² of a head, both weighted."""
+    predicted = _answers(head, examples.states, device)
+    weight = examples.weight[:, None]
+    mean = (weight * examples.y).sum(dim=0) / weight.sum()
+    residual = (weight * (predicted - examples.y) ** 2).sum(dim=0)
+    spread = (weight * (examples.y - mean) ** 2).sum(dim=0)
+    r2 = torch.where(spread > 0, 1 - residual / spread, torch.nan).nanmean()
+    loss = (weight * loss_function(predicted, examples.y)).sum() / weight.sum() / predicted.shape[1]
+    return {"validation_loss": float(loss), "validation_r2": float(r2)}
+
+
+@torch.inference_mode()
+def head_answers(head: RelishHead, states: TokenStates, device: torch.device) -> np.ndarray:
+    """Answers of a trained head for all texts, float64 of shape (n_texts, n_outputs).
+
+    On a CPU the head computes in float64, in which a text's answer does not depend on its batch.
+    """
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    worker = copy.deepcopy(head).to(device, dtype)
+    return _answers(worker, states, device).double().numpy()
+
+
+def _answers(head: RelishHead, states: TokenStates, device: torch.device) -> Tensor:
+    """Answers of a head that lies on `device`, on the CPU, in the order of the texts."""
+    order = states.lengths.argsort(stable=True)
+    answers = []
+    start = 0
+    while start < len(order):
+        # Lengths only grow along `order`: halve the batch until its padded size fits.
+        rows = order[start : start + PREDICT_TOKENS]
+        while len(rows) > 1 and len(rows) * int(states.lengths[rows[-1]]) > PREDICT_TOKENS:
+            rows = rows[: len(rows) // 2]
+        batch, mask = states.batch(rows)
+        answers.append(head(batch.to(device), mask.to(device)).cpu())
+        start += len(rows)
+    return torch.cat(answers)[order.argsort()]
+
+
+def shuffled_batches(lengths: Tensor, batch_size: int, generator: torch.Generator) -> list[Tensor]:
+    """All rows once, in random batches whose texts are of like length.
+
+    The rows are shuffled and cut into pools of `POOL_BATCHES` batches; each pool is sorted by
+    length and cut into batches, and the batches are shuffled.
+    """
+    batches = []
+    for pool in torch.randperm(len(lengths), generator=generator).split(POOL_BATCHES * batch_size):
+        batches += pool[lengths[pool].argsort(stable=True)].split(batch_size)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

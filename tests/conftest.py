@@ -1,0 +1,16 @@
+import os
+
+os.environ["SCIPY_ARRAY_API"] = "1"  # read by SciPy's import; a scikit-learn check needs it
+
+import pytest
+import torch
+
+# Tiny models gain nothing from threads, and lose much where test processes share the cores.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_process_state(monkeypatch, tmp_path):
+    """Each test finds no shared model, no shared store, and a cache folder of its own."""
+    monkeypatch.setattr("sklearn_relish.backbone._shared", {})
+    monkeypatch.setattr("sklearn_relish.store._stores", {})

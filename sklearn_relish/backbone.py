@@ -362,7 +362,7 @@ class FrozenLLM:
         source = self._source
         try:
             return auto_class.from_pretrained(source, **kwargs)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             if os.path.isdir(source):
                 what = f"{auto_class.__name__} can't load the folder {os.path.abspath(source)}"
             else:

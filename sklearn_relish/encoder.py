@@ -33,7 +33,7 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
     ----------
     model : str, path or FrozenLLM, default="HuggingFaceTB/SmolLM2-135M"
         Hub id, local folder or path of a ``.gguf`` file; or a :class:`FrozenLLM`.
-    layer : int or float, default=0.6
+    layer : int or float, default=0.55
         The layer whose states are read, as in :class:`RelishRegressor`.
     state_norm : {"rms", None}, default="rms"
         ``"rms"`` divides each token's state by its root mean square before pooling.
@@ -85,7 +85,7 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
         self,
         model: str | os.PathLike[str] | FrozenLLM = "HuggingFaceTB/SmolLM2-135M",
         *,
-        layer: int | float = 0.6,
+        layer: int | float = 0.55,
         state_norm: str | None = "rms",
         pooling: str = "mean",
         prompt: str | None = None,

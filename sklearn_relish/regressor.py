@@ -38,7 +38,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     model : str, path or FrozenLLM, default="HuggingFaceTB/SmolLM2-135M"
         Hub id, local folder or path of a ``.gguf`` file of a language model, loaded once a process
         however many estimators name it; or a :class:`FrozenLLM`, shared and never copied.
-    layer : int or float, default=0.6
+    layer : int or float, default=0.55
         The layer whose states are read; none above it is computed. A number from 1 to the model's
         number of layers; a negative one counts from the end, and -1, the published choice, is the
         last after the final norm; a float in (0, 1] is a share of the depth. Layers past the
@@ -162,7 +162,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         self,
         model: str | os.PathLike[str] | FrozenLLM = "HuggingFaceTB/SmolLM2-135M",
         *,
-        layer: int | float = 0.6,
+        layer: int | float = 0.55,
         state_norm: str | None = "rms",
         prompt: str | None = None,
         max_length: int = 512,

@@ -14,6 +14,7 @@ import threading
 import uuid
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,7 +182,8 @@ class StateStore:
                 UserWarning,
                 stacklevel=7,
             )
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
         self._seen_files.add(name)
 
     def _open_new_shards(self, space: str) -> None:

@@ -1,0 +1,199 @@
+import copy
+import os
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from tiny import N_LAYERS, SIZE, tiny_model
+from transformers import AutoModel, AutoTokenizer, GPT2Model
+from transformers.utils import logging as transformers_logging
+
+from sklearn_relish import FrozenLLM, RelishRegressor
+from sklearn_relish.backbone import TOKEN_BUDGET, shared_llm
+
+TEXTS = ["one", "a longer text, of more tokens", "x", "", "one more"]
+
+
+def read(llm, texts, layer, max_length=512):
+    """States of each text, in order, and the uncut lengths."""
+    states, full_lengths = [None] * len(texts), [None] * len(texts)
+    for rows, batch, full in llm.read(texts, layer=layer, max_length=max_length):
+        for i, row in enumerate(rows):
+            start, length = batch.starts[i], batch.lengths[i]
+            states[row], full_lengths[row] = batch.values[start : start + length], full[i]
+    return states, full_lengths
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("layer", range(1, N_LAYERS + 1))
+def test_states_are_the_hidden_states_of_transformers(kind, layer):
+    folder = tiny_model(kind)
+    llm = FrozenLLM(folder, device="cpu", dtype="float32")
+    assert (llm.n_layers, llm.hidden_size) == (N_LAYERS, SIZE)
+    states, _ = read(llm, TEXTS, layer)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    model = model.encoder if kind == "t5" else model
+    for text, ours in zip(TEXTS, states, strict=True):
+        if not text and kind != "bert":
+            assert ours.shape == (1, SIZE)  # no token at all: one stands in
+            continue
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            theirs = model(input_ids=ids, output_hidden_states=True).hidden_states[layer][0]
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_no_layer_above_the_one_asked_for_is_computed():
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    ran = []
+    for number, layer in enumerate(llm._layers, start=1):
+        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
+    read(llm, ["text"], 2)
+    assert ran == [1, 2]
+    assert all(not layer._forward_hooks or len(layer._forward_hooks) == 1 for layer in llm._layers)
+
+
+def test_weights_are_frozen_and_no_gradient_is_kept():
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    (states, *_), _ = read(llm, TEXTS, 2)
+    assert not states.requires_grad
+    assert not any(parameter.requires_grad for parameter in llm.network.parameters())
+    assert not hasattr(llm.network, "lm_head")
+
+
+def test_batches_hold_texts_of_like_length_under_the_token_budget(monkeypatch):
+    monkeypatch.setitem(TOKEN_BUDGET, "cpu", 60)
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    texts = ["x" * n for n in np.random.default_rng(0).integers(1, 80, 50)]
+    shapes = []
+    llm.network.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    read(llm, texts, 1)
+    assert sum(rows for rows, _ in shapes) == 50
+    assert all(rows == 1 or rows * width <= 60 for rows, width in shapes)
+    assert [width for _, width in shapes] == sorted((w for _, w in shapes), reverse=True)
+
+
+def test_long_texts_are_cut_to_max_length_and_to_the_window():
+    llm = FrozenLLM(tiny_model("bert"), device="cpu", dtype="float32")
+    (short, long), full_lengths = read(llm, ["abc", "x" * 100], 1, max_length=10)
+    assert (len(short), len(long), full_lengths) == (5, 10, [5, 102])
+    (long,), _ = read(llm, ["x" * 100], 1)
+    assert len(long) == 64  # max_position_embeddings of the tiny BERT
+
+
+@pytest.mark.parametrize(
+    ("layer", "number"), [(1, 1), (3, 3), (-1, 3), (-3, 1), (0.01, 1), (0.66, 2), (1.0, 3)]
+)
+def test_layer_by_number_and_by_share(layer, number):
+    assert FrozenLLM(tiny_model()).resolve_layer(layer) == number
+
+
+@pytest.mark.parametrize("layer", [0, 4, -4])
+def test_layer_that_the_model_does_not_have(layer):
+    with pytest.raises(ValueError, match=f"layer={layer} is none of .* which has 3 layers"):
+        FrozenLLM(tiny_model()).resolve_layer(layer)
+
+
+def test_is_never_copied():
+    llm = FrozenLLM(tiny_model(), dtype="float32")
+    assert copy.copy(llm) is llm
+    assert copy.deepcopy(llm) is llm
+    assert clone(RelishRegressor(llm)).model is llm
+
+
+def test_pickle_holds_the_name_alone():
+    llm = shared_llm(tiny_model(), dtype="float32")
+    read(llm, ["text"], 1)
+    pickled = pickle.dumps(llm)
+    assert len(pickled) < 500
+    assert pickle.loads(pickled) is llm
+
+
+def test_named_models_are_loaded_once_a_process():
+    assert shared_llm(str(tiny_model())) is shared_llm(tiny_model())
+    assert shared_llm(tiny_model()) is not shared_llm(tiny_model(), dtype="float32")
+
+
+def test_dtype():
+    folder = tiny_model()
+    (states, *_), _ = read(FrozenLLM(folder, device="cpu", dtype="bfloat16"), TEXTS, 1)
+    assert states.dtype == torch.bfloat16
+    assert FrozenLLM(folder, dtype=torch.float16).torch_dtype == torch.float16
+    assert FrozenLLM(folder, device="cpu").torch_dtype in (torch.bfloat16, torch.float32)
+    with pytest.raises(ValueError, match="dtype must be 'auto'"):
+        _ = FrozenLLM(folder, dtype="int8").torch_dtype
+
+
+def test_overflow_is_an_error_and_no_silent_number():
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    llm.network.layers[0].mlp.down_proj.weight[0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match="infinite states at layer 1"):
+        read(llm, ["text"], 1)
+
+
+def test_missing_model_says_what_was_tried(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        OSError, match=r"No model 'no/such'.*tried the folder .*no/such and the Hug"
+    ):
+        _ = FrozenLLM("no/such").n_layers
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match=r"can't load the folder .*empty.*config.json"):
+        _ = FrozenLLM(tmp_path / "empty").n_layers
+    with pytest.raises(FileNotFoundError, match=r"No model file at .*nothing.gguf"):
+        _ = FrozenLLM("nothing.gguf").n_layers
+
+
+def test_only_safetensors_unless_asked(tmp_path):
+    folder = tiny_model("gpt2")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    model = GPT2Model.from_pretrained(folder)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="use_safetensors"):
+        read(FrozenLLM(tmp_path, device="cpu", dtype="float32"), ["text"], 1)
+    asked = FrozenLLM(
+        tmp_path, device="cpu", dtype="float32", model_kwargs={"use_safetensors": False}
+    )
+    (ours,), _ = read(asked, ["text"], 1)
+    (theirs,), _ = read(FrozenLLM(folder, device="cpu", dtype="float32"), ["text"], 1)
+    assert torch.equal(ours, theirs)
+
+
+def test_fingerprint_follows_the_content_and_not_the_path(tmp_path):
+    folder = tiny_model()
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert FrozenLLM(tmp_path).fingerprint == FrozenLLM(folder).fingerprint
+    weights = tmp_path / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert FrozenLLM(tmp_path).fingerprint != FrozenLLM(folder).fingerprint
+    quantized = FrozenLLM(folder, model_kwargs={"quantization_config": "4 bit"})
+    assert quantized.fingerprint != FrozenLLM(folder).fingerprint
+    assert FrozenLLM(folder, model_kwargs={"token": "x"}).fingerprint == (
+        FrozenLLM(folder).fingerprint
+    )
+
+
+def test_reading_is_silent_and_changes_no_setting_of_transformers(capfd):
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(FrozenLLM(tiny_model(), device="cpu"), TEXTS, 1)
+    after = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    assert before == after
+    assert capfd.readouterr() == ("", "")
+
+
+def test_path_objects_are_taken():
+    assert FrozenLLM(tiny_model()).model == os.fspath(tiny_model())

@@ -227,6 +227,10 @@ class FrozenLLM:
     ) -> Iterator[tuple[np.ndarray, TokenStates, np.ndarray]]:
         """States of texts, batch by batch, the longest texts first.
 
+        On a CPU a batch holds texts of one length, which is as fast there, and no padding: in
+        bfloat16, padding would move a text's states by some thousandths, so that they depended on
+        its company. Elsewhere it holds texts of like length.
+
         Parameters
         ----------
         texts : list of str
@@ -255,12 +259,15 @@ class FrozenLLM:
         tokens, full_lengths = self._tokenize(texts, max_length)
         lengths = np.array([len(ids) for ids in tokens])
         longest_first = np.argsort(-lengths, kind="stable")
-        budget = TOKEN_BUDGET.get(self.torch_device.type, TOKEN_BUDGET["cuda"])
+        kind = self.torch_device.type
+        budget = TOKEN_BUDGET.get(kind, TOKEN_BUDGET["cuda"])
         start = 0
         with tqdm(total=len(texts), desc="Reading texts", unit="text", disable=not progress) as bar:
             while start < len(texts):
                 n_rows = max(1, budget // int(lengths[longest_first[start]]))
                 rows = longest_first[start : start + n_rows]
+                if kind == "cpu":
+                    rows = rows[lengths[rows] == lengths[rows[0]]]
                 states = self._forward([tokens[row] for row in rows], layer)
                 yield rows, states, full_lengths[rows]
                 start += len(rows)

@@ -23,7 +23,14 @@ from sklearn.utils.validation import _check_sample_weight, check_array, check_is
 from sklearn_relish.backbone import FrozenLLM, resolve_device
 from sklearn_relish.prompts import name_rows
 from sklearn_relish.reader import LLMReader
-from sklearn_relish.training import LOSSES, Examples, head_answers, new_head, train_head
+from sklearn_relish.training import (
+    LOSSES,
+    Examples,
+    auto_epochs,
+    head_answers,
+    new_head,
+    train_head,
+)
 
 
 class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
@@ -69,14 +76,16 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         Of AdamW.
     batch_size : int, default=32
         Texts of a training step.
-    max_epochs : int, default=10
-        Passes over the training rows, the length of the schedule.
+    max_epochs : int or "auto", default="auto"
+        Passes over the training rows, the length of the schedule. ``"auto"`` is 10, or as many as
+        make 200 steps of a small set.
     early_stopping : bool, default=True
         Whether a share of the rows is held out, and the epoch with the lowest loss on them kept.
     validation_fraction : float, default=0.1
         That share.
-    n_iter_no_change : int, default=5
-        Training stops after that many epochs without a lower validation loss.
+    n_iter_no_change : int, default=None
+        Training stops after that many epochs without a lower validation loss. None lets the
+        schedule run to its end, where the learning rate falls and most is gained.
     memory : str, path or joblib.Memory, default=None
         Folder where token states are kept, for other processes and later days: a text that has
         been read is not read again. None keeps them in this process.
@@ -151,10 +160,10 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         "learning_rate": [Interval(Real, 0, None, closed="neither")],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
-        "max_epochs": [Interval(Integral, 1, None, closed="left")],
+        "max_epochs": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "early_stopping": ["boolean"],
         "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
-        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+        "n_iter_no_change": [Interval(Integral, 1, None, closed="left"), None],
         "random_state": ["random_state"],
     }
 
@@ -174,10 +183,10 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         learning_rate: float = 5e-4,
         weight_decay: float = 0.01,
         batch_size: int = 32,
-        max_epochs: int = 10,
+        max_epochs: int | str = "auto",
         early_stopping: bool = True,
         validation_fraction: float = 0.1,
-        n_iter_no_change: int = 5,
+        n_iter_no_change: int | None = None,
         memory: str | os.PathLike[str] | joblib.Memory | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
@@ -283,7 +292,11 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             batch_size=self.batch_size,
-            max_epochs=self.max_epochs,
+            max_epochs=(
+                auto_epochs(len(train_rows), self.batch_size)
+                if self.max_epochs == "auto"
+                else self.max_epochs
+            ),
             n_iter_no_change=self.n_iter_no_change,
             seed=random.randint(np.iinfo(np.int32).max),
             device=self._device(),

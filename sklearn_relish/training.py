@@ -20,6 +20,7 @@ from sklearn_relish.head import RelishHead
 from sklearn_relish.states import TokenStates
 
 GRADIENT_NORM = 1.0  # gradients longer than this are scaled down to it
+AUTO_EPOCHS, AUTO_STEPS = 10, 200  # a training has at least these many of both
 POOL_BATCHES = 16  # batches whose rows are sorted by length together, after a shuffle
 PREDICT_TOKENS = 16_384  # padded tokens of a batch when the head only answers
 
@@ -61,6 +62,17 @@ def new_head(seed: int, **sizes: Any) -> RelishHead:
         return RelishHead(**sizes)
 
 
+def auto_epochs(n_rows: int, batch_size: int) -> int:
+    """Epochs that suit a number of training rows: a small set takes more, to make enough steps.
+
+    Examples
+    --------
+    >>> auto_epochs(6000, batch_size=32), auto_epochs(90, batch_size=32)
+    (10, 67)
+    """
+    return max(AUTO_EPOCHS, math.ceil(AUTO_STEPS / math.ceil(n_rows / batch_size)))
+
+
 def train_head(
     head: RelishHead,
     train: Examples,
@@ -71,7 +83,7 @@ def train_head(
     weight_decay: float,
     batch_size: int,
     max_epochs: int,
-    n_iter_no_change: int,
+    n_iter_no_change: int | None,
     seed: int,
     device: torch.device,
     progress: bool,
@@ -80,7 +92,7 @@ def train_head(
 
     AdamW under a one-cycle schedule [1]_, gradients clipped, batches of like length. With
     validation examples, the weights of the epoch with the lowest validation loss are restored,
-    and training stops once `n_iter_no_change` epochs in a row brought no lower one.
+    and training stops once `n_iter_no_change` epochs in a row, unless None, brought no lower one.
 
     Parameters
     ----------
@@ -98,8 +110,8 @@ def train_head(
         Texts of a step.
     max_epochs : int
         Passes over the training examples, the length of the schedule.
-    n_iter_no_change : int
-        Epochs without a lower validation loss after which training stops.
+    n_iter_no_change : int or None
+        Epochs without a lower validation loss after which training stops; None: none stops it.
     seed : int
         Decides the order of the texts.
     device : torch.device
@@ -127,6 +139,7 @@ def train_head(
 
     history: list[dict[str, float]] = []
     best_loss, best_epoch, best_weights = math.inf, max_epochs, None
+    patience = math.inf if n_iter_no_change is None else n_iter_no_change
     with tqdm(total=max_epochs, desc="Training head", unit="epoch", disable=not progress) as bar:
         for epoch in range(1, max_epochs + 1):
             total = 0.0
@@ -153,7 +166,7 @@ def train_head(
                     best_weights = copy.deepcopy(head.state_dict())
             history.append(entry)
             bar.update()
-            if validation is not None and epoch - best_epoch >= n_iter_no_change:
+            if validation is not None and epoch - best_epoch >= patience:
                 break
     if best_weights is not None:
         head.load_state_dict(best_weights)

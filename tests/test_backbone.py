@@ -77,6 +77,7 @@ def test_batches_hold_texts_of_like_length_under_the_token_budget(monkeypatch):
     read(llm, texts, 1)
     assert sum(rows for rows, _ in shapes) == 50
     assert all(rows == 1 or rows * width <= 60 for rows, width in shapes)
+    assert max(rows for rows, _ in shapes) > 2
     assert [width for _, width in shapes] == sorted((w for _, w in shapes), reverse=True)
 
 
@@ -86,6 +87,16 @@ def test_long_texts_are_cut_to_max_length_and_to_the_window():
     assert (len(short), len(long), full_lengths) == (5, 10, [5, 102])
     (long,), _ = read(llm, ["x" * 100], 1)
     assert len(long) == 64  # max_position_embeddings of the tiny BERT
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_states_do_not_depend_on_the_company_of_a_text(dtype):
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype=dtype)
+    texts = [letter * n for n in (3, 3, 3, 9, 9, 30) for letter in "abcdefg"]
+    together, _ = read(llm, texts, 2)
+    for text, states in zip(texts, together, strict=True):
+        (alone,), _ = read(llm, [text], 2)
+        torch.testing.assert_close(alone, states, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

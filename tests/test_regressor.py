@@ -1,0 +1,282 @@
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.linear_model import RidgeCV
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from tiny import SIZE, tiny_model
+
+from sklearn_relish import FrozenLLM, LLMEncoder, RelishRegressor
+
+WORDS = ["awful", "poor", "fair", "good", "superb"]
+
+
+def reviews(n, seed=0):
+    """Texts and their number: how good, plus how often it is said."""
+    random = np.random.default_rng(seed)
+    grades, repeats = random.integers(0, 5, n), random.integers(1, 4, n)
+    texts = [" ".join([WORDS[g]] * k) for g, k in zip(grades, repeats, strict=True)]
+    return texts, 100.0 + 20 * grades + repeats
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+
+
+def make(llm, **parameters):
+    settings = {"latent_size": 32, "n_heads": 4, "learning_rate": 3e-3, "random_state": 0}
+    return RelishRegressor(llm, **(settings | parameters))
+
+
+def test_strings_to_numbers_in_the_units_of_y(llm):
+    texts, y = reviews(400)
+    regressor = make(llm, max_epochs=20).fit(texts, y)
+    fresh, truth = reviews(100, seed=1)
+    assert regressor.score(fresh, truth) > 0.9
+    assert regressor.predict(fresh).mean() == pytest.approx(truth.mean(), rel=0.1)
+    assert (regressor.n_features_in_, regressor.n_outputs_, regressor.layer_) == (1, 1, 2)
+    assert regressor.n_epochs_ == len(regressor.history_) == 20
+    assert 1 <= regressor.best_epoch_ <= 20
+    assert not hasattr(regressor, "feature_names_in_")
+
+
+def test_same_random_state_same_predictions_to_the_last_bit(llm):
+    texts, y = reviews(60)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, second, other = (
+        make(llm, max_epochs=3, random_state=seed).fit(texts, y).predict(texts)
+        for seed in (0, 0, 1)
+    )
+    assert (first == second).all()
+    assert (first != other).any()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_prediction_does_not_depend_on_company_or_order(llm):
+    texts, y = reviews(60)
+    fresh = [f"{text} and so on {i}" for i, text in enumerate(texts)]
+    regressor = make(llm, max_epochs=3).fit(texts, y)
+    together = regressor.predict(fresh)
+    np.testing.assert_allclose(regressor.predict(fresh[::-1]), together[::-1], rtol=1e-7)
+    alone = [regressor.predict([text])[0] for text in fresh]
+    np.testing.assert_allclose(alone, together, rtol=1e-7)
+
+
+def test_several_targets(llm):
+    texts, y = reviews(300)
+    Y = np.column_stack([y, -1000 * y, np.full(len(y), 7.25)])
+    with pytest.warns(UserWarning, match=r"y is constant in columns \[2\]"):
+        regressor = make(llm, max_epochs=20).fit(texts, Y)
+    predicted = regressor.predict(texts)
+    assert predicted.shape == Y.shape
+    assert np.corrcoef(predicted[:, 0], predicted[:, 1])[0, 1] < -0.9
+    assert (predicted[:, 2] == 7.25).all()
+    assert make(llm, max_epochs=1).fit(texts, y[:, None]).predict(texts).shape == (len(y), 1)
+
+
+@pytest.mark.parametrize("n_rows", [1, 5])
+def test_constant_target_predicts_the_constant_with_a_warning(llm, n_rows):
+    with pytest.warns(UserWarning, match="y is constant: the prediction will be that constant"):
+        regressor = make(llm, max_epochs=1).fit(["a", "b", "c", "d", "e"][:n_rows], [0.1] * n_rows)
+    assert regressor.predict(["a", "z"]).tolist() == [0.1, 0.1]
+
+
+def test_weight_zero_is_as_good_as_absent(llm):
+    texts, y = reviews(80)
+    weight = np.r_[np.ones(60), np.zeros(20)]
+    weighted = make(llm, max_epochs=3).fit(texts, y, sample_weight=weight)
+    absent = make(llm, max_epochs=3).fit(texts[:60], y[:60])
+    assert (weighted.predict(texts) == absent.predict(texts)).all()
+
+
+def test_columns_are_rendered_and_named_as_in_fit(llm):
+    texts, y = reviews(60)
+    frame = pd.DataFrame({"review": texts, "stars": y // 20})
+    regressor = make(llm, max_epochs=3).fit(frame, y)
+    assert regressor.feature_names_in_.tolist() == ["review", "stars"]
+    expected = regressor.predict(frame)
+    with pytest.warns(UserWarning, match="does not have valid feature names"):
+        assert (regressor.predict(frame.to_numpy()) == expected).all()
+    with pytest.raises(ValueError, match="feature names should match"):
+        regressor.predict(frame[["stars", "review"]])
+    lines = [
+        f"review: {text}\nstars: {int(stars)}" for text, stars in frame.itertuples(index=False)
+    ]
+    assert (make(llm, max_epochs=3).fit(lines, y).predict(lines) == expected).all()
+    asked = make(llm, max_epochs=3, prompt="{review} ({stars})").fit(frame, y)
+    assert asked.predict(frame).shape == (60,)
+
+
+def refuse_to_read(*_, **__):
+    pytest.fail("the model was asked to read")
+
+
+@pytest.mark.parametrize(
+    ("X", "y", "changes", "error", "message"),
+    [
+        ("one text", [1.0], {}, ValueError, "X is a single str"),
+        ([], [], {}, ValueError, "no rows"),
+        (["a", None], [1, 2], {}, ValueError, "missing texts in row 1"),
+        ([b"a", b"b"], [1, 2], {}, TypeError, "bytes in rows 0, 1"),
+        (np.arange(3.0), [1, 2, 3], {}, ValueError, "holds no text"),
+        (["a", "b"], [1, 2, 3], {}, ValueError, "inconsistent numbers of samples"),
+        (["a", "b"], None, {}, ValueError, "requires y to be passed"),
+        (["a", "b"], [1, np.nan], {}, ValueError, "y contains NaN or infinity in row 1"),
+        (["a", "b", "c"], [np.inf, 1, -np.inf], {}, ValueError, "infinity in rows 0, 2"),
+        (["a", "b"], ["x", "y"], {}, ValueError, "could not convert string to float"),
+        (["a", "b"], [1, 2], {"loss": "hubris"}, ValueError, "'loss' parameter .* must be"),
+        (["a", "b"], [1, 2], {"n_iterations": 0}, ValueError, "'n_iterations' parameter"),
+        (["a", "b"], [1, 2], {"n_heads": 5}, ValueError, "latent_size=32 is not a multiple"),
+        (["a", "b"], [1, 2], {"layer": 4}, ValueError, "which has 3 layers"),
+        (["a", "b"], [1, 2], {"layer": 1.5}, ValueError, "'layer' parameter"),
+        (["a", "b"], [1, 2], {"dtype": "int8"}, ValueError, "dtype"),
+        (["a", "b"], [1, 2], {"prompt": "{review}"}, ValueError, "which is no column"),
+        (["a", "b"], [1, 2], {"model": "no/such"}, OSError, "No model 'no/such' was found"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(monkeypatch, X, y, changes, error, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(FrozenLLM, "read", refuse_to_read)
+    parameters = {"model": str(tiny_model()), **changes}
+    with pytest.raises(error, match=message):
+        make(parameters.pop("model"), **parameters).fit(X, y)
+
+
+def test_unknown_options_and_options_of_a_given_model(llm):
+    with pytest.raises(TypeError, match="n_iteration"):
+        RelishRegressor(n_iteration=3)
+    with pytest.raises(ValueError, match="Invalid parameter 'depth'"):
+        RelishRegressor().set_params(depth=3)
+    with pytest.raises(ValueError, match="model is a FrozenLLM here, which takes them itself"):
+        make(llm, dtype="bfloat16").fit(["a", "b"], [1, 2])
+
+
+def test_predict_checks_its_input(llm):
+    texts, y = reviews(40)
+    regressor = make(llm, max_epochs=1).fit(texts, y)
+    with pytest.raises(ValueError, match="missing texts in row 0"):
+        regressor.predict([None, "a"])
+    with pytest.raises(ValueError, match="X has 2 features, but RelishRegressor is expecting 1"):
+        regressor.predict([["a", "b"]])
+
+
+@pytest.mark.parametrize("dump", ["pickle", "joblib"])
+def test_pickle_holds_no_llm(tmp_path, dump):
+    texts, y = reviews(40)
+    regressor = make(str(tiny_model()), max_epochs=1, latent_size=256, n_heads=8).fit(texts, y)
+    path = tmp_path / "model"
+    (
+        joblib.dump(regressor, path)
+        if dump == "joblib"
+        else path.write_bytes(pickle.dumps(regressor))
+    )
+    head = sum(parameter.numel() for parameter in regressor.head_.parameters())
+    assert 4 * head < path.stat().st_size < 4 * head + 50_000
+    opened = joblib.load(path) if dump == "joblib" else pickle.loads(path.read_bytes())
+    assert (opened.predict(texts) == regressor.predict(texts)).all()
+    assert all(parameter.device.type == "cpu" for parameter in regressor.head_.parameters())
+
+
+def test_a_model_is_loaded_once_however_many_estimators_name_it(monkeypatch):
+    loads = []
+    original = FrozenLLM._from_pretrained
+    monkeypatch.setattr(
+        FrozenLLM,
+        "_from_pretrained",
+        lambda self, auto, **kw: (loads.append(auto.__name__), original(self, auto, **kw))[1],
+    )
+    texts, y = reviews(30)
+    for regressor in (make(str(tiny_model())), clone(make(tiny_model(), n_iterations=1))):
+        regressor.set_params(max_epochs=1, dtype="float32").fit(texts, y).predict(texts)
+    make_pipeline(LLMEncoder(str(tiny_model()), dtype="float32"), RidgeCV()).fit(texts, y)
+    assert sorted(loads) == ["AutoConfig", "AutoModel", "AutoTokenizer"]
+
+
+def test_a_search_reads_each_text_once(monkeypatch):
+    tokens = []
+    original = FrozenLLM._forward
+    monkeypatch.setattr(
+        FrozenLLM,
+        "_forward",
+        lambda self, batch, layer: (tokens.extend(batch), original(self, batch, layer))[1],
+    )
+    texts, y = reviews(60)
+    texts = [f"{text} {i}" for i, text in enumerate(texts)]
+    search = GridSearchCV(
+        make(str(tiny_model()), max_epochs=1),
+        {"n_iterations": [1, 2], "latent_size": [16, 32]},
+        cv=3,
+    ).fit(texts, y)
+    assert set(search.best_params_) == {"n_iterations", "latent_size"}
+    cross_val_score(search.best_estimator_, texts, y, cv=4)
+    assert len(tokens) == len(texts)
+
+
+def test_silent_by_default_and_bars_when_asked(llm, capfd):
+    texts, y = reviews(30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(llm, max_epochs=2).fit(texts, y).predict(["fresh"])
+    assert capfd.readouterr() == ("", "")
+    make(llm, max_epochs=2, verbose=1, max_length=17).fit(texts, y)
+    shown = capfd.readouterr().err
+    assert "Reading texts: 100%" in shown
+    assert "2/2" in shown
+    assert "validation R²=" in shown
+
+
+def test_auto_epochs_make_enough_steps_of_a_small_set(llm):
+    texts, y = reviews(50)
+    assert make(llm).fit(texts, y).n_epochs_ == 100  # 45 rows, 2 steps an epoch
+
+
+def test_html_repr_shows_the_parameters(llm):
+    assert "n_iterations" in make(llm)._repr_html_()
+
+
+def test_encoder_pools_the_states_that_the_regressor_reads(llm):
+    texts, _ = reviews(10)
+    states = dict.fromkeys(("mean", "last"))
+    for pooling in states:
+        states[pooling] = LLMEncoder(llm, pooling=pooling, state_norm=None).fit_transform(texts)
+    raw = next(iter(llm.read([texts[0]], layer=2, max_length=512)))[1].values
+    np.testing.assert_allclose(states["mean"][0], raw.mean(0), atol=1e-5)
+    np.testing.assert_allclose(states["last"][0], raw[-1], atol=1e-5)
+    encoder = LLMEncoder(llm).fit(texts)
+    assert encoder.transform(texts).dtype == np.float32
+    assert encoder.get_feature_names_out()[-1] == f"llmencoder{SIZE - 1}"
+    normed = raw / raw.square().mean(1, keepdim=True).sqrt()
+    np.testing.assert_allclose(encoder.transform(texts)[0], normed.mean(0), atol=1e-4)
+
+
+def test_a_pickle_opens_in_a_process_without_a_gpu(tmp_path, llm):
+    texts, y = reviews(30)
+    regressor = make(str(tiny_model()), max_epochs=1).fit(texts, y)
+    (tmp_path / "model").write_bytes(pickle.dumps(regressor))
+    code = (
+        "import pickle, pathlib, sys; r = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes());"
+        "print(*r.predict(['good', 'poor']))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )
+    np.testing.assert_allclose(
+        [float(number) for number in run.stdout.split()],
+        regressor.predict(["good", "poor"]),
+        rtol=1e-3,
+    )

@@ -362,7 +362,8 @@ class FrozenLLM:
         if self.model.endswith(".gguf"):
             if not os.path.isfile(self.model):
                 raise FileNotFoundError(f"No model file at {os.path.abspath(self.model)}.")
-            return str(converted_gguf(Path(self.model)))
+            with _quiet_loading():
+                return str(converted_gguf(Path(self.model)))
         return self.model
 
     def _from_pretrained(self, auto_class: type, **kwargs: Any) -> Any:

@@ -264,28 +264,26 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             )
         texts = self._render(table)
         y, weight = y[used], weight[used]
-        self._y_shape = y.shape[1:]
-        self.n_outputs_ = int(np.prod(self._y_shape, dtype=int))
-        targets = self._standardize(y.reshape(len(y), -1), weight)
+        targets, mean, scale = _standardize(y.reshape(len(y), -1), weight)
         llm = self._llm()
-        self.layer_ = llm.resolve_layer(self.layer)
+        layer = llm.resolve_layer(self.layer)
 
-        states = self._states([texts[row] for row in used], self.layer_)
+        states = self._states([texts[row] for row in used], layer)
         random = check_random_state(self.random_state)
         train_rows, held_out_rows = self._split(len(used), random)
         examples = Examples.of(states, targets, weight / weight.mean())
-        self.head_ = new_head(
+        head = new_head(
             random.randint(np.iinfo(np.int32).max),
             input_size=llm.hidden_size,
             latent_size=self.latent_size,
             n_heads=self.n_heads,
             n_iterations=self.n_iterations,
-            n_outputs=self.n_outputs_,
+            n_outputs=targets.shape[1],
             share_weights=self.share_weights,
             state_norm=self.state_norm,
         )
-        self.history_, self.best_epoch_ = train_head(
-            self.head_,
+        training = train_head(
+            head,
             examples[train_rows],
             None if held_out_rows is None else examples[held_out_rows],
             loss=self.loss,
@@ -302,7 +300,11 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             device=self._device(),
             progress=bool(self.verbose),
         )
-        self.n_epochs_ = len(self.history_)
+        # All at once, so that an interrupted fit leaves the earlier one whole.
+        self.head_, self.layer_, self.n_outputs_ = head, layer, targets.shape[1]
+        self._y_mean, self._y_scale, self._y_shape = mean, scale, y.shape[1:]
+        self.history_, self.best_epoch_ = training.history, training.best_epoch
+        self.n_epochs_ = len(training.history)
         return self
 
     def predict(self, X: ArrayLike) -> np.ndarray:
@@ -343,25 +345,6 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             )
         return y
 
-    def _standardize(self, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        """Targets of mean 0 and standard deviation 1; remembers how to go back.
-
-        A constant target has scale 0, so the head's answer falls away and the constant is left.
-        """
-        constant = np.ptp(y, axis=0) == 0
-        if constant.any():
-            which = f" in columns {np.flatnonzero(constant).tolist()}" if len(constant) > 1 else ""
-            warnings.warn(
-                f"y is constant{which}: the prediction will be that constant.",
-                UserWarning,
-                stacklevel=3,
-            )
-        mean = np.average(y, axis=0, weights=weight)
-        scale = np.sqrt(np.average((y - mean) ** 2, axis=0, weights=weight))
-        self._y_mean = np.where(constant, y[0], mean)
-        self._y_scale = np.where(constant, 0.0, scale)
-        return (y - self._y_mean) / np.where(constant, 1.0, scale)
-
     def _split(
         self, n_rows: int, random: np.random.RandomState
     ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -375,3 +358,21 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     def _device(self) -> torch.device:
         """Where the head runs: with the language model, unless `device` says otherwise."""
         return self._llm().torch_device if self.device is None else resolve_device(self.device)
+
+
+def _standardize(y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Targets of mean 0 and standard deviation 1, and the mean and scale that lead back.
+
+    A constant target has scale 0, so the head's answer falls away and the constant is left.
+    """
+    constant = np.ptp(y, axis=0) == 0
+    if constant.any():
+        which = f" in columns {np.flatnonzero(constant).tolist()}" if len(constant) > 1 else ""
+        warnings.warn(
+            f"y is constant{which}: the prediction will be that constant.",
+            UserWarning,
+            stacklevel=4,
+        )
+    mean = np.where(constant, y[0], np.average(y, axis=0, weights=weight))
+    scale = np.sqrt(np.average((y - mean) ** 2, axis=0, weights=weight))
+    return (y - mean) / np.where(constant, 1.0, scale), mean, np.where(constant, 0.0, scale)

@@ -96,7 +96,7 @@ def test_states_do_not_depend_on_the_company_of_a_text(dtype):
     together, _ = read(llm, texts, 2)
     for text, states in zip(texts, together, strict=True):
         (alone,), _ = read(llm, [text], 2)
-        torch.testing.assert_close(alone, states, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(alone, states, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -151,11 +151,10 @@ def test_overflow_is_an_error_and_no_silent_number():
 
 def test_missing_model_says_what_was_tried(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
         OSError, match=r"No model 'no/such'.*tried the folder .*no/such and the Hug"
     ):
-        _ = FrozenLLM("no/such").n_layers
+        _ = FrozenLLM("no/such", model_kwargs={"local_files_only": True}).n_layers
     (tmp_path / "empty").mkdir()
     with pytest.raises(OSError, match=r"can't load the folder .*empty.*config.json"):
         _ = FrozenLLM(tmp_path / "empty").n_layers

@@ -18,6 +18,7 @@ EXPECTED_TO_FAIL = {
     [
         RelishRegressor(
             TINY,
+            max_length=1024,
             latent_size=32,
             n_heads=4,
             learning_rate=3e-3,

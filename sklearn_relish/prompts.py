@@ -41,10 +41,6 @@ class Table:
         """Rows and columns."""
         return self.n_rows, len(self.columns)
 
-    def take(self, rows: np.ndarray) -> Table:
-        """The table of some rows."""
-        return Table([[c[i] for i in rows] for c in self.columns], self.names, len(rows))
-
 
 def read_table(X: Any) -> Table:
     """Columns of texts or of a table, checked.
@@ -92,7 +88,11 @@ def read_table(X: Any) -> Table:
 
 def _read_array(X: Any) -> Table:
     if hasattr(X, "__array__"):
-        array = np.asarray(X)
+        array = X if isinstance(X, np.ma.MaskedArray) else np.asarray(X)
+        if array.dtype.kind == "M":
+            array = array.astype("datetime64[us]")  # which Python's own datetime can hold
+        if isinstance(array, np.ma.MaskedArray):
+            array = np.where(np.ma.getmaskarray(array), None, array.data.astype(object))
         if array.ndim == 2:
             _refuse_complex(array)
             columns = [column.tolist() for column in array.T]
@@ -113,18 +113,13 @@ def _read_array(X: Any) -> Table:
             widths = {len(row) for row in X}
             if len(widths) > 1:
                 raise ValueError(f"X has rows of {min(widths)} to {max(widths)} columns.")
-            array = np.array(X) if not any(map(_has_text, X)) else np.array(X, dtype=object)
-            return _read_array(array)
+            return _read_array(np.array(X, dtype=object))
     return Table([_checked_texts(X)], ["text"], len(X))
 
 
 def _array_names(n_columns: int) -> list[str]:
     """Names for columns that have none, as scikit-learn makes them."""
     return [f"x{i}" for i in range(n_columns)]
-
-
-def _has_text(row: Sequence[Any]) -> bool:
-    return any(not isinstance(cell, (int, float, complex, np.number)) for cell in row)
 
 
 def _refuse_complex(array: np.ndarray) -> None:
@@ -137,7 +132,7 @@ def _checked_texts(texts: list[Any]) -> list[str]:
     if all(isinstance(text, str) for text in texts):
         return texts
     missing = [row for row, text in enumerate(texts) if _is_missing(text)]
-    if missing and len(missing) < len(texts):
+    if missing:
         raise ValueError(
             f"X has missing texts in {name_rows(missing)}: drop these rows, or put '' where a"
             " missing text means an empty one."
@@ -187,6 +182,16 @@ def render(table: Table, names: Sequence[str], prompt: str | None) -> list[str]:
         [_cell_text(cell, row, name) for row, cell in enumerate(column)]
         for name, column in zip(names, table.columns, strict=True)
     ]
+    empty = [
+        row
+        for row, cells in enumerate(zip(*columns, strict=True))
+        if cells.count(None) == len(cells)
+    ]
+    if empty:
+        raise ValueError(
+            f"X has missing texts in {name_rows(empty)}, where no column has a cell: drop these"
+            " rows, or put '' where a missing text means an empty one."
+        )
     if prompt is not None:
         pieces = parse_prompt(prompt, names)
         texts = [
@@ -223,9 +228,16 @@ def parse_prompt(prompt: str, names: Sequence[str]) -> list[tuple[str, int | Non
         If a field is none of the columns, or no column is used.
     """
     try:
-        parsed = [(literal, field) for literal, field, _, _ in string.Formatter().parse(prompt)]
+        parts = list(string.Formatter().parse(prompt))
     except ValueError as error:
         raise ValueError(f"prompt={prompt!r} is not a template: {error}.") from None
+    formatted = [field for _, field, spec, conversion in parts if spec or conversion]
+    if formatted:
+        raise ValueError(
+            f"prompt={prompt!r} formats {formatted[0]!r}: cells are put in as they are, so a field"
+            " is a name alone; format the column first."
+        )
+    parsed = [(literal, field) for literal, field, _, _ in parts]
     fields = [field for _, field in parsed if field is not None]
     unknown = [field for field in fields if field not in names]
     if unknown or not fields:
@@ -259,8 +271,11 @@ def _cell_text(cell: Any, row: int, name: str) -> str | None:
         return cell
     if _is_missing(cell):
         return None
-    if isinstance(cell, float) and cell.is_integer() and abs(cell) < 1e15:
-        return str(int(cell))  # 1979.0 is how a column with missing cells keeps 1979
+    if isinstance(cell, float):
+        if cell.is_integer() and abs(cell) < 1e15:
+            return str(int(cell))  # 1979.0 is how a column with missing cells keeps 1979
+        if abs(cell) < 1e38 and float(np.float32(cell)) == cell:
+            return str(np.float32(cell))  # 0.1, and not the 0.10000000149011612 it came as
     if isinstance(cell, complex):
         raise ValueError(f"Complex data not supported: X has {cell!r} in row {row} of {name!r}.")
     if isinstance(cell, (bytes, bytearray)):

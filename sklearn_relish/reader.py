@@ -54,19 +54,21 @@ class LLMReader(BaseEstimator):
         # scikit-learn looks at names and shape alone; an array of strings would cost memory.
         shown = X if hasattr(X, "columns") else np.broadcast_to(np.float64(0), table.shape)
         validate_data(self, shown, reset=reset, skip_check_array=True)
+        if reset:
+            self._column_names = table.names
         return table
 
     def _render(self, table: Table) -> list[str]:
         """The text of each row, its columns named as in `fit`."""
-        return render(table, getattr(self, "feature_names_in_", table.names), self.prompt)
+        return render(table, self._column_names, self.prompt)
 
     def _llm(self) -> FrozenLLM:
         if not isinstance(self.model, FrozenLLM):
             return shared_llm(self.model, self.device, self.dtype, self.model_kwargs)
-        if self.dtype != "auto" or self.model_kwargs is not None:
+        if self.device is not None or self.dtype != "auto" or self.model_kwargs is not None:
             raise ValueError(
-                "dtype and model_kwargs concern a model that is given by name: model is a FrozenLLM"
-                " here, which takes them itself."
+                "device, dtype and model_kwargs concern a model that is given by name: model is a"
+                " FrozenLLM here, which takes them itself."
             )
         return self.model
 

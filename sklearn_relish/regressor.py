@@ -5,6 +5,7 @@ It checks what it is given and asks the other rooms in turn; it does no tensor m
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from numbers import Integral, Real
@@ -20,7 +21,7 @@ from sklearn.utils import check_consistent_length, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_array, check_is_fitted
 
-from sklearn_relish.backbone import FrozenLLM, resolve_device
+from sklearn_relish.backbone import FrozenLLM
 from sklearn_relish.prompts import name_rows
 from sklearn_relish.reader import LLMReader
 from sklearn_relish.training import (
@@ -91,7 +92,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         been read is not read again. None keeps them in this process.
     device : str or torch.device, default=None
         Where the language model and the head run. None: ``"cuda"`` where there is one, else
-        ``"mps"``, else ``"cpu"``.
+        ``"mps"``, else ``"cpu"``; where `model` is a :class:`FrozenLLM`, its device.
     dtype : {"auto", "float32", "bfloat16", "float16"} or torch.dtype, default="auto"
         Of the language model and the kept states. ``"auto"`` is bfloat16 where the hardware
         computes in it, else float32.
@@ -100,7 +101,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         see :class:`FrozenLLM`.
     random_state : int, RandomState instance or None, default=None
         Draws the held-out rows, the head's initial weights and the order of the texts. With an
-        int, a fit on a CPU is the same to the last bit.
+        int, a fit on a CPU, on the same token states, is the same to the last bit.
     verbose : int, default=0
         Above 0, bars show the texts read and the epochs.
 
@@ -131,10 +132,12 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     Notes
     -----
     A pickle holds the head and the model's name, not the language model, and opens where there is
-    no GPU. On a CPU the head answers in float64, so a prediction is the same to 1e-7 alone or in
-    company.
+    no GPU. On a CPU no text is padded and the head answers in float64, so a prediction does not
+    depend on the texts beside it (where the language model computes in float32, some millionths
+    of rounding remain for a text that is read anew).
 
-    With `GridSearchCV` and its like, no fold, candidate or refit reads a text a second time.
+    With `GridSearchCV` and its like, no fold, candidate or refit of a process reads a text a second
+    time; with `n_jobs`, processes share what they read by a folder given as `memory`.
 
     References
     ----------
@@ -250,13 +253,17 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         UserWarning
             If a target is constant, or texts were cut at `max_length`.
         """
+        fitted = copy.copy(self)  # a fit that is refused or interrupted leaves the earlier one
+        fitted._fit(X, y, sample_weight)
+        self.__dict__ = fitted.__dict__
+        return self
+
+    def _fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
         table = self._read_table(X, reset=True)
         y = self._check_y(y)
         check_consistent_length(np.empty(table.n_rows), y)
         weight = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
         used = np.flatnonzero(weight)
-        if not len(used):
-            raise ValueError("sample_weight is zero for all rows: nothing is left to learn from.")
         if self.latent_size % self.n_heads:
             raise ValueError(
                 f"latent_size={self.latent_size} is not a multiple of n_heads={self.n_heads}: each"
@@ -266,15 +273,16 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         y, weight = y[used], weight[used]
         targets, mean, scale = _standardize(y.reshape(len(y), -1), weight)
         llm = self._llm()
+        device = llm.torch_device
         layer = llm.resolve_layer(self.layer)
-
-        states = self._states([texts[row] for row in used], layer)
         random = check_random_state(self.random_state)
         train_rows, held_out_rows = self._split(len(used), random)
+
+        states = self._states([texts[row] for row in used], layer)
         examples = Examples.of(states, targets, weight / weight.mean())
         head = new_head(
             random.randint(np.iinfo(np.int32).max),
-            input_size=llm.hidden_size,
+            input_size=states.values.shape[1],
             latent_size=self.latent_size,
             n_heads=self.n_heads,
             n_iterations=self.n_iterations,
@@ -297,15 +305,14 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             ),
             n_iter_no_change=self.n_iter_no_change,
             seed=random.randint(np.iinfo(np.int32).max),
-            device=self._device(),
+            device=device,
             progress=bool(self.verbose),
         )
-        # All at once, so that an interrupted fit leaves the earlier one whole.
         self.head_, self.layer_, self.n_outputs_ = head, layer, targets.shape[1]
         self._y_mean, self._y_scale, self._y_shape = mean, scale, y.shape[1:]
         self.history_, self.best_epoch_ = training.history, training.best_epoch
         self.n_epochs_ = len(training.history)
-        return self
+        self._llm_fingerprint = llm.fingerprint
 
     def predict(self, X: ArrayLike) -> np.ndarray:
         """Numbers for texts, in the units of the `y` that was fitted.
@@ -313,7 +320,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         Parameters
         ----------
         X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
-            As in `fit`; the columns of a frame are matched by name.
+            As in `fit`, with the same columns in the same order.
 
         Returns
         -------
@@ -321,7 +328,16 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         """
         check_is_fitted(self)
         texts = self._render(self._read_table(X, reset=False))
-        answers = head_answers(self.head_, self._states(texts, self.layer_), self._device())
+        llm = self._llm()
+        if llm.fingerprint != self._llm_fingerprint:
+            warnings.warn(
+                f"{llm!r} is not the model, or not the revision of it, whose states the head was"
+                " fitted on: unless the weights are the same, the predictions are wrong. Fit"
+                " again, or bring the fitted one back.",
+                UserWarning,
+                stacklevel=2,
+            )
+        answers = head_answers(self.head_, self._states(texts, self.layer_), llm.torch_device)
         return (answers * self._y_scale + self._y_mean).reshape(len(texts), *self._y_shape)
 
     def _check_y(self, y: ArrayLike) -> np.ndarray:
@@ -329,6 +345,11 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         if y is None:
             raise ValueError(
                 f"{type(self).__name__} requires y to be passed, but the target y is None."
+            )
+        if np.ndim(y) == 0 or np.asarray(y).dtype.kind in "mM":
+            raise ValueError(
+                "y must be a number for each row, got "
+                + ("a single one." if np.ndim(y) == 0 else f"{np.asarray(y).dtype}.")
             )
         y = check_array(
             y,
@@ -355,10 +376,6 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             np.arange(n_rows), test_size=self.validation_fraction, random_state=random
         )
 
-    def _device(self) -> torch.device:
-        """Where the head runs: with the language model, unless `device` says otherwise."""
-        return self._llm().torch_device if self.device is None else resolve_device(self.device)
-
 
 def _standardize(y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Targets of mean 0 and standard deviation 1, and the mean and scale that lead back.
@@ -374,5 +391,11 @@ def _standardize(y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndar
             stacklevel=4,
         )
     mean = np.where(constant, y[0], np.average(y, axis=0, weights=weight))
-    scale = np.sqrt(np.average((y - mean) ** 2, axis=0, weights=weight))
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        scale = np.sqrt(np.average((y - mean) ** 2, axis=0, weights=weight))
+    if not (np.isfinite(scale).all() and (constant | (scale > 0)).all()):
+        raise ValueError(
+            "y, or sample_weight, spans more than float64 can square: bring it nearer to 1 first,"
+            " by a factor or a logarithm."
+        )
     return (y - mean) / np.where(constant, 1.0, scale), mean, np.where(constant, 0.0, scale)

@@ -136,9 +136,8 @@ class StateStore:
                 dtype=torch.uint8,
             ).view(-1, DIGEST_BYTES),
         }
-        if self.folder is not None:
-            self._write(space, shard)
-        self._index(shard)
+        path = None if self.folder is None else self._write(space, shard)
+        self._index(shard if path is None else self._open(path))  # a file needs no memory
 
     def _index(self, shard: dict[str, Tensor]) -> None:
         states = TokenStates.from_lengths(shard["states"], shard["lengths"])
@@ -166,8 +165,14 @@ class StateStore:
         lengths = torch.cat([part.lengths for part in parts])
         return TokenStates.from_lengths(values, lengths)[places]
 
-    def _write(self, space: str, shard: dict[str, Tensor]) -> None:
-        """Write a shard so that it is there whole or not at all."""
+    @staticmethod
+    def _open(path: Path) -> dict[str, Tensor]:
+        """A shard as it lies on disk, by memory map."""
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def _write(self, space: str, shard: dict[str, Tensor]) -> Path | None:
+        """Write a shard so that it is there whole or not at all; None if it can't be written."""
         folder = self.folder / space
         name = f"{uuid.uuid4().hex}.safetensors"
         partial = folder / f".{name}.partial"
@@ -175,6 +180,8 @@ class StateStore:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(shard, partial)
             partial.rename(folder / name)
+            self._seen_files.add(name)
+            return folder / name
         except (OSError, SafetensorError) as error:
             warnings.warn(
                 f"Token states could not be written to {folder} ({error}): they stay in memory,"
@@ -184,7 +191,7 @@ class StateStore:
             )
             with suppress(OSError):
                 partial.unlink()
-        self._seen_files.add(name)
+            return None
 
     def _open_new_shards(self, space: str) -> None:
         """Find the shards that other processes, or earlier days, have written."""
@@ -195,8 +202,7 @@ class StateStore:
                 continue
             self._seen_files.add(path.name)
             try:
-                with safe_open(path, "pt") as file:
-                    self._index({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                self._index(self._open(path))
             except (OSError, SafetensorError) as error:
                 warnings.warn(
                     f"{path} can't be read ({error}): its texts are read again by the model. Remove"

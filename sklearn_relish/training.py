@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -55,9 +56,12 @@ class Training(NamedTuple):
     best_epoch: int
 
 
+_init_lock = threading.Lock()  # initializers draw from the one global generator
+
+
 def new_head(seed: int, **sizes: Any) -> RelishHead:
     """A head with fresh weights drawn from `seed`; the global random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+    with _init_lock, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return RelishHead(**sizes)
 
@@ -126,10 +130,16 @@ def train_head(
         ``train_loss`` and, where something is held out, ``validation_loss`` and
         ``validation_r2``.
 
+    Raises
+    ------
+    FloatingPointError
+        If the loss stops being finite.
+
     References
     ----------
     .. [1] Smith and Topin, "Super-Convergence", arXiv 1708.07120.
     """
+    max_epochs, batch_size = int(max_epochs), int(batch_size)  # torch takes no NumPy integers
     generator = torch.Generator().manual_seed(seed)
     head.to(device).train()
     loss_function = LOSSES[loss]
@@ -153,6 +163,11 @@ def train_head(
                 optimizer.step()
                 schedule.step()
                 total += float(losses.detach().sum())
+            if not math.isfinite(total):
+                raise FloatingPointError(
+                    f"Training diverged in epoch {epoch}: the loss is not finite any more. Lower"
+                    f" learning_rate={learning_rate}."
+                )
             entry = {
                 "epoch": epoch,
                 "learning_rate": schedule.get_last_lr()[0],

@@ -10,7 +10,7 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def fresh_process_state(monkeypatch, tmp_path):
-    """Each test finds no shared model, no shared store, and a cache folder of its own."""
+def fresh_process_state(monkeypatch):
+    """Each test finds no shared model and no shared store."""
     monkeypatch.setattr("sklearn_relish.backbone._shared", {})
     monkeypatch.setattr("sklearn_relish.store._stores", {})

@@ -55,7 +55,7 @@ def test_no_layer_above_the_one_asked_for_is_computed():
         layer.register_forward_hook(lambda *_, number=number: ran.append(number))
     read(llm, ["text"], 2)
     assert ran == [1, 2]
-    assert all(not layer._forward_hooks or len(layer._forward_hooks) == 1 for layer in llm._layers)
+    assert all(len(layer._forward_hooks) == 1 for layer in llm._layers)  # ours is gone
 
 
 def test_weights_are_frozen_and_no_gradient_is_kept():
@@ -106,7 +106,7 @@ def test_layer_by_number_and_by_share(layer, number):
     assert FrozenLLM(tiny_model()).resolve_layer(layer) == number
 
 
-@pytest.mark.parametrize("layer", [0, 4, -4])
+@pytest.mark.parametrize("layer", [0, 4, -4, 1.5])
 def test_layer_that_the_model_does_not_have(layer):
     with pytest.raises(ValueError, match=f"layer={layer} is none of .* which has 3 layers"):
         FrozenLLM(tiny_model()).resolve_layer(layer)
@@ -130,6 +130,51 @@ def test_pickle_holds_the_name_alone():
 def test_named_models_are_loaded_once_a_process():
     assert shared_llm(str(tiny_model())) is shared_llm(tiny_model())
     assert shared_llm(tiny_model()) is not shared_llm(tiny_model(), dtype="float32")
+
+
+def test_a_model_that_changes_on_disk_is_another_model(tmp_path, monkeypatch):
+    for name, kind in (("a", "llama"), ("b", "gpt2")):
+        (tmp_path / name).mkdir()
+        for path in tiny_model(kind).iterdir():
+            (tmp_path / name / path.name).write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    first = shared_llm("a", "cpu", "float32")
+    assert shared_llm(tmp_path / "a", torch.device("cpu"), torch.float32) is first
+    before = first.fingerprint
+    for path in (tmp_path / "b").iterdir():
+        (tmp_path / "a" / path.name).write_bytes(path.read_bytes())
+    second = shared_llm("a", "cpu", "float32")
+    assert second.fingerprint != before
+    assert second.fingerprint == shared_llm("b", "cpu", "float32").fingerprint
+
+
+def test_subfolders_are_models_of_their_own(tmp_path):
+    for name, kind in (("a", "llama"), ("b", "gpt2")):
+        (tmp_path / name).mkdir()
+        for path in tiny_model(kind).iterdir():
+            (tmp_path / name / path.name).write_bytes(path.read_bytes())
+    llms = [FrozenLLM(tmp_path, model_kwargs={"subfolder": name}) for name in "ab"]
+    assert [llm.config.model_type for llm in llms] == ["llama", "gpt2"]
+    assert llms[0].fingerprint != llms[1].fingerprint
+
+
+def test_secrets_are_not_shown():
+    assert "hf_" not in repr(FrozenLLM("x", model_kwargs={"token": "hf_secret"}))
+
+
+def test_device_that_is_not_there():
+    with pytest.raises(ValueError, match="device='gpu' is not to be had here"):
+        _ = FrozenLLM(tiny_model(), device="gpu").torch_device
+
+
+def test_code_of_a_model_does_not_run_unless_asked(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "odd", "auto_map": {"AutoConfig": "code.Odd"}}'
+    )
+    (tmp_path / "code.py").write_text("raise SystemExit('the code ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        _ = FrozenLLM(tmp_path).config
 
 
 def test_dtype():
@@ -156,7 +201,7 @@ def test_missing_model_says_what_was_tried(monkeypatch, tmp_path):
     ):
         _ = FrozenLLM("no/such", model_kwargs={"local_files_only": True}).n_layers
     (tmp_path / "empty").mkdir()
-    with pytest.raises(OSError, match=r"can't load the folder .*empty.*config.json"):
+    with pytest.raises(OSError, match=r"The folder .*empty holds no model: it has no config.json"):
         _ = FrozenLLM(tmp_path / "empty").n_layers
     with pytest.raises(FileNotFoundError, match=r"No model file at .*nothing.gguf"):
         _ = FrozenLLM("nothing.gguf").n_layers

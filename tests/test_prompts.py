@@ -51,6 +51,21 @@ def test_arrays_have_the_names_that_scikit_learn_gives():
     assert texts_of(pd.DataFrame([[1.5, 2.0]])) == ["x0: 1.5\nx1: 2"]
 
 
+@pytest.mark.parametrize(
+    ("cells", "text"),
+    [
+        (np.array([[0.1, 1e-7]], dtype=np.float32), "x0: 0.1\nx1: 1e-07"),
+        (np.array([[0.1, 1 / 3]]), "x0: 0.1\nx1: 0.3333333333333333"),
+        ([[True, 2**60 + 1]], "x0: True\nx1: 1152921504606846977"),
+        (np.array([["2020-01-02", "2020-01-03"]], "M8[ns]"), None),
+        (np.ma.masked_array([[1, 2]], mask=[[False, True]]), "x0: 1"),
+    ],
+)
+def test_cells_are_read_as_a_person_would_write_them(cells, text):
+    text = text or "x0: 2020-01-02 00:00:00\nx1: 2020-01-03 00:00:00"
+    assert texts_of(cells) == [text]
+
+
 def test_template():
     frame = pd.DataFrame({"premise": ["p", None], "the hypothesis": ["{h}", "g"]})
     prompt = "1: {premise}\n2: {the hypothesis} {{end}}"
@@ -65,6 +80,7 @@ def test_template():
         ("{title.__class__}", "which is no column"),
         ("no field", "names no column"),
         ("{title", "is not a template"),
+        ("{year:.0f}", "formats 'year'.*a field is a name alone"),
     ],
 )
 def test_wrong_templates_are_refused(prompt, message):
@@ -85,6 +101,8 @@ def test_wrong_templates_are_refused(prompt, message):
         (["a", 5, "c"], ValueError, r"holds no text in row 1 \(row 1 is a int\)"),
         ([b"a", b"b"], TypeError, "bytes in rows 0, 1: decode them first"),
         (["a", None, "c", np.nan], ValueError, "missing texts in rows 1, 3: drop these rows"),
+        ([None, None], ValueError, "missing texts in rows 0, 1"),
+        (pd.DataFrame({"a": ["x", None]}), ValueError, "missing texts in row 1, where no column"),
         (["a"] + [None] * 9, ValueError, "rows 1, 2, 3, 4, 5 and 4 more"),
         (pd.Series(["a", pd.NA], dtype="string"), ValueError, "missing texts in row 1"),
         (pl.Series(["a", None]), ValueError, "missing texts in row 1"),

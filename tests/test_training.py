@@ -82,6 +82,55 @@ def test_stops_after_n_iter_no_change():
     assert len(training.history) == training.best_epoch + 3
 
 
+def test_a_diverged_training_is_an_error():
+    with pytest.raises(FloatingPointError, match=r"diverged in epoch \d+.*Lower learning_rate"):
+        train(task(64), learning_rate=1e30, max_epochs=30)
+
+
+def test_learning_rate_rises_and_falls():
+    _, training = train(task(320), max_epochs=10, learning_rate=1e-3)
+    rates = [entry["learning_rate"] for entry in training.history]
+    assert rates[0] < max(rates) == pytest.approx(1e-3, rel=0.05)
+    assert rates[-1] < 1e-5
+
+
+def test_weight_decay_shrinks_the_weights():
+    norms = [
+        sum(
+            float(p.detach().square().sum())
+            for p in train(task(64), weight_decay=decay)[0].parameters()
+        )
+        for decay in (0.0, 30.0)
+    ]
+    assert norms[1] < 0.9 * norms[0]
+
+
+def test_gradients_are_clipped(monkeypatch):
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, max_norm):
+        parameters = list(parameters)
+        clip(parameters, max_norm)
+        squares = [float(p.grad.square().sum()) for p in parameters if p.grad is not None]
+        norms.append(sum(squares) ** 0.5)
+
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", spy)
+    examples = task(64)
+    train(Examples(examples.states, 1e6 * examples.y, examples.weight), loss="squared_error")
+    assert max(norms) <= 1.0 + 1e-4
+
+
+def test_validation_is_weighted():
+    examples = task(64, noise=1.0)
+    weight = torch.linspace(0, 2, 64)
+    validation = Examples(examples.states, examples.y, weight)
+    head, training = train(task(64), validation, loss="squared_error", max_epochs=1)
+    error = (torch.from_numpy(head_answers(head, examples.states, CPU)) - examples.y)[:, 0] ** 2
+    expected = float((weight * error).sum() / weight.sum())
+    assert training.history[0]["validation_loss"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_without_validation_the_last_epoch_counts():
     _, training = train(task(64))
     assert training.best_epoch == len(training.history) == 8

@@ -346,11 +346,10 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             raise ValueError(
                 f"{type(self).__name__} requires y to be passed, but the target y is None."
             )
-        if np.ndim(y) == 0 or np.asarray(y).dtype.kind in "mM":
-            raise ValueError(
-                "y must be a number for each row, got "
-                + ("a single one." if np.ndim(y) == 0 else f"{np.asarray(y).dtype}.")
-            )
+        given = np.asarray(y)
+        if given.ndim == 0 or given.dtype.kind in "mM":
+            what = given.dtype if given.ndim else "a single value"
+            raise ValueError(f"y must hold a number for each row, got {what}.")
         y = check_array(
             y,
             dtype=np.float64,

@@ -56,7 +56,7 @@ class FrozenLLM:
     model : str or path
         Hub id, local folder, or path of a ``.gguf`` file. A causal LLM or an encoder (of an
         encoder-decoder, the encoder is read). A ``.gguf`` file is converted once and kept as
-        safetensors in the user's cache folder; the extra ``gguf`` is needed for it.
+        safetensors in the user's cache folder; the extra ``gguf`` is needed for that.
     device : str or torch.device, default=None
         Where the model runs. None: ``"cuda"`` where there is one, else ``"mps"``, else ``"cpu"``.
     dtype : {"auto", "float32", "bfloat16", "float16"} or torch.dtype, default="auto"

@@ -28,7 +28,7 @@ def converted_gguf(path: Path) -> Path:
     Raises
     ------
     ImportError
-        If the package gguf is not installed.
+        If the packages of the extra ``gguf`` are not installed.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -36,9 +36,11 @@ def converted_gguf(path: Path) -> Path:
     folder = cache / f"{path.stem}-{digest}"
     if folder.exists():
         return folder
-    if find_spec("gguf") is None:
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing:
         raise ImportError(
-            f"Reading {path.name} takes the package gguf: pip install 'sklearn-relish[gguf]'"
+            f"Converting {path.name} takes {' and '.join(missing)}:"
+            " pip install 'sklearn-relish[gguf]'"
         )
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):

@@ -4,8 +4,8 @@
 
 FOLDER holds train.csv, dev.csv and test.csv with the columns text_a, text_b and score (0 to 5): the
 STS benchmark, on the Hugging Face Hub as GLUE's "stsb". MODEL is a Hub id, a folder or a .gguf
-file; the README's figures stand on SmolLM2-135M-Instruct (its GGUF file of 4 bits). The head is fitted on train.csv, a tenth
-of it held out for early stopping; test.csv is read once for the figures.
+file; the README's figures stand on SmolLM2-135M-Instruct, a GGUF file of 4 bits. The head is fitted
+on train.csv, a tenth of it held out for early stopping; test.csv is read once for the figures.
 """
 
 import argparse

@@ -460,7 +460,9 @@ def computes_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return any(torch.cpu.get_capabilities().get(name, False) for name in CPU_BFLOAT16)
+        # An older torch does not tell: float32 is right anywhere.
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        return any(capabilities.get(name, False) for name in CPU_BFLOAT16)
     return False
 
 

@@ -33,7 +33,7 @@ from transformers.utils import logging
 from sklearn_relish.gguf import converted_gguf
 from sklearn_relish.states import TokenStates
 
-# Padded tokens of a batch. More is no faster, and takes memory in proportion.
+# Padded tokens of a batch. On a CPU more is no faster; the others are not measured yet.
 TOKEN_BUDGET = {"cpu": 2_048, "mps": 8_192, "cuda": 16_384}
 TOKENIZE_TEXTS = 10_000  # texts tokenized at once
 MODEL_SUFFIXES = {".bin", ".jinja", ".json", ".model", ".py", ".safetensors", ".spm", ".txt"}
@@ -41,6 +41,8 @@ MODEL_SUFFIXES = {".bin", ".jinja", ".json", ".model", ".py", ".safetensors", ".
 ACCESS_KWARGS = frozenset(
     ["cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"]
 )
+# Keyword arguments that leave the states as they are: they find a model, or place it.
+NEUTRAL_KWARGS = ACCESS_KWARGS - {"subfolder"} | {"device_map", "max_memory", "offload_folder"}
 CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # torch.cpu.get_capabilities, x86 and Arm
 
 
@@ -187,7 +189,7 @@ class FrozenLLM:
         changes = {
             name: value
             for name, value in (self.model_kwargs or {}).items()
-            if name == "subfolder" or name not in ACCESS_KWARGS
+            if name not in NEUTRAL_KWARGS
         }
         digest.update(repr(sorted(changes.items())).encode())
         return digest.hexdigest()[:32]

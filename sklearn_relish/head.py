@@ -15,6 +15,15 @@ MLP_RATIO = 4  # hidden units of a block's MLP, in latent sizes
 RMS_EPSILON = 1e-6  # added to the mean square of a token's state
 
 
+def check_head_sizes(latent_size: int, n_heads: int) -> None:
+    """Raise a ValueError unless the attention heads can share the latent state equally."""
+    if latent_size % n_heads:
+        raise ValueError(
+            f"latent_size={latent_size} is not a multiple of n_heads={n_heads}: each head works on"
+            " an equal part of the latent state."
+        )
+
+
 class LatentAttention(nn.Module):
     """Multi-head attention from one latent state to the tokens of its text.
 
@@ -141,11 +150,7 @@ class RelishHead(nn.Module):
         state_norm: str | None = "rms",
     ) -> None:
         super().__init__()
-        if latent_size % n_heads:
-            raise ValueError(
-                f"latent_size={latent_size} is not a multiple of n_heads={n_heads}: each head works"
-                " on an equal part of the latent state."
-            )
+        check_head_sizes(latent_size, n_heads)
         if state_norm not in ("rms", None):
             raise ValueError(f"state_norm must be 'rms' or None, got {state_norm!r}.")
         self.n_iterations = n_iterations

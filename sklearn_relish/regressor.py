@@ -22,6 +22,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_array, check_is_fitted
 
 from sklearn_relish.backbone import FrozenLLM
+from sklearn_relish.head import check_head_sizes
 from sklearn_relish.prompts import name_rows
 from sklearn_relish.reader import LLMReader
 from sklearn_relish.training import (
@@ -264,11 +265,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         check_consistent_length(np.empty(table.n_rows), y)
         weight = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
         used = np.flatnonzero(weight)
-        if self.latent_size % self.n_heads:
-            raise ValueError(
-                f"latent_size={self.latent_size} is not a multiple of n_heads={self.n_heads}: each"
-                " head works on an equal part of the latent state."
-            )
+        check_head_sizes(self.latent_size, self.n_heads)
         texts = self._render(table)
         y, weight = y[used], weight[used]
         targets, mean, scale = _standardize(y.reshape(len(y), -1), weight)

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -30,12 +29,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from sklearn_relish.files import file_digest
 from sklearn_relish.gguf import converted_gguf
 from sklearn_relish.states import TokenStates
 
 # Padded tokens of a batch. On a CPU more is no faster; the others are not measured yet.
 TOKEN_BUDGET = {"cpu": 2_048, "mps": 8_192, "cuda": 16_384}
-TOKENIZE_TEXTS = 10_000  # texts tokenized at once
+TOKENIZE_TEXTS = 256  # texts tokenized at once: a token takes 100 bytes while they are
 MODEL_SUFFIXES = {".bin", ".jinja", ".json", ".model", ".py", ".safetensors", ".spm", ".txt"}
 # Keyword arguments that find a model; configuration and tokenizer take them too.
 ACCESS_KWARGS = frozenset(
@@ -181,8 +181,7 @@ class FrozenLLM:
         digest = hashlib.sha256()
         if os.path.exists(self.model):
             for path in self.files:
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+                digest.update(file_digest(path).encode())
         else:
             commit = getattr(self.config, "_commit_hash", None)
             digest.update(f"{self.model}@{commit}".encode())
@@ -234,7 +233,7 @@ class FrozenLLM:
             return network.eval().requires_grad_(False)
 
     def read(
-        self, texts: list[str], *, layer: int, max_length: int, progress: bool = False
+        self, texts: list[str], *, layer: int, max_length: int
     ) -> Iterator[tuple[np.ndarray, TokenStates, np.ndarray]]:
         """States of texts, batch by batch, the longest texts first.
 
@@ -250,8 +249,6 @@ class FrozenLLM:
         max_length : int
             Tokens of a text that are read, special tokens counted in; never more than the model's
             own window.
-        progress : bool, default=False
-            Whether a bar counts the texts.
 
         Yields
         ------
@@ -274,16 +271,14 @@ class FrozenLLM:
         kind = self.torch_device.type
         budget = TOKEN_BUDGET.get(kind, TOKEN_BUDGET["cuda"])
         start = 0
-        with tqdm(total=len(texts), desc="Reading texts", unit="text", disable=not progress) as bar:
-            while start < len(texts):
-                n_rows = max(1, budget // int(lengths[longest_first[start]]))
-                rows = longest_first[start : start + n_rows]
-                if kind == "cpu":
-                    rows = rows[lengths[rows] == lengths[rows[0]]]
-                states = self._forward([tokens[row] for row in rows], layer)
-                yield rows, states, full_lengths[rows]
-                start += len(rows)
-                bar.update(len(rows))
+        while start < len(texts):
+            n_rows = max(1, budget // int(lengths[longest_first[start]]))
+            rows = longest_first[start : start + n_rows]
+            if kind == "cpu":
+                rows = rows[lengths[rows] == lengths[rows[0]]]
+            states = self._forward([tokens[row] for row in rows], layer)
+            yield rows, states, full_lengths[rows]
+            start += len(rows)
 
     def _tokenize(self, texts: list[str], max_length: int) -> tuple[list[np.ndarray], np.ndarray]:
         """Token ids of each text, cut, and how many there were before the cut."""

@@ -21,6 +21,7 @@ from torch.nn.functional import rms_norm
 from sklearn_relish.backbone import FrozenLLM
 from sklearn_relish.head import RMS_EPSILON
 from sklearn_relish.reader import LLMReader
+from sklearn_relish.store import StateStore
 
 
 class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
@@ -43,8 +44,8 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
         Template of a row's text, as in :class:`RelishRegressor`.
     max_length : int, default=512
         Tokens of a text that are read.
-    memory : str, path or joblib.Memory, default=None
-        Folder where token states are kept. None keeps them in this process.
+    memory : str, path, joblib.Memory or StateStore, default=None
+        Where token states are kept, as in :class:`RelishRegressor`.
     device : str or torch.device, default=None
         Where the language model runs. None: ``"cuda"``, else ``"mps"``, else ``"cpu"``.
     dtype : {"auto", "float32", "bfloat16", "float16"} or torch.dtype, default="auto"
@@ -90,7 +91,7 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
         pooling: str = "mean",
         prompt: str | None = None,
         max_length: int = 512,
-        memory: str | os.PathLike[str] | joblib.Memory | None = None,
+        memory: str | os.PathLike[str] | joblib.Memory | StateStore | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
         model_kwargs: dict[str, Any] | None = None,
@@ -148,14 +149,11 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
         """
         check_is_fitted(self)
         states = self._states(self._render(self._read_table(X, reset=False)), self.layer_)
-        if self.pooling == "last":
-            pooled = self._normed(states.values[states.starts + states.lengths - 1])
-        else:
-            pooled = torch.empty(len(states), states.values.shape[1])
-            for row, (start, length) in enumerate(
-                zip(states.starts.tolist(), states.lengths.tolist(), strict=True)
-            ):
-                pooled[row] = self._normed(states.values[start : start + length]).mean(dim=0)
+        pooled = torch.empty(len(states), states.hidden_size)
+        for row, text in enumerate(states):
+            if self.pooling == "last":
+                text = text[-1:]
+            pooled[row] = self._normed(text).mean(dim=0)
         return pooled.numpy()
 
     def _normed(self, states: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 from importlib.util import find_spec
@@ -12,6 +11,8 @@ import torch
 from filelock import FileLock
 from platformdirs import user_cache_path
 from transformers import AutoModel, AutoTokenizer
+
+from sklearn_relish.files import file_digest
 
 
 def converted_gguf(path: Path) -> Path:
@@ -30,8 +31,7 @@ def converted_gguf(path: Path) -> Path:
     ImportError
         If the packages of the extra ``gguf`` are not installed.
     """
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    digest = file_digest(path)[:16]
     cache = user_cache_path("sklearn_relish") / "gguf"
     folder = cache / f"{path.stem}-{digest}"
     if folder.exists():

@@ -17,7 +17,7 @@ from sklearn.utils.validation import validate_data
 from sklearn_relish.backbone import FrozenLLM, shared_llm
 from sklearn_relish.prompts import Table, read_table, render
 from sklearn_relish.states import TokenStates
-from sklearn_relish.store import shared_store
+from sklearn_relish.store import StateStore, open_store
 
 
 class LLMReader(BaseEstimator):
@@ -35,7 +35,7 @@ class LLMReader(BaseEstimator):
         "state_norm": [StrOptions({"rms"}), None],
         "prompt": [str, None],
         "max_length": [Interval(Integral, 1, None, closed="left")],
-        "memory": [str, os.PathLike, joblib.Memory, None],
+        "memory": [str, os.PathLike, joblib.Memory, StateStore, None],
         "device": [str, torch.device, None],
         "dtype": [str, torch.dtype],
         "model_kwargs": [dict, None],
@@ -73,7 +73,7 @@ class LLMReader(BaseEstimator):
         return self.model
 
     def _states(self, texts: list[str], layer: int) -> TokenStates:
-        return shared_store(self.memory).fetch(
+        return open_store(self.memory).fetch(
             texts,
             self._llm(),
             layer=layer,

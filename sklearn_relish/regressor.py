@@ -25,6 +25,7 @@ from sklearn_relish.backbone import FrozenLLM
 from sklearn_relish.head import check_head_sizes
 from sklearn_relish.prompts import name_rows
 from sklearn_relish.reader import LLMReader
+from sklearn_relish.store import StateStore
 from sklearn_relish.training import (
     LOSSES,
     Examples,
@@ -88,9 +89,11 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     n_iter_no_change : int, default=None
         Training stops after that many epochs without a lower validation loss. None lets the
         schedule run to its end, where the learning rate falls and most is gained.
-    memory : str, path or joblib.Memory, default=None
-        Folder where token states are kept, for other processes and later days: a text that has
-        been read is not read again. None keeps them in this process.
+    memory : str, path, joblib.Memory or StateStore, default=None
+        Where token states are kept; a text whose states are there is not read again. A folder
+        serves other processes and later days. None: this process, up to 2 GiB, and beyond that
+        a temporary folder that goes with it. A :class:`StateStore` says more: bounds, what is
+        held, how to clear it.
     device : str or torch.device, default=None
         Where the language model and the head run. None: ``"cuda"`` where there is one, else
         ``"mps"``, else ``"cpu"``; where `model` is a :class:`FrozenLLM`, its device.
@@ -129,6 +132,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     See Also
     --------
     LLMEncoder : The same states, pooled, for any other regressor.
+    StateStore : Where the states are kept.
 
     Notes
     -----
@@ -138,7 +142,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     of rounding remain for a text that is read anew).
 
     With `GridSearchCV` and its like, no fold, candidate or refit of a process reads a text a second
-    time; with `n_jobs`, processes share what they read by a folder given as `memory`.
+    time. With `n_jobs`, give a folder as `memory`: of what several processes lack, each then reads
+    a part, and where all has been read none loads the language model.
 
     References
     ----------
@@ -191,7 +196,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         early_stopping: bool = True,
         validation_fraction: float = 0.1,
         n_iter_no_change: int | None = None,
-        memory: str | os.PathLike[str] | joblib.Memory | None = None,
+        memory: str | os.PathLike[str] | joblib.Memory | StateStore | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
         model_kwargs: dict[str, Any] | None = None,
@@ -252,7 +257,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         Warns
         -----
         UserWarning
-            If a target is constant, or texts were cut at `max_length`.
+            If a target is constant; if texts were cut at `max_length`; if kept states were damaged
+            and are read again, or could not be written.
         """
         fitted = copy.copy(self)  # a fit that is refused or interrupted leaves the earlier one
         fitted._fit(X, y, sample_weight)
@@ -279,7 +285,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         examples = Examples.of(states, targets, weight / weight.mean())
         head = new_head(
             random.randint(np.iinfo(np.int32).max),
-            input_size=states.values.shape[1],
+            input_size=states.hidden_size,
             latent_size=self.latent_size,
             n_heads=self.n_heads,
             n_iterations=self.n_iterations,

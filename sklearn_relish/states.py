@@ -1,10 +1,11 @@
-"""Token states of many texts: one array of tokens, and where each text's tokens lie in it.
+"""Token states of many texts: a few arrays of tokens, and where each text's tokens lie in them.
 
-Texts have different lengths; nothing is padded until a batch is asked for.
+Texts have different lengths; nothing is padded, and nothing copied, until a batch is asked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +18,15 @@ class TokenStates:
 
     Parameters
     ----------
-    values : Tensor of shape (n_tokens, D)
-        The states of all tokens, text after text.
+    arrays : tuple of Tensor of shape (n_tokens, D)
+        States of tokens, text after text; each may be a file's memory map.
+    array : int64 Tensor of shape (n_texts,)
+        Which of `arrays` holds the text.
+    starts : int64 Tensor of shape (n_texts,)
+        The row of that array at which the text begins. A text may be pointed to twice, so a
+        selection of texts, repeated or not, shares the arrays.
     lengths : int64 Tensor of shape (n_texts,)
         Tokens of each text, at least one.
-    starts : int64 Tensor of shape (n_texts,)
-        The row of `values` at which each text begins. A text may be pointed to twice, so a
-        selection of texts, repeated or not, shares `values`.
 
     Examples
     --------
@@ -34,30 +37,35 @@ class TokenStates:
     (torch.Size([2, 3, 2]), [[True, True, False], [True, True, True]])
     """
 
-    values: Tensor
-    lengths: Tensor
+    arrays: tuple[Tensor, ...]
+    array: Tensor
     starts: Tensor
+    lengths: Tensor
 
     @classmethod
     def from_lengths(cls, values: Tensor, lengths: Tensor) -> TokenStates:
-        """States of texts that lie one after the other, without gaps."""
-        return cls(values, lengths, lengths.cumsum(0) - lengths)
+        """States of texts that lie one after the other in one array, without gaps."""
+        return cls((values,), torch.zeros_like(lengths), lengths.cumsum(0) - lengths, lengths)
+
+    @property
+    def hidden_size(self) -> int:
+        """Size D of a token's state."""
+        return self.arrays[0].shape[1]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, rows: Tensor) -> TokenStates:
-        return TokenStates(self.values, self.lengths[rows], self.starts[rows])
+        return TokenStates(self.arrays, self.array[rows], self.starts[rows], self.lengths[rows])
 
-    def compact(self) -> TokenStates:
-        """A copy that holds the tokens of these texts alone, text after text."""
-        last = self.lengths.cumsum(0)
-        shift = self.starts - (last - self.lengths)
-        tokens = torch.arange(int(last[-1])) + shift.repeat_interleave(self.lengths)
-        return TokenStates.from_lengths(self.values[tokens], self.lengths)
+    def __iter__(self) -> Iterator[Tensor]:
+        """The states of each text, views of shape (length, D)."""
+        places = (self.array.tolist(), self.starts.tolist(), self.lengths.tolist())
+        for array, start, length in zip(*places, strict=True):
+            yield self.arrays[array][start : start + length]
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """States of some texts, padded to the longest of them, and which tokens are real.
+        """States of some texts, padded with zeros to the longest of them, and which are real.
 
         Parameters
         ----------
@@ -66,11 +74,12 @@ class TokenStates:
         Returns
         -------
         states : Tensor of shape (B, S, D)
-            The padding repeats tokens of `values`; a head must not look at it.
         mask : bool Tensor of shape (B, S)
         """
-        lengths, starts = self.lengths[rows, None], self.starts[rows, None]  # (B, 1)
-        positions = torch.arange(int(lengths.max()))  # (S,)
-        mask = positions < lengths  # (B, S)
-        tokens = starts + positions.minimum(lengths - 1)  # (B, S)
-        return self.values[tokens], mask
+        texts = self[rows]
+        n_tokens = int(texts.lengths.max())
+        padded = self.arrays[0].new_zeros(len(rows), n_tokens, self.hidden_size)
+        # Slices of whole texts are copied faster than tokens are gathered by their numbers.
+        for place, text in zip(padded, texts, strict=True):
+            place[: len(text)] = text
+        return padded, torch.arange(n_tokens) < texts.lengths[:, None]

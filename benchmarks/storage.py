@@ -20,12 +20,16 @@ import numpy as np
 import torch
 
 from sklearn_relish.shards import KEY_BYTES, Shard
-from sklearn_relish.shelf import SHARD_BYTES, Shelf
+from sklearn_relish.shelf import Shelf
+from sklearn_relish.store import SHARD_BYTES
 
 N_TOKENS, SIZE, BATCH = 30, 576, 32
 TEXT_BYTES = N_TOKENS * SIZE * 2
 SHARD_TEXTS = SHARD_BYTES // TEXT_BYTES
 STATES = torch.randn(SHARD_TEXTS * N_TOKENS, SIZE).bfloat16()  # of as many texts as fill a shard
+
+
+LABEL = dict.fromkeys(("model", "layer", "dtype", "max_length"), "")
 
 
 def key(number: int) -> bytes:
@@ -40,7 +44,7 @@ def shards(folder: Path, n_texts: int) -> Callable[[np.ndarray], None]:
         lengths = torch.full((len(numbers),), N_TOKENS)
         keys = torch.tensor([list(key(number)) for number in numbers], dtype=torch.uint8)
         states = STATES[: len(numbers) * N_TOKENS]
-        shelf.add(Shard(states, lengths, lengths, keys, {}).save(folder))
+        shelf.add(Shard(states, lengths, lengths, keys, LABEL).save(folder))
 
     def read(order: np.ndarray) -> None:
         shelf = Shelf(folder)  # as another process finds them, checksums looked at

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from sklearn_relish.files import file_digest
+from sklearn_relish.files import file_digest, file_stamp
 from sklearn_relish.gguf import converted_gguf
 from sklearn_relish.states import TokenStates
 
@@ -179,6 +179,7 @@ class FrozenLLM:
     def fingerprint(self) -> str:
         """What identifies weights and tokenizer: the Hub's commit, or a digest of the files."""
         digest = hashlib.sha256()
+        self._stamps = self.stamps
         if os.path.exists(self.model):
             for path in self.files:
                 digest.update(file_digest(path).encode())
@@ -204,6 +205,11 @@ class FrozenLLM:
             return []
         return sorted(file for file in folder.iterdir() if file.suffix in MODEL_SUFFIXES)
 
+    @property
+    def stamps(self) -> list[tuple[int, ...]]:
+        """What changes when one of the files does."""
+        return [file_stamp(path) for path in self.files]
+
     @cached_property
     def config(self) -> PretrainedConfig:
         """The model's configuration."""
@@ -214,14 +220,14 @@ class FrozenLLM:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded on first use."""
         with self._lock:
-            return self._from_pretrained(AutoTokenizer, **self._access_kwargs)
+            return self._from_pretrained(AutoTokenizer, **self._pinned_kwargs)
 
     @cached_property
     def network(self) -> PreTrainedModel:
         """The model itself, loaded on first use: its text layers, without a head."""
         with self._lock, _quiet_loading():
             defaults = {"use_safetensors": True, "dtype": self.torch_dtype}
-            kwargs = defaults | self._access_kwargs | (self.model_kwargs or {})
+            kwargs = defaults | (self.model_kwargs or {}) | self._pinned_kwargs
             if kwargs.get("quantization_config") is not None:
                 kwargs.setdefault("device_map", {"": self.torch_device})
             network = self._from_pretrained(AutoModel, **kwargs)
@@ -376,6 +382,12 @@ class FrozenLLM:
         # Left at None, Transformers would ask on the terminal.
         return {"trust_remote_code": given.get("trust_remote_code", False), **access}
 
+    @property
+    def _pinned_kwargs(self) -> dict[str, Any]:
+        """The same, with the very commit that the fingerprint speaks of."""
+        commit = None if os.path.exists(self.model) else getattr(self.config, "_commit_hash", None)
+        return self._access_kwargs | ({} if commit is None else {"revision": commit})
+
     @cached_property
     def _source(self) -> str:
         """What `from_pretrained` is given: a folder or a Hub id."""
@@ -394,7 +406,13 @@ class FrozenLLM:
     def _from_pretrained(self, auto_class: type, **kwargs: Any) -> Any:
         source = self._source
         try:
-            return auto_class.from_pretrained(source, **kwargs)
+            loaded = auto_class.from_pretrained(source, **kwargs)
+            if "fingerprint" in vars(self) and self._stamps != self.stamps:
+                raise RuntimeError(
+                    f"The files of {self.model!r} have changed since this process first looked at"
+                    " them: make a new FrozenLLM, or start again."
+                )
+            return loaded
         except OSError as error:
             if os.path.isdir(source):
                 what = f"{auto_class.__name__} can't load the folder {os.path.abspath(source)}"
@@ -432,9 +450,8 @@ def shared_llm(
     name = os.fspath(model)
     name = os.path.abspath(name) if os.path.exists(name) else name
     llm = FrozenLLM(name, device=device, dtype=dtype, model_kwargs=model_kwargs)
-    stamps = [(path.stat().st_mtime_ns, path.stat().st_size) for path in llm.files]
     settings = (llm.torch_device, llm.torch_dtype, sorted((model_kwargs or {}).items()))
-    key = (name, repr(settings), repr(stamps))
+    key = (name, repr(settings), repr(llm.stamps))
     with _shared_lock:
         return _shared.setdefault(key, llm)
 

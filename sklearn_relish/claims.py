@@ -38,14 +38,14 @@ class Claims:
             If the folder can't be written to, or knows no locks.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / "lock"):
+        with _file_lock(self.folder / "lock"):
             yield
 
     def taken(self) -> set[bytes]:
         """Keys that running processes have claimed; claims left behind are removed."""
         keys: set[bytes] = set()
         for path in self.folder.glob("*.claim"):
-            holder = FileLock(path.with_suffix(".holder"))
+            holder = _file_lock(path.with_suffix(".holder"))
             try:
                 with holder.acquire(timeout=0):
                     _remove(path)
@@ -59,12 +59,17 @@ class Claims:
     def claim(self, keys: list[bytes]) -> Iterator[None]:
         """Claim keys, under the lock, until the context is left."""
         path = self.folder / f"{uuid.uuid4().hex}.claim"
-        with FileLock(path.with_suffix(".holder")):
+        with _file_lock(path.with_suffix(".holder")):
             try:
                 path.write_bytes(b"".join(keys))
                 yield
             finally:
                 _remove(path)
+
+
+def _file_lock(path: Path) -> FileLock:
+    """A lock that the system lets go of when its process ends, for any user of the folder."""
+    return FileLock(path, mode=0o666, fallback_to_soft=False)
 
 
 def _remove(path: Path) -> None:

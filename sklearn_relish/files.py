@@ -18,7 +18,7 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal.
 
     That of a large file is remembered in the user's cache folder for as long as the file keeps
-    its path, inode, size and time of change, so that a process which needs no weights reads none.
+    its path and its stamp, so that a process which needs no weights reads none.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def file_digest(path: Path) -> str:
     stat = path.stat()
     if stat.st_size < REMEMBERED_BYTES:
         return _digest(path)
-    identity = f"{path.absolute()}\0{stat.st_ino}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    identity = f"{path.absolute()}\0{file_stamp(path)}"
     name = hashlib.sha256(identity.encode()).hexdigest()
     remembered = user_cache_path("sklearn_relish") / "digests" / name
     with suppress(OSError, UnicodeDecodeError):
@@ -40,13 +40,19 @@ def file_digest(path: Path) -> str:
         if len(digest) == 64:
             return digest
     digest = _digest(path)
-    if time.time() - stat.st_mtime > SETTLED_SECONDS:
+    if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_SECONDS:
         with suppress(OSError):  # a cache that can't be written only costs time
             remembered.parent.mkdir(parents=True, exist_ok=True)
             partial = remembered.with_suffix(f".{os.getpid()}")
             partial.write_text(digest, "ascii")
             partial.replace(remembered)
     return digest
+
+
+def file_stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written or replaced: inode, size, both times of change."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _digest(path: Path) -> str:

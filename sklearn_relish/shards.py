@@ -8,6 +8,7 @@ in `benchmarks/storage.py`; unlike those, it serves on a network folder too.
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 import zlib
@@ -19,12 +20,13 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 KEY_BYTES = 16
+SMALL_BYTES = 4 * 2**20  # files of less are read, not mapped
 INDEX = ("keys", "lengths", "full_lengths")
-SUFFIX = ".safetensors"
+LABEL = ("model", "layer", "dtype", "max_length")
 
 
 class DamagedShardError(Exception):
@@ -57,6 +59,10 @@ class Shard:
         The file that the tensors are mapped from. None: they lie in memory.
     states_checksum : str, default=None
         What the states must agree with; None once they have been seen to.
+    file_bytes : int, default=0
+        Size of the file.
+    last_used : float, default=now
+        Seconds since the epoch; of a file, its time of change.
     """
 
     states: Tensor
@@ -66,11 +72,15 @@ class Shard:
     label: dict[str, str]
     path: Path | None = None
     states_checksum: str | None = None
+    file_bytes: int = 0
     last_used: float = field(default_factory=time.time)
 
     @classmethod
-    def open(cls, path: Path) -> Shard:
-        """A shard of a file.
+    def open(cls, path: Path, *, map_small: bool = False) -> Shard:
+        """A shard of a file, whose states are mapped.
+
+        Those of a small file are read instead, for it may be merged away, and on a network its
+        mapping would end with it; unless `map_small` says that it stays.
 
         Raises
         ------
@@ -80,45 +90,58 @@ class Shard:
             If it can't be read.
         """
         try:
+            path.open("rb").close()  # what hinders reading is said better here
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in ("states", *INDEX)}
         except SafetensorError as error:
             raise DamagedShardError(str(error)) from error
+        except (RuntimeError, MemoryError) as error:  # torch opens the file a second time
+            raise OSError(str(error)) from error
         index = {name: tensors[name].clone() for name in INDEX}  # small, and of constant use
         if metadata.pop("index_checksum", None) != checksum(index, metadata):
             raise DamagedShardError("its index does not agree with its checksum")
+        states = tensors["states"]
+        if not (metadata.keys() >= {"states_checksum", *LABEL} and _fits(states, **index)):
+            raise DamagedShardError("it is not laid out as a shard")
+        stat = path.stat()
         return cls(
             **index,
-            states=tensors["states"],
+            states=states if map_small or states.nbytes >= SMALL_BYTES else states.clone(),
             states_checksum=metadata.pop("states_checksum"),
             label=metadata,
             path=path,
-            last_used=path.stat().st_mtime,
+            file_bytes=stat.st_size,
+            last_used=stat.st_mtime,
         )
 
-    def save(self, folder: Path) -> Shard:
+    def save(self, folder: Path, *, map_small: bool = False) -> Shard:
         """The same shard in a file of a folder, where it is whole or absent at any moment.
+
+        It is opened as by `open`.
 
         Raises
         ------
-        OSError, safetensors.SafetensorError
+        OSError
             If it can't be written; nothing is left of it then.
         """
         index = {name: getattr(self, name) for name in INDEX}
         metadata = self.label | {"states_checksum": checksum({"states": self.states})}
         metadata["index_checksum"] = checksum(index, metadata)
-        path = folder / f"{uuid.uuid4().hex}{SUFFIX}"
-        partial = folder / f".{path.name}.partial"
+        path = folder / f"{uuid.uuid4().hex}.safetensors"
+        partial = folder / f".{path.stem}.partial"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(index | {"states": self.states}, partial, metadata)
+            # Not save_file, whose files are their writer's alone and have names of their own.
+            partial.write_bytes(save(index | {"states": self.states}, metadata))
+            os.utime(partial, (self.last_used, self.last_used))
             partial.rename(path)
-        except BaseException:
+            saved = Shard.open(path, map_small=map_small)
+        except DamagedShardError as error:
+            raise OSError(f"{path} is not what was written: {error}") from error
+        finally:
             with suppress(OSError):
                 partial.unlink()
-            raise
-        saved = Shard.open(path)
         saved.states_checksum = None  # these are the bytes that the checksum was made of
         return saved
 
@@ -129,7 +152,8 @@ class Shard:
             name: torch.cat([getattr(shard, name) for shard in shards])
             for name in ("states", *INDEX)
         }
-        return cls(**tensors, label=shards[0].label)
+        last_used = max(shard.last_used for shard in shards)
+        return cls(**tensors, label=shards[0].label, last_used=last_used)
 
     @property
     def n_bytes(self) -> int:
@@ -149,12 +173,37 @@ class Shard:
         return [joined[i : i + KEY_BYTES] for i in range(0, len(joined), KEY_BYTES)]
 
     def is_whole(self) -> bool:
-        """Whether the states are those that were written; looked at once."""
+        """Whether the states are those that were written.
+
+        Their checksum is looked at once, and the size of a file each time, since a mapped file
+        that was cut short ends the process that reads on.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the file is gone.
+        """
+        if self.path is not None and self.path.stat().st_size != self.file_bytes:
+            return False
         if self.states_checksum is not None:
             if checksum({"states": self.states}) != self.states_checksum:
                 return False
             self.states_checksum = None
         return True
+
+
+def _fits(states: Tensor, keys: Tensor, lengths: Tensor, full_lengths: Tensor) -> bool:
+    """Whether tensors can be a shard's."""
+    return (
+        states.ndim == 2
+        and states.is_floating_point()
+        and keys.dtype == torch.uint8
+        and lengths.dtype == full_lengths.dtype == torch.int64
+        and keys.shape == (len(lengths), KEY_BYTES)
+        and lengths.shape == full_lengths.shape
+        and bool((lengths > 0).all())
+        and int(lengths.sum()) == len(states)
+    )
 
 
 def checksum(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:

@@ -6,20 +6,20 @@ disagrees, and keeps their number small.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from sklearn_relish.claims import Claims
-from sklearn_relish.shards import DamagedShardError, Entry, Shard
+from sklearn_relish.shards import SMALL_BYTES, DamagedShardError, Entry, Shard
 from sklearn_relish.states import TokenStates
 
-SHARD_BYTES = 64 * 2**20  # states gathered before a shard is made
-MERGE_SHARDS = 32  # files of like size, smaller than half of that, that are merged
+MERGE_SHARDS = 32  # small shards of like size that are merged
+LEFT_BEHIND_SECONDS = 3600.0  # after which a file that is being written is nobody's
 SHARD_FILES = "[0-9a-f]" * 32 + ".safetensors"
 
 
@@ -36,7 +36,7 @@ class Shelf:
     entries : dict
         Where each text's states lie, by the text's key.
     shards : Counter
-        The shards that hold something, and how many texts.
+        How many texts are to be found in each shard; none in a file whose texts others have too.
     n_bytes, memory_bytes : int
         Bytes of all states, and of those that are held in memory.
     """
@@ -50,30 +50,46 @@ class Shelf:
         self._seen: set[str] = set()
 
     def look(self) -> list[str]:
-        """Find files that are new; tell which of them can't be used, and why."""
+        """Find files that are new, forget those that are gone; tell which can't be used, and why.
+
+        A file found damaged is removed.
+        """
+        if self.folder is None:
+            return []
+        paths = {path.name: path for path in self.folder.glob(SHARD_FILES)}
+        for shard in list(self.shards):
+            ours = shard.path is not None and shard.path.parent == self.folder
+            if ours and shard.path.name not in paths:
+                self.forget(shard)
+        self._seen &= paths.keys()
         troubles = []
-        for path in [] if self.folder is None else sorted(self.folder.glob(SHARD_FILES)):
-            if path.name in self._seen:
-                continue
-            self._seen.add(path.name)
+        for name in sorted(paths.keys() - self._seen):
+            path = paths[name]
             try:
                 self.add(Shard.open(path))
-            except FileNotFoundError:  # merged or removed since
-                continue
             except DamagedShardError as error:
                 _unlink(path)
                 troubles.append(f"{path} ({error})")
             except OSError as error:
-                troubles.append(f"{path} ({error})")
+                if path.exists():  # else merged or removed since
+                    troubles.append(f"{path} ({error})")
+            self._seen.add(name)
         return troubles
 
     def verify(self, keys: Iterable[bytes]) -> list[str]:
-        """Drop shards of these texts whose states aren't what was written; tell which."""
-        used = {self.entries[key].shard for key in keys if key in self.entries}
-        damaged = [shard for shard in used if not shard.is_whole()]
-        for shard in damaged:
-            self.remove(shard)
-        return [f"{shard.path} (its states do not agree with their checksum)" for shard in damaged]
+        """Drop the shards of these texts whose states aren't what was written; tell which."""
+        troubles = []
+        for shard in {self.entries[key].shard for key in keys if key in self.entries}:
+            try:
+                if not shard.is_whole():
+                    troubles.append(f"{shard.path} (its states do not agree with their checksum)")
+                    self.remove(shard)
+            except FileNotFoundError:
+                self.forget(shard)
+            except OSError as error:
+                troubles.append(f"{shard.path} ({error})")
+                self.forget(shard)
+        return troubles
 
     def states(self, keys: list[bytes]) -> TokenStates:
         """States of texts that are all here, in the order of their keys; nothing is copied."""
@@ -93,62 +109,76 @@ class Shelf:
             self.memory_bytes += shard.n_bytes
         else:
             self._seen.add(shard.path.name)
+        self.shards[shard] += 0
         for key, entry in shard.entries():
-            self._forget(key)
-            self.entries[key] = entry
             self.shards[shard] += 1
+            self._forget_text(key)
+            self.entries[key] = entry
 
-    def remove(self, shard: Shard) -> None:
-        """Forget a shard's texts and delete its file."""
+    def forget(self, shard: Shard) -> None:
+        """Have nothing to do with a shard any more."""
         for key in shard.text_keys():
             if key in self.entries and self.entries[key].shard is shard:
-                self._forget(key)
+                self._forget_text(key)
+        self._drop(shard)
+
+    def remove(self, shard: Shard) -> None:
+        """Forget a shard and delete its file."""
+        self.forget(shard)
         if shard.path is not None:
             _unlink(shard.path)
 
-    def merge_small(self) -> None:
-        """Merge small files when there are many of like size, as single predictions make them.
+    def merge_small(self) -> list[str]:
+        """Merge small shards when there are many of like size, as single predictions make them.
 
-        A text is rewritten a few times at most, since a merged file is of another size. A process
-        that is killed at it leaves texts twice, which does no harm.
+        A text is rewritten a few times at most, since a merged shard is of another size. A process
+        that is killed at it leaves texts twice, which does no harm. Files that can't be used are
+        told as by `look`.
         """
-        if self.claims is None or not any(True for _ in self._mergeable()):
-            return
-        with suppress(OSError, NotImplementedError, SafetensorError), self.claims.lock():
-            self.look()
+        if not self._mergeable():
+            return []
+        if self.claims is None:
             for group in self._mergeable():
-                whole = [shard for shard in group if shard.path.exists() and shard.is_whole()]
+                self.add(Shard.merged(group))
+            return []
+        troubles: list[str] = []
+        with suppress(OSError, NotImplementedError), self.claims.lock():
+            troubles = self.look()
+            for partial in self.folder.glob(".*.partial"):
+                if time.time() - partial.stat().st_mtime > LEFT_BEHIND_SECONDS:
+                    _unlink(partial)
+            for shard, n_texts in list(self.shards.items()):
+                if not n_texts and shard.n_bytes < SMALL_BYTES:
+                    self.remove(shard)
+            for group in self._mergeable():
+                whole = [shard for shard in group if shard.is_whole()]
                 if len(whole) > 1:
                     self.add(Shard.merged(whole).save(self.folder))
                     for shard in whole:
-                        _unlink(shard.path)
+                        self.remove(shard)
+        return troubles
 
-    def _mergeable(self) -> Iterator[list[Shard]]:
-        """Groups of small files of like size, each together no larger than two full shards."""
+    def _mergeable(self) -> list[list[Shard]]:
+        """Groups of small shards of like size: the folder's files, or without one, in memory."""
         sizes = defaultdict(list)
         for shard in self.shards:
-            if shard.path is not None and shard.n_bytes < SHARD_BYTES // 2:
+            place = None if shard.path is None else shard.path.parent
+            if shard.n_bytes < SMALL_BYTES and place == self.folder:
                 sizes[shard.n_bytes.bit_length() // 5].append(shard)  # up to 32 times as large
-        for shards in sizes.values():
-            group: list[Shard] = []
-            for shard in shards if len(shards) >= MERGE_SHARDS else []:
-                group.append(shard)
-                if sum(shard.n_bytes for shard in group) >= SHARD_BYTES:
-                    yield group
-                    group = []
-            if group:
-                yield group
+        return [group for group in sizes.values() if len(group) >= MERGE_SHARDS]
 
-    def _forget(self, key: bytes) -> None:
+    def _forget_text(self, key: bytes) -> None:
         entry = self.entries.pop(key, None)
-        if entry is None:
-            return
-        self.shards[entry.shard] -= 1
-        if not self.shards[entry.shard]:
-            del self.shards[entry.shard]
-            self.n_bytes -= entry.shard.n_bytes
-            if entry.shard.path is None:
-                self.memory_bytes -= entry.shard.n_bytes
+        if entry is not None:
+            self.shards[entry.shard] -= 1
+            if not self.shards[entry.shard] and entry.shard.path is None:
+                self._drop(entry.shard)
+
+    def _drop(self, shard: Shard) -> None:
+        if self.shards.pop(shard, None) is not None:
+            self.n_bytes -= shard.n_bytes
+            if shard.path is None:
+                self.memory_bytes -= shard.n_bytes
 
 
 def _unlink(path: Path) -> None:

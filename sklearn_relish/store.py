@@ -17,25 +17,28 @@ import warnings
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import joblib
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from sklearn_relish.backbone import FrozenLLM
 from sklearn_relish.shards import KEY_BYTES, Shard
-from sklearn_relish.shelf import SHARD_BYTES, Shelf
+from sklearn_relish.shelf import Shelf
 from sklearn_relish.states import TokenStates
 from sklearn_relish.temporary import temporary_folder
 
+STATES_VERSION = 1  # goes up when this package makes other states of the same text
 MAX_MEMORY = 2 * 2**30
 PIECE_TEXTS = 256  # texts that a process claims at first, and twice as many each time while they
 PIECE_SECONDS = 5.0  # are read in less than this
 POLL_SECONDS = 0.2  # between looks at what other processes are reading
+PATIENCE_SECONDS = 600.0  # after which a user is told of a wait
+SHARD_BYTES = 64 * 2**20  # states gathered before a shard is made
 SHELVES = "[0-9a-f]" * 32 + "/layer*-*-*/"
 
 
@@ -46,7 +49,8 @@ class _Contents:
     shelves: dict[str, Shelf] = field(default_factory=dict)
     hits: int = 0
     misses: int = 0
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    lock: threading.RLock = field(default_factory=threading.RLock)  # for all of the above
+    reading: threading.Lock = field(default_factory=threading.Lock)
 
 
 _known: dict[Path | None, _Contents] = {}
@@ -64,14 +68,19 @@ class StateStore:
     folder : str, path or joblib.Memory, default=None
         Where states are kept, for other processes and later days; of a `joblib.Memory`, a folder
         in its location. None: in this process, and in a temporary folder that goes with it.
-    max_memory : int, default=2 * 2**30
+    max_memory : number, default=2 * 2**30
         Bytes of states that the process holds where there is no folder, 2 GiB. What comes after
         is written to the temporary folder. States in files are mapped, not held.
-    max_bytes : int, default=None
+    max_bytes : number, default=None
         Bytes of states that are kept in all. After a call that added some, the least recently
-        used are removed until the rest is within the bound; what a call uses is there until it
-        ends. None: no bound for a folder; `max_memory`, and half of what the disk of the temporary
-        folder had free, where there is none.
+        used are removed, file by file, until the rest is within the bound; during the call there
+        may be more by what it adds. None: no bound for a folder; where there is none,
+        `max_memory` and half of what the disk of the temporary folder had free.
+
+    Raises
+    ------
+    ValueError
+        If a bound is no number of bytes.
 
     Examples
     --------
@@ -87,14 +96,18 @@ class StateStore:
         self,
         folder: str | os.PathLike[str] | joblib.Memory | None = None,
         *,
-        max_memory: int = MAX_MEMORY,
-        max_bytes: int | None = None,
+        max_memory: float = MAX_MEMORY,
+        max_bytes: float | None = None,
     ) -> None:
         if isinstance(folder, joblib.Memory):
             folder = folder.location and Path(folder.location, "sklearn_relish")
-        self.folder = None if folder is None else Path(os.path.abspath(folder))
-        self.max_memory = max_memory
-        self.max_bytes = max_bytes
+        if folder is not None:
+            if not os.fspath(folder):
+                raise ValueError("The folder of a StateStore has an empty name: pass '.', or None.")
+            folder = Path(folder).expanduser().absolute()
+        self.folder = folder
+        self.max_memory = _check_bytes("max_memory", max_memory)
+        self.max_bytes = None if max_bytes is None else _check_bytes("max_bytes", max_bytes)
 
     def __repr__(self) -> str:
         given = [] if self.folder is None else [repr(os.fspath(self.folder))]
@@ -136,6 +149,11 @@ class StateStore:
         TokenStates
             In the model's dtype, on the CPU.
 
+        Raises
+        ------
+        OSError, FloatingPointError
+            If the model can't be loaded, or overflows. What was read until then is kept.
+
         Warns
         -----
         UserWarning
@@ -145,22 +163,26 @@ class StateStore:
         """
         name = f"{llm.fingerprint}/layer{layer}-{_dtype_name(llm)}-{max_length}"
         keys = [_key(name, text) for text in texts]
+        wanted = dict(zip(keys, texts, strict=True))
         contents = self._contents
-        with contents.lock:
-            shelf = self._shelf(name)
-            wanted = dict(zip(keys, texts, strict=True))
-            missing = self._lacking(shelf, wanted)
-            n_read = 0
-            if missing:
-                n_read = self._read(shelf, missing, llm, layer, max_length, progress)
-            contents.hits += len(wanted) - n_read
-            contents.misses += n_read
-            states = shelf.states(keys)
-            full_lengths = np.array([shelf.entries[key].full_length for key in keys])
-            _mark_used({shelf.entries[key].shard for key in keys})
-            if n_read:
-                shelf.merge_small()
-                self._evict()
+        n_read = 0
+        while True:
+            with contents.lock:  # what is here is had even while another thread reads
+                shelf = self._shelf(name)
+                missing = self._lacking(shelf, wanted)
+                if not missing:
+                    states = shelf.states(keys)
+                    full_lengths = np.array([shelf.entries[key].full_length for key in keys])
+                    used = {shelf.entries[key].shard for key in keys}
+                    _mark_used(used)
+                    contents.hits += max(0, len(wanted) - n_read)
+                    contents.misses += n_read
+                    if n_read:
+                        self._warn_damaged(shelf.merge_small())
+                        self._evict(used)
+                    break
+            with contents.reading:
+                n_read += self._read(shelf, missing, llm, layer, max_length, progress)
         cut = full_lengths > states.lengths.numpy()
         if cut.any():
             warnings.warn(
@@ -183,15 +205,16 @@ class StateStore:
         rows = []
         with self._contents.lock:
             for name, shelf in self._all_shelves().items():
-                for shard in islice(shelf.shards, 1):
+                if shelf.shards:
+                    label = next(iter(shelf.shards)).label
                     rows.append(
                         {
-                            "model": shard.label["model"],
-                            "layer": int(shard.label["layer"]),
-                            "dtype": shard.label["dtype"],
-                            "max_length": int(shard.label["max_length"]),
+                            "model": label["model"],
+                            "layer": int(label["layer"]),
+                            "dtype": label["dtype"],
+                            "max_length": int(label["max_length"]),
                             "n_texts": len(shelf.entries),
-                            "n_bytes": sum(shard.n_bytes for shard in shelf.shards),
+                            "n_bytes": shelf.n_bytes,
                             "fingerprint": name.partition("/")[0],
                         }
                     )
@@ -214,7 +237,8 @@ class StateStore:
                     elif isinstance(model, FrozenLLM):
                         chosen = name.startswith(model.fingerprint)
                     else:
-                        chosen = shard.label["model"] in (os.fspath(model), os.path.abspath(model))
+                        names = os.fspath(model), os.path.abspath(model)
+                        chosen = shard.label["model"] in names
                     if chosen:
                         shelf.remove(shard)
 
@@ -224,8 +248,10 @@ class StateStore:
             return _known.setdefault(self.folder, _Contents())
 
     def _shelf(self, name: str) -> Shelf:
-        folder = None if self.folder is None else self.folder / name
-        return self._contents.shelves.setdefault(name, Shelf(folder))
+        shelves = self._contents.shelves
+        if name not in shelves:
+            shelves[name] = Shelf(None if self.folder is None else self.folder / name)
+        return shelves[name]
 
     def _all_shelves(self) -> dict[str, Shelf]:
         """Those included that other processes have made; new files are found."""
@@ -262,21 +288,39 @@ class StateStore:
         # Texts of like length are read together, the longest first.
         missing = dict(sorted(missing.items(), key=lambda item: -len(item[1])))
         n_all, n_read, n_piece = len(missing), 0, PIECE_TEXTS
+        lock = self._contents.lock
+        progressed, told = time.monotonic(), False
         with tqdm(total=n_all, desc="Reading texts", unit="text", disable=not progress) as bar:
-            while missing:
-                with ExitStack() as claim:
-                    piece = self._claim(shelf, missing, n_piece, claim)
-                    began = time.monotonic()
-                    self._read_piece(shelf, piece, llm, layer, max_length, bar)
-                    if time.monotonic() - began < PIECE_SECONDS:
-                        n_piece *= 2
-                    n_read += len(piece)
+            while True:
+                began = time.monotonic()
                 n_before = len(missing)
-                missing = self._lacking(shelf, missing)
-                if len(missing) == n_before:
-                    time.sleep(POLL_SECONDS)
+                with lock:
+                    missing = self._lacking(shelf, missing)
                 bar.update(n_all - len(missing) - bar.n)
-        return n_read
+                if not missing:
+                    return n_read
+                with ExitStack() as claim:
+                    with lock:
+                        piece = self._claim(shelf, missing, n_piece, claim)
+                    if piece:
+                        began = time.monotonic()
+                        self._read_piece(shelf, piece, llm, layer, max_length, bar)
+                        n_read += len(piece)
+                        if time.monotonic() - began < PIECE_SECONDS:
+                            n_piece = min(2 * n_piece, n_all)
+                if piece or len(missing) < n_before:
+                    progressed = time.monotonic()
+                    continue
+                time.sleep(max(POLL_SECONDS, time.monotonic() - began))
+                if not told and time.monotonic() - progressed > PATIENCE_SECONDS:
+                    told = True
+                    warnings.warn(
+                        f"Another process has been reading the last {len(missing)} texts for"
+                        f" {PATIENCE_SECONDS:.0f} seconds. If it hangs, end it: this one goes on"
+                        " then.",
+                        UserWarning,
+                        stacklevel=5,
+                    )
 
     def _claim(
         self, shelf: Shelf, missing: dict[bytes, str], n_texts: int, claim: ExitStack
@@ -294,7 +338,7 @@ class StateStore:
                 if piece:
                     claim.enter_context(shelf.claims.claim(piece))
         except (OSError, NotImplementedError):  # no writing or no locks here: each for itself
-            return missing
+            piece = list(missing)
         return {key: missing[key] for key in piece}
 
     def _read_piece(
@@ -307,11 +351,9 @@ class StateStore:
         bar: tqdm,
     ) -> None:
         """Read texts and keep them, a shard at a time, and what was read when it is stopped."""
-        if not piece:
-            return
         keys = list(piece)
         label = {
-            "model": llm.model,
+            "model": os.path.abspath(llm.model) if os.path.exists(llm.model) else llm.model,
             "layer": str(layer),
             "dtype": _dtype_name(llm),
             "max_length": str(max_length),
@@ -324,8 +366,8 @@ class StateStore:
                 n_bytes += batch[1].arrays[0].nbytes
                 bar.update(len(batch[0]))
                 if n_bytes >= self._shard_bytes:
-                    self._keep(shelf, _shard(keys, pending, label))
-                    pending, n_bytes = [], 0
+                    gathered, pending, n_bytes = pending, [], 0
+                    self._keep(shelf, _shard(keys, gathered, label))
         finally:
             if pending:
                 self._keep(shelf, _shard(keys, pending, label))
@@ -335,62 +377,75 @@ class StateStore:
         if shelf.folder is not None:
             try:
                 shard = shard.save(shelf.folder)
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 self._warn_unwritable(error, shelf.folder)
-        shelf.add(shard)
-        self._spill(shelf)
+        with self._contents.lock:
+            shelf.add(shard)
+            self._spill()
 
-    def _spill(self, shelf: Shelf) -> None:
-        """Move the least recently used of a shelf from memory to files until the rest fits."""
-        excess = sum(other.memory_bytes for other in self._contents.shelves.values())
-        excess -= self.max_memory
+    def _spill(self) -> None:
+        """Move the least recently used from memory to temporary files until the rest fits."""
+        shelves = self._contents.shelves.values()
+        excess = sum(shelf.memory_bytes for shelf in shelves) - self.max_memory
         if excess <= 0:
             return
-        held = [shard for shard in shelf.shards if shard.path is None]
-        held.sort(key=lambda shard: shard.last_used, reverse=True)
+        held = [(s, shelf) for shelf in shelves for s in shelf.shards if s.path is None]
+        held.sort(key=lambda pair: pair[0].last_used, reverse=True)
         try:
             folder = temporary_folder().path
             while held and excess > 0:
-                group = [held.pop()]
-                while held and sum(shard.n_bytes for shard in group) < self._shard_bytes:
-                    group.append(held.pop())
-                merged = Shard.merged(group)
-                shelf.add(merged.save(folder))  # which takes the place of the group
-                excess -= merged.n_bytes
-        except (OSError, SafetensorError) as error:
+                group, n_bytes = [], 0
+                shelf = held[-1][1]
+                while held and held[-1][1] is shelf and n_bytes < self._shard_bytes:
+                    group.append(held.pop()[0])
+                    n_bytes += group[-1].n_bytes
+                # It takes the place of the group.
+                shelf.add(Shard.merged(group).save(folder, map_small=True))
+                excess -= n_bytes
+        except OSError as error:
             self._warn_unwritable(error, tempfile.gettempdir())
 
     @property
-    def _shard_bytes(self) -> int:
+    def _shard_bytes(self) -> float:
         """States gathered before a shard is made: less than SHARD_BYTES if little may be held."""
-        return SHARD_BYTES if self.folder else min(SHARD_BYTES, max(self.max_memory // 4, 2**20))
+        return SHARD_BYTES if self.folder else min(SHARD_BYTES, max(self.max_memory / 4, 2**20))
 
-    def _evict(self) -> None:
-        """Remove the least recently used shards beyond the bound."""
+    def _evict(self, used: set[Shard]) -> None:
+        """Remove the least recently used shards beyond the bound, those of this call last."""
         bound = self.max_bytes
         shelves = self._contents.shelves if bound is None else self._all_shelves()
         n_bytes = sum(shelf.n_bytes for shelf in shelves.values())
         if bound is None:
             if self.folder is not None or n_bytes <= self.max_memory:
                 return
-            bound = self.max_memory + temporary_folder().max_bytes
+            try:
+                bound = self.max_memory + temporary_folder().max_bytes
+            except OSError:  # all is in memory, and that has been said
+                return
         if n_bytes <= bound:
             return
         shards = []
         for shelf in shelves.values():
-            for shard in list(shelf.shards):
-                try:
-                    used = shard.last_used if shard.path is None else shard.path.stat().st_mtime
-                except OSError:  # another process has removed it
-                    shelf.remove(shard)
-                    continue
-                shards.append((used, shard, shelf))
-        n_bytes = sum(shelf.n_bytes for shelf in shelves.values())
-        for _, shard, shelf in sorted(shards, key=lambda found: found[0]):
+            for shard in shelf.shards:
+                last_used = shard.last_used
+                if shard.path is not None:  # another process may have used it since
+                    with suppress(OSError):
+                        last_used = shard.path.stat().st_mtime
+                shards.append((shard in used, last_used, shelf, shard))
+        removed = set()
+        for _, _, shelf, shard in sorted(shards, key=lambda found: found[:2]):
             if n_bytes <= bound:
                 break
             shelf.remove(shard)
+            removed.add(shard)
             n_bytes -= shard.n_bytes
+        if removed & used:
+            warnings.warn(
+                f"The store's bound of {bound} bytes is less than one call's states take: some are"
+                " removed now, and their texts are read again next time.",
+                UserWarning,
+                stacklevel=5,
+            )
 
     @staticmethod
     def _warn_damaged(troubles: list[str]) -> None:
@@ -404,10 +459,10 @@ class StateStore:
             )
 
     @staticmethod
-    def _warn_unwritable(error: Exception, folder: str | os.PathLike[str]) -> None:
+    def _warn_unwritable(error: OSError, folder: str | os.PathLike[str]) -> None:
         warnings.warn(
-            f"Token states could not be written to {os.fspath(folder)} ({error}): they stay in"
-            " memory, and are lost with this process.",
+            f"Token states could not be written to {os.fspath(folder)} ({error.strerror or error}):"
+            " they stay in memory, and are lost with this process.",
             UserWarning,
             stacklevel=6,
         )
@@ -416,6 +471,12 @@ class StateStore:
 def open_store(memory: str | os.PathLike[str] | joblib.Memory | StateStore | None) -> StateStore:
     """The store that an estimator's `memory` stands for."""
     return memory if isinstance(memory, StateStore) else StateStore(memory)
+
+
+def _check_bytes(name: str, value: float) -> float:
+    if not isinstance(value, Real) or not value >= 0:
+        raise ValueError(f"{name} must be a number of bytes, 0 or more, got {value!r}.")
+    return value
 
 
 def _mark_used(shards: set[Shard]) -> None:
@@ -447,4 +508,5 @@ def _dtype_name(llm: FrozenLLM) -> str:
 
 
 def _key(name: str, text: str) -> bytes:
-    return hashlib.blake2b(f"{name}/{text}".encode(), digest_size=KEY_BYTES).digest()
+    text = f"{STATES_VERSION}/{name}/{text}"
+    return hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).digest()

@@ -5,18 +5,18 @@ A process that was killed leaves its folder behind; the next one to make a folde
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 import tempfile
 import threading
 import time
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-PREFIX = "sklearn_relish-"
+PREFIX = "sklearn_relish-temporary-"
 YOUNG_SECONDS = 60.0  # a folder this new may belong to a process that is about to lock it
 
 
@@ -46,23 +46,22 @@ def temporary_folder() -> TemporaryFolder:
         if os.getpid() not in _made:
             _remove_left_behind()
             path = Path(tempfile.mkdtemp(prefix=PREFIX))
-            atexit.register(_remove, path, os.getpid())
-            holder = FileLock(path / "holder", thread_local=False)
+            # Unlike atexit, this runs at the end of multiprocessing's child processes too, and
+            # never in a fork of the process that asks for it.
+            Finalize(None, shutil.rmtree, args=(path, True), exitpriority=0)
+            holder = FileLock(path / "holder", thread_local=False, fallback_to_soft=False)
             holder.acquire()
             _made[os.getpid()] = TemporaryFolder(path, holder, shutil.disk_usage(path).free // 2)
         return _made[os.getpid()]
 
 
-def _remove(path: Path, owner: int) -> None:
-    if os.getpid() == owner:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _remove_left_behind() -> None:
     for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        holder = path / "holder"
         try:
-            if time.time() - path.stat().st_mtime > YOUNG_SECONDS:
-                with FileLock(path / "holder").acquire(timeout=0):
+            old = time.time() - path.stat().st_mtime > YOUNG_SECONDS
+            if old and holder.is_file() and not path.is_symlink():
+                with FileLock(holder, fallback_to_soft=False).acquire(timeout=0):
                     shutil.rmtree(path, ignore_errors=True)
         except (OSError, Timeout):  # another user's, or in use
             continue

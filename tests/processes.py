@@ -3,6 +3,8 @@
 import os
 import sys
 import threading
+import time
+import warnings
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 import sklearn_relish.store
 from sklearn_relish import FrozenLLM, RelishRegressor, StateStore
 from sklearn_relish.backbone import TOKEN_BUDGET
+from sklearn_relish.temporary import temporary_folder
 
 torch.set_num_threads(1)
 
@@ -63,6 +66,32 @@ def fetch_in_small_pieces(folder, texts, model, log):
     llm = LoggedLLM(model, log)
     for i in range(0, len(texts), 30):
         StateStore(folder).fetch(texts[i : i + 30], llm, layer=2, max_length=512, progress=False)
+
+
+def fetch_on_a_full_disk(folder, texts, model, log):
+    """Read texts where no file may grow beyond some kilobytes."""
+    import resource  # Unix alone has it
+
+    llm = LoggedLLM(model, log)
+    llm.tokenizer, llm.network  # noqa: B018, they are loaded here
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.RLIM_INFINITY))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            states = StateStore(folder).fetch(texts, llm, layer=2, max_length=512, progress=False)
+    assert len(states) == len(texts)
+    (message,) = (str(warning.message) for warning in caught)
+    assert "could not be written" in message
+    assert "they stay in memory" in message
+
+
+def spill(model, log):
+    """Use the temporary folder, tell where it is, and stay until the log is emptied."""
+    store = StateStore(max_memory=0)
+    store.fetch(["text"], LoggedLLM(model, log), layer=2, max_length=512, progress=False)
+    Path(log).write_text(str(temporary_folder().path))
+    while Path(log).read_text():
+        time.sleep(0.01)
 
 
 def peak_of_fit(model, texts, max_memory):

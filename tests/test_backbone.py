@@ -1,6 +1,7 @@
 import copy
 import os
 import pickle
+import shutil
 import warnings
 
 import numpy as np
@@ -250,3 +251,13 @@ def test_reading_is_silent_and_changes_no_setting_of_transformers(capfd):
 
 def test_path_objects_are_taken():
     assert FrozenLLM(tiny_model()).model == os.fspath(tiny_model())
+
+
+def test_a_model_that_changes_under_its_fingerprint_is_refused(tmp_path):
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    llm = FrozenLLM(folder, device="cpu", dtype="float32")
+    assert llm.fingerprint == FrozenLLM(tiny_model(), device="cpu", dtype="float32").fingerprint
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    with pytest.raises(RuntimeError, match="have changed since this process first looked"):
+        read(llm, TEXTS, layer=1)

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -15,11 +16,18 @@ import numpy as np
 import processes
 import pytest
 import torch
-from processes import LoggedLLM, fetch_in_small_pieces, read_log
+from processes import (
+    LoggedLLM,
+    fetch_in_small_pieces,
+    fetch_on_a_full_disk,
+    read_log,
+    spill,
+)
 from sklearn.model_selection import GridSearchCV, cross_val_score, learning_curve
 from tiny import SIZE, tiny_model
 
 from sklearn_relish import FrozenLLM, RelishRegressor, StateStore
+from sklearn_relish.temporary import PREFIX, temporary_folder
 
 TEXTS = [f"{word} text number {i}" for i in range(40) for word in ("good", "bad", "fair")]
 Y = [{"good": 1.0, "bad": -1.0, "fair": 0.0}[text.split()[0]] for text in TEXTS]
@@ -179,6 +187,51 @@ def test_thirty_killed_readers_lose_and_spoil_nothing(context, log, tmp_path):
         assert store.misses == len(texts) - held[-1]
     print("texts held after each kill:", held)
     assert sum(0 < n < len(texts) for n in held) > 10
+
+
+def test_a_full_disk_is_said_and_the_work_goes_on(context, log, tmp_path):
+    texts = [f"text number {i}" for i in range(50)]
+    reader = context.Process(
+        target=fetch_on_a_full_disk, args=(tmp_path / "states", texts, tiny_model(), log)
+    )
+    reader.start()
+    reader.join()
+    assert reader.exitcode == 0
+    assert read_log(log)[0] == n_tokens(texts)
+    files = [path for path in (tmp_path / "states").rglob("*") if path.is_file()]
+    assert not [path for path in files if path.parent.name != "claims"]
+
+
+def test_the_temporary_folder_goes_with_its_process(context, log, tmp_path, monkeypatch):
+    folders = []
+    for end in ("told", "killed"):
+        Path(log).write_text("")
+        process = context.Process(target=spill, args=(tiny_model(), log))
+        process.start()
+        while not (text := Path(log).read_text()).startswith("/"):
+            time.sleep(0.01)
+        folders.append(Path(text))
+        assert list(folders[-1].glob("*.safetensors"))
+        if end == "killed":
+            process.kill()
+        Path(log).write_text("")
+        process.join()
+    assert not folders[0].exists()
+    assert folders[1].exists()  # there was no time to remove it: another process does
+    crashed, other = (tmp_path / f"{PREFIX}{name}" for name in ("crashed", "other"))
+    shutil.copytree(folders[1], crashed)
+    shutil.rmtree(folders[1])
+    other.mkdir()
+    (other / "thesis.txt").write_text("precious")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("sklearn_relish.temporary._made", {})
+    monkeypatch.setattr("sklearn_relish.temporary.YOUNG_SECONDS", 0.0)
+    mine = temporary_folder().path
+    assert not crashed.exists()
+    assert (other / "thesis.txt").exists()
+    monkeypatch.setattr("sklearn_relish.temporary._made", {})
+    temporary_folder()
+    assert mine.exists()  # one in use stays
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")

@@ -1,12 +1,15 @@
 import os
 import pickle
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from joblib import Memory
+from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.base import clone
 from tiny import SIZE, tiny_model
@@ -43,6 +46,15 @@ def fetch(store, texts, llm, layer=2, max_length=512):
 def forget():
     """Leave what is on disk alone: what another process would find."""
     sklearn_relish.store._known.clear()
+
+
+def reference(texts):
+    """States of texts, read in one go and kept nowhere."""
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    states = {}
+    for rows, batch, _ in llm.read(list(texts), layer=2, max_length=512):
+        states |= dict(zip(rows.tolist(), batch, strict=True))
+    return [states[row] for row in range(len(texts))]
 
 
 def same(first, second):
@@ -253,6 +265,7 @@ def test_beyond_its_budget_memory_goes_to_a_temporary_folder(llm, monkeypatch):
 
 
 def test_states_on_disk_are_mapped_and_not_copied(llm, tmp_path, monkeypatch):
+    monkeypatch.setattr("sklearn_relish.shards.SMALL_BYTES", 0)
     monkeypatch.setattr("sklearn_relish.store.SHARD_BYTES", 10_000)
     monkeypatch.setitem(TOKEN_BUDGET, "cpu", 64)
     first, again = (fetch(StateStore(tmp_path), TEXTS, llm) for _ in range(2))
@@ -269,7 +282,7 @@ def test_many_small_files_become_few(llm, tmp_path):
     texts = [f"question {i}" for i in range(200)]
     for text in texts:
         fetch(store, [text], llm)
-    assert len(list(tmp_path.rglob("*.safetensors"))) < 70
+    assert len(list(tmp_path.rglob("*.safetensors"))) < 45
     (row,) = store.info()
     assert row["n_texts"] == 200
     forget()
@@ -323,8 +336,169 @@ def test_a_bound_holds_in_memory_too(llm):
 
 def test_a_call_larger_than_the_bound_gets_all_its_states(llm, tmp_path):
     store = StateStore(tmp_path, max_bytes=1000)
-    assert same(fetch(store, TEXTS, llm), fetch(StateStore(), TEXTS, llm))
+    with pytest.warns(UserWarning, match="bound of 1000 bytes is less than one call's"):
+        states = fetch(store, TEXTS, llm)
+    assert same(states, fetch(StateStore(), TEXTS, llm))
     assert store.info() == []
+
+
+def test_one_budget_for_all_models_in_memory(llm):
+    store = StateStore(max_memory=10 * len("question 1") * SIZE * 4)
+    fetch(store, [f"question {i}" for i in range(10)], llm)
+    for i in range(100):
+        fetch(store, [f"question {i % 10}{i // 10}"], llm, layer=1)
+    shelves = store._contents.shelves.values()
+    assert sum(shelf.memory_bytes for shelf in shelves) <= store.max_memory
+    n_files = len({shard.path for shelf in shelves for shard in shelf.shards})
+    assert n_files < 20
+
+
+def test_single_texts_in_memory_are_gathered(llm):
+    texts = [f"question {i}" for i in range(200)]
+    for text in texts:
+        fetch(StateStore(), [text], llm)
+    (shelf,) = StateStore()._contents.shelves.values()
+    assert len(shelf.shards) < 70
+    assert shelf.memory_bytes == shelf.n_bytes == n_tokens(texts) * SIZE * 4
+    assert same(fetch(StateStore(), texts, llm), reference(texts))
+
+
+def test_a_store_whose_temporary_folder_is_missing_goes_on_in_memory(llm, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    monkeypatch.setattr("sklearn_relish.temporary._made", {})
+    store = StateStore(max_memory=1000)
+    with pytest.warns(UserWarning, match="could not be written to /nowhere"):
+        assert same(fetch(store, TEXTS, llm), reference(TEXTS))
+    assert same(fetch(store, TEXTS, llm), reference(TEXTS))
+    assert store.misses == len(TEXTS)
+
+
+def test_what_another_process_removes_is_gone_here_too(llm, tmp_path):
+    store = StateStore(tmp_path)
+    states = fetch(store, TEXTS, llm)
+    for file in tmp_path.rglob("*.safetensors"):
+        file.unlink()
+    assert store.info() == []
+    assert same(states, reference(TEXTS))  # what was fetched stays
+    fetch(store, TEXTS, llm)
+    assert llm.tokens_read == 2 * n_tokens(TEXTS)
+    assert store.info()[0]["n_texts"] == len(TEXTS)
+
+
+def test_texts_that_lie_twice_are_counted_once_and_all_cleared(llm, tmp_path):
+    fetch(StateStore(tmp_path), TEXTS, llm)
+    (file,) = tmp_path.rglob("*.safetensors")
+    for name in ("0", "f"):  # as a process leaves it that is killed while it merges
+        file.with_name(f"{name * 32}.safetensors").write_bytes(file.read_bytes())
+    forget()
+    store = StateStore(tmp_path)
+    assert store.info()[0]["n_texts"] == len(TEXTS)
+    assert same(fetch(store, TEXTS, llm), reference(TEXTS))
+    store.clear()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_file_that_takes_anothers_place_is_checked_too(llm, tmp_path, monkeypatch):
+    store = StateStore(tmp_path)
+    fetch(store, TEXTS[:10], llm)
+    (file,) = tmp_path.rglob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    DAMAGES["states"](data)
+    read = llm.read
+
+    def meanwhile(*args, **kwargs):
+        if data:
+            file.with_name(f"{'f' * 32}.safetensors").write_bytes(data)
+            data.clear()
+        yield from read(*args, **kwargs)
+
+    monkeypatch.setattr(llm, "read", meanwhile)
+    with pytest.warns(UserWarning, match="1 damaged files"):
+        states = fetch(store, TEXTS, llm)
+    assert same(states, reference(TEXTS))
+
+
+def test_a_file_that_goes_while_it_is_opened_is_no_trouble(llm, tmp_path, monkeypatch):
+    fetch(StateStore(tmp_path), TEXTS, llm)
+    forget()
+
+    def gone(path, framework):
+        Path(path).unlink()
+        return safe_open(path, framework)
+
+    monkeypatch.setattr("sklearn_relish.shards.safe_open", gone)
+    store = StateStore(tmp_path)
+    assert store.info() == []
+    monkeypatch.undo()
+    assert same(fetch(store, TEXTS, llm), reference(TEXTS))
+
+
+def test_unfinished_files_are_removed_in_time(llm, tmp_path):
+    fetch(StateStore(tmp_path), TEXTS, llm)
+    (file,) = tmp_path.rglob("*.safetensors")
+    old, new = (file.with_name(f".{letter * 32}.partial") for letter in "ab")
+    for partial in (old, new):
+        partial.write_bytes(b"unfinished")
+    os.utime(old, (1e9, 1e9))
+    for i in range(40):
+        fetch(StateStore(tmp_path), [f"question {i}"], llm)
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_a_thread_finds_states_while_another_reads(llm, tmp_path, monkeypatch):
+    store = StateStore(tmp_path)
+    fetch(store, TEXTS[:10], llm)
+    forward, reading, found = llm._forward, threading.Event(), threading.Event()
+
+    def slow(tokens, layer):
+        reading.set()
+        assert found.wait(30)
+        return forward(tokens, layer)
+
+    monkeypatch.setattr(llm, "_forward", slow)
+    with ThreadPoolExecutor() as pool:
+        others = [pool.submit(fetch, store, TEXTS[10:], llm) for _ in range(2)]
+        assert reading.wait(30)
+        assert same(fetch(store, TEXTS[:10], llm), reference(TEXTS[:10]))
+        found.set()
+        assert all(same(other.result(), reference(TEXTS[10:])) for other in others)
+    assert llm.tokens_read == n_tokens(TEXTS)
+
+
+def test_waiting_for_another_process_ends_when_it_lets_go(llm, tmp_path, monkeypatch):
+    monkeypatch.setattr("sklearn_relish.store.POLL_SECONDS", 1e-4)
+    monkeypatch.setattr("sklearn_relish.store.PATIENCE_SECONDS", 0.1)
+    store = StateStore(tmp_path)
+    fetch(store, TEXTS[:1], llm)
+    (shelf,) = store._contents.shelves.values()
+    missing = {}
+    monkeypatch.setattr(shelf.claims, "taken", lambda: {*missing} if len(polls) < 200 else set())
+    lacking, polls = store._lacking, []
+
+    def counted(shelf, wanted):
+        polls.append(1)
+        missing.update(lacking(shelf, wanted))
+        return lacking(shelf, wanted)
+
+    monkeypatch.setattr(store, "_lacking", counted)
+    with pytest.warns(UserWarning, match="Another process has been reading") as caught:
+        assert same(fetch(store, TEXTS, llm), reference(TEXTS))
+    assert len(caught) == 1
+    assert len(polls) >= 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_memory": -1}, "max_memory must be a number of bytes, 0 or more, got -1"),
+        ({"max_bytes": "50GB"}, "max_bytes must be a number of bytes, 0 or more, got '50GB'"),
+        ({"folder": ""}, "empty name"),
+    ],
+)
+def test_what_is_no_store_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        StateStore(**arguments)
 
 
 def test_what_a_store_holds_is_told_and_removed_by_model(llm, tmp_path):
@@ -344,7 +518,7 @@ def test_what_a_store_holds_is_told_and_removed_by_model(llm, tmp_path):
         (str(tiny_model()), 1, 20, n_tokens(TEXTS) * SIZE * 4),
         (str(tiny_model()), 2, 20, n_tokens(TEXTS) * SIZE * 4),
     ]
-    store.clear(tiny_model())
+    store.clear(os.path.relpath(tiny_model()))
     assert [row["n_texts"] for row in store.info()] == [3]
     store.clear(llm)
     assert [row["n_texts"] for row in store.info()] == [3]

@@ -8,7 +8,7 @@ latent_size, 5 folds and the refit: 46 fits. In one run on one machine it measur
 - the search, on an empty store: seconds, and the tokens that went through the model;
 - what it can't do without: reading the unique texts once, then 46 head fits and predictions on
   states in hand, with neither store nor scikit-learn between;
-- the same search by a pipeline that keeps nothing: skrub's TextEncoder on the same model, then
+- the same search by a pipeline that keeps nothing: skrub's LLMEncoder (once TextEncoder) on the same model, then
   Ridge with 9 values of alpha. It reads all texts in each of its 46 fits; it is timed on a share
   of the texts in one fit and scaled to all. The peer's texts have the same tokens.
 - the same with this package's own reading, to tell what the store alone is worth: one reading
@@ -33,7 +33,7 @@ from sentence_transformers import SentenceTransformer
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import make_pipeline
-from skrub import TextEncoder
+from skrub import LLMEncoder as SkrubEncoder
 
 from sklearn_relish import FrozenLLM, LLMEncoder, RelishRegressor, StateStore
 from sklearn_relish.states import TokenStates
@@ -105,7 +105,7 @@ def main() -> None:
     assert max(own) <= MAX_LENGTH, "cut texts would not be the peer's"
 
     share = pd.Series(texts[:N_SHARE], name="film")
-    peer = make_pipeline(TextEncoder(llm._source, n_components=None), Ridge())
+    peer = make_pipeline(SkrubEncoder(llm._source, n_components=None), Ridge())
     peer.fit(share[:8], y[:8])  # loads the model
     start = time.perf_counter()
     peer.fit(share, y[:N_SHARE])
@@ -143,7 +143,7 @@ def main() -> None:
             reading_seconds * N_FITS + head_seconds,
             unique_tokens * N_FITS,
         ),
-        "skrub TextEncoder + Ridge (scaled)": (peer_seconds, unique_tokens * N_FITS),
+        "skrub LLMEncoder + Ridge (scaled)": (peer_seconds, unique_tokens * N_FITS),
     }
     for name, (seconds, tokens) in results.items():
         print(f"{name:48}{seconds:9.0f}{seconds / floor:8.2f}{tokens / unique_tokens:18.2f}")

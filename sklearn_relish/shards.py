@@ -9,18 +9,19 @@ in `benchmarks/storage.py`; unlike those, it serves on a network folder too.
 from __future__ import annotations
 
 import os
+import shutil
+import stat
 import time
 import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 KEY_BYTES = 16
@@ -104,15 +105,15 @@ class Shard:
         states = tensors["states"]
         if not (metadata.keys() >= {"states_checksum", *LABEL} and _fits(states, **index)):
             raise DamagedShardError("it is not laid out as a shard")
-        stat = path.stat()
+        status = path.stat()
         return cls(
             **index,
             states=states if map_small or states.nbytes >= SMALL_BYTES else states.clone(),
             states_checksum=metadata.pop("states_checksum"),
             label=metadata,
             path=path,
-            file_bytes=stat.st_size,
-            last_used=stat.st_mtime,
+            file_bytes=status.st_size,
+            last_used=status.st_mtime,
         )
 
     def save(self, folder: Path, *, map_small: bool = False) -> Shard:
@@ -129,19 +130,19 @@ class Shard:
         metadata = self.label | {"states_checksum": checksum({"states": self.states})}
         metadata["index_checksum"] = checksum(index, metadata)
         path = folder / f"{uuid.uuid4().hex}.safetensors"
-        partial = folder / f".{path.stem}.partial"
+        partial = folder / f".{path.stem}.partial"  # a folder, for save_file leaves files if killed
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            # Not save_file, whose files are their writer's alone and have names of their own.
-            partial.write_bytes(save(index | {"states": self.states}, metadata))
-            os.utime(partial, (self.last_used, self.last_used))
-            partial.rename(path)
+            partial.mkdir(parents=True)
+            save_file(index | {"states": self.states}, partial / path.name, metadata)
+            # It makes them its writer's alone: whoever may use the folder may use its files.
+            os.chmod(partial / path.name, stat.S_IMODE(folder.stat().st_mode) & 0o666)
+            os.utime(partial / path.name, (self.last_used, self.last_used))
+            (partial / path.name).rename(path)
             saved = Shard.open(path, map_small=map_small)
-        except DamagedShardError as error:
-            raise OSError(f"{path} is not what was written: {error}") from error
+        except (SafetensorError, DamagedShardError) as error:
+            raise OSError(str(error)) from error
         finally:
-            with suppress(OSError):
-                partial.unlink()
+            shutil.rmtree(partial, ignore_errors=True)
         saved.states_checksum = None  # these are the bytes that the checksum was made of
         return saved
 

@@ -6,6 +6,7 @@ disagrees, and keeps their number small.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -146,7 +147,7 @@ class Shelf:
             troubles = self.look()
             for partial in self.folder.glob(".*.partial"):
                 if time.time() - partial.stat().st_mtime > LEFT_BEHIND_SECONDS:
-                    _unlink(partial)
+                    shutil.rmtree(partial, ignore_errors=True)
             for shard, n_texts in list(self.shards.items()):
                 if not n_texts and shard.n_bytes < SMALL_BYTES:
                     self.remove(shard)

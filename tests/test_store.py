@@ -188,12 +188,24 @@ def test_damaged_claims_and_unfinished_files_are_as_good_as_absent(llm, tmp_path
     first = fetch(StateStore(tmp_path), TEXTS[:10], llm)
     (shard,) = tmp_path.rglob("*.safetensors")
     (shard.parent / "claims" / "0.claim").write_bytes(b"odd")
-    (shard.parent / f".{'0' * 32}.safetensors.partial").write_bytes(shard.read_bytes()[:99])
+    partial = shard.parent / f".{'0' * 32}.partial"
+    partial.mkdir()
+    (partial / f"{'0' * 32}.safetensors").write_bytes(shard.read_bytes()[:99])
     forget()
     again = fetch(StateStore(tmp_path), TEXTS, llm)
     assert same(again[torch.arange(10)], first)
     assert llm.tokens_read == n_tokens(TEXTS)
     assert not list(tmp_path.rglob("*.claim"))
+
+
+def test_whoever_may_use_the_folder_may_use_its_files(llm, tmp_path):
+    before = os.umask(0o002)
+    try:
+        fetch(StateStore(tmp_path / "shared"), TEXTS, llm)
+    finally:
+        os.umask(before)
+    (file,) = tmp_path.glob("shared/*/*/*.safetensors")
+    assert file.stat().st_mode & 0o777 == 0o664
 
 
 def test_other_files_in_the_folder_are_left_alone(llm, tmp_path):
@@ -438,7 +450,8 @@ def test_unfinished_files_are_removed_in_time(llm, tmp_path):
     (file,) = tmp_path.rglob("*.safetensors")
     old, new = (file.with_name(f".{letter * 32}.partial") for letter in "ab")
     for partial in (old, new):
-        partial.write_bytes(b"unfinished")
+        partial.mkdir()
+        (partial / ".tmp").write_bytes(b"unfinished")
     os.utime(old, (1e9, 1e9))
     for i in range(40):
         fetch(StateStore(tmp_path), [f"question {i}"], llm)

@@ -8,9 +8,9 @@ latent_size, 5 folds and the refit: 46 fits. In one run on one machine it measur
 - the search, on an empty store: seconds, and the tokens that went through the model;
 - what it can't do without: reading the unique texts once, then 46 head fits and predictions on
   states in hand, with neither store nor scikit-learn between;
-- the same search by a pipeline that keeps nothing: skrub's LLMEncoder (once TextEncoder) on the same model, then
-  Ridge with 9 values of alpha. It reads all texts in each of its 46 fits; it is timed on a share
-  of the texts in one fit and scaled to all. The peer's texts have the same tokens.
+- the same search by a pipeline that keeps nothing: skrub's LLMEncoder (TextEncoder, before) on the
+  same model, then Ridge with 9 values of alpha. It reads all texts in each of its 46 fits; it is
+  timed on a share of the texts in one fit and scaled to all. Its texts have the same tokens.
 - the same with this package's own reading, to tell what the store alone is worth: one reading
   of all texts, scaled.
 """

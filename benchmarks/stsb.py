@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 from scipy.stats import pearsonr, spearmanr
 
-from sklearn_relish import RelishRegressor
+from sklearn_relish import RelishRegressor, StateStore
 
 # The question at the end gives the last layer of a causal model something to answer.
 PROMPT = "Sentence 1: {text_a}\nSentence 2: {text_b}\nSimilarity score:"
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the three files")
     parser.add_argument("--model", required=True, help="Hub id, folder or .gguf file")
     parser.add_argument("--memory", help="folder where token states are kept between runs")
+    parser.add_argument("--bits", type=int, help="8: keep states in 8 bits")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="file that JSON lines are appended to")
     arguments = parser.parse_args()
@@ -45,7 +46,7 @@ def main() -> None:
             regressor = RelishRegressor(
                 arguments.model,
                 prompt=PROMPT,
-                memory=arguments.memory,
+                memory=StateStore(arguments.memory, bits=arguments.bits),
                 random_state=seed,
                 verbose=1,
                 **parameters,

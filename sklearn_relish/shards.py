@@ -50,7 +50,7 @@ class Shard:
     Parameters
     ----------
     states : Tensor of shape (n_tokens, D)
-        Text after text.
+        Text after text; or packed, see `pack_states`.
     lengths, full_lengths : int64 Tensor of shape (n_texts,)
         Tokens of each text, and what they were before the cut.
     keys : uint8 Tensor of shape (n_texts, KEY_BYTES)
@@ -197,7 +197,7 @@ def _fits(states: Tensor, keys: Tensor, lengths: Tensor, full_lengths: Tensor) -
     """Whether tensors can be a shard's."""
     return (
         states.ndim == 2
-        and states.is_floating_point()
+        and (states.is_floating_point() or states.dtype == torch.uint8)
         and keys.dtype == torch.uint8
         and lengths.dtype == full_lengths.dtype == torch.int64
         and keys.shape == (len(lengths), KEY_BYTES)

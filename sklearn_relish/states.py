@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CODE = torch.float8_e4m3fn
+SCALE_BYTES = 4  # of float32
+
 
 @dataclass(frozen=True)
 class TokenStates:
@@ -19,7 +22,8 @@ class TokenStates:
     Parameters
     ----------
     arrays : tuple of Tensor of shape (n_tokens, D)
-        States of tokens, text after text; each may be a file's memory map.
+        States of tokens, text after text; each may be a file's memory map. Packed states, see
+        `pack_states`, are of shape (n_tokens, D + 4).
     array : int64 Tensor of shape (n_texts,)
         Which of `arrays` holds the text.
     starts : int64 Tensor of shape (n_texts,)
@@ -50,7 +54,12 @@ class TokenStates:
     @property
     def hidden_size(self) -> int:
         """Size D of a token's state."""
-        return self.arrays[0].shape[1]
+        return self.arrays[0].shape[1] - (SCALE_BYTES if self.packed else 0)
+
+    @property
+    def packed(self) -> bool:
+        """Whether states are kept in 8 bits."""
+        return self.arrays[0].dtype == torch.uint8
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -59,10 +68,8 @@ class TokenStates:
         return TokenStates(self.arrays, self.array[rows], self.starts[rows], self.lengths[rows])
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The states of each text, views of shape (length, D)."""
-        places = (self.array.tolist(), self.starts.tolist(), self.lengths.tolist())
-        for array, start, length in zip(*places, strict=True):
-            yield self.arrays[array][start : start + length]
+        """The states of each text, (length, D); views, unless they are packed."""
+        return map(unpack_states, self._slices()) if self.packed else self._slices()
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """States of some texts, padded with zeros to the longest of them, and which are real.
@@ -78,8 +85,47 @@ class TokenStates:
         """
         texts = self[rows]
         n_tokens = int(texts.lengths.max())
-        padded = self.arrays[0].new_zeros(len(rows), n_tokens, self.hidden_size)
+        padded = self.arrays[0].new_zeros(len(rows), n_tokens, self.arrays[0].shape[1])
         # Slices of whole texts are copied faster than tokens are gathered by their numbers.
-        for place, text in zip(padded, texts, strict=True):
+        for place, text in zip(padded, texts._slices(), strict=True):
             place[: len(text)] = text
-        return padded, torch.arange(n_tokens) < texts.lengths[:, None]
+        mask = torch.arange(n_tokens) < texts.lengths[:, None]
+        return unpack_states(padded) if self.packed else padded, mask
+
+    def _slices(self) -> Iterator[Tensor]:
+        places = (self.array.tolist(), self.starts.tolist(), self.lengths.tolist())
+        for array, start, length in zip(*places, strict=True):
+            yield self.arrays[array][start : start + length]
+
+
+def pack_states(states: Tensor) -> Tensor:
+    """States in 8 bits: a float8 (e4m3) a value, and a power of two a token that scales them.
+
+    Parameters
+    ----------
+    states : Tensor of shape (..., D)
+
+    Returns
+    -------
+    uint8 Tensor of shape (..., D + 4)
+
+    Examples
+    --------
+    >>> import torch
+    >>> packed = pack_states(torch.tensor([[1000.0, -3.14, 0.0, 17.0]]))
+    >>> packed.shape
+    torch.Size([1, 8])
+    >>> unpack_states(packed).tolist()
+    [[1024.0, -3.25, 0.0, 16.0]]
+    """
+    largest = states.abs().amax(dim=-1, keepdim=True).float()
+    largest = largest.clamp(min=torch.finfo(torch.bfloat16).tiny)
+    scale = (largest / torch.finfo(CODE).max).log2().ceil().exp2()  # (..., 1)
+    codes = (states.float() / scale).to(CODE)
+    return torch.cat([codes.view(torch.uint8), scale.view(torch.uint8)], dim=-1)
+
+
+def unpack_states(packed: Tensor) -> Tensor:
+    """The states that `pack_states` has packed, as bfloat16, which holds them exactly."""
+    codes, scale = packed[..., :-SCALE_BYTES].view(CODE), packed[..., -SCALE_BYTES:]
+    return codes.bfloat16() * scale.contiguous().view(torch.float32).bfloat16()

@@ -19,17 +19,18 @@ from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import joblib
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from sklearn_relish.backbone import FrozenLLM
 from sklearn_relish.shards import KEY_BYTES, Shard
 from sklearn_relish.shelf import Shelf
-from sklearn_relish.states import TokenStates
+from sklearn_relish.states import TokenStates, pack_states
 from sklearn_relish.temporary import temporary_folder
 
 STATES_VERSION = 1  # goes up when this package makes other states of the same text
@@ -76,11 +77,14 @@ class StateStore:
         used are removed, file by file, until the rest is within the bound; during the call there
         may be more by what it adds. None: no bound for a folder; where there is none,
         `max_memory` and half of what the disk of the temporary folder had free.
+    bits : {8, None}, default=None
+        8 keeps states in float8 (e4m3, with a scale a token): half the bytes, to be read anew
+        where there are some in the model's own dtype, which is what None keeps.
 
     Raises
     ------
     ValueError
-        If a bound is no number of bytes.
+        If a bound is no number of bytes, or `bits` another number.
 
     Examples
     --------
@@ -98,6 +102,7 @@ class StateStore:
         *,
         max_memory: float = MAX_MEMORY,
         max_bytes: float | None = None,
+        bits: int | None = None,
     ) -> None:
         if isinstance(folder, joblib.Memory):
             folder = folder.location and Path(folder.location, "sklearn_relish")
@@ -108,11 +113,15 @@ class StateStore:
         self.folder = folder
         self.max_memory = _check_bytes("max_memory", max_memory)
         self.max_bytes = None if max_bytes is None else _check_bytes("max_bytes", max_bytes)
+        if bits not in (8, None):
+            raise ValueError(f"bits must be 8, or None for the model's own dtype, got {bits!r}.")
+        self.bits = bits
 
     def __repr__(self) -> str:
         given = [] if self.folder is None else [repr(os.fspath(self.folder))]
         given += [f"max_memory={self.max_memory}"] if self.max_memory != MAX_MEMORY else []
         given += [f"max_bytes={self.max_bytes}"] if self.max_bytes is not None else []
+        given += [f"bits={self.bits}"] if self.bits is not None else []
         return f"StateStore({', '.join(given)})"
 
     @property
@@ -147,7 +156,7 @@ class StateStore:
         Returns
         -------
         TokenStates
-            In the model's dtype, on the CPU.
+            In the model's dtype, or packed in 8 bits; on the CPU.
 
         Raises
         ------
@@ -161,7 +170,7 @@ class StateStore:
             after either of which the work goes on; if a worker process reads texts that it can't
             share.
         """
-        name = f"{llm.fingerprint}/layer{layer}-{_dtype_name(llm)}-{max_length}"
+        name = f"{llm.fingerprint}/layer{layer}-{self._dtype_name(llm)}-{max_length}"
         keys = [_key(name, text) for text in texts]
         wanted = dict(zip(keys, texts, strict=True))
         contents = self._contents
@@ -241,6 +250,10 @@ class StateStore:
                         chosen = shard.label["model"] in names
                     if chosen:
                         shelf.remove(shard)
+
+    def _dtype_name(self, llm: FrozenLLM) -> str:
+        name = str(llm.torch_dtype).removeprefix("torch.")
+        return name if self.bits is None else f"{name}-{self.bits}bit"
 
     @property
     def _contents(self) -> _Contents:
@@ -355,22 +368,27 @@ class StateStore:
         label = {
             "model": os.path.abspath(llm.model) if os.path.exists(llm.model) else llm.model,
             "layer": str(layer),
-            "dtype": _dtype_name(llm),
+            "dtype": self._dtype_name(llm),
             "max_length": str(max_length),
         }
-        pending: list[tuple[np.ndarray, TokenStates, np.ndarray]] = []
+        pending: list[_Batch] = []
         n_bytes = 0
         try:
-            for batch in llm.read(list(piece.values()), layer=layer, max_length=max_length):
-                pending.append(batch)
-                n_bytes += batch[1].arrays[0].nbytes
-                bar.update(len(batch[0]))
+            for rows, states, full in llm.read(
+                list(piece.values()), layer=layer, max_length=max_length
+            ):
+                (values,) = states.arrays
+                if self.bits == 8:
+                    values = pack_states(values)
+                pending.append(_Batch([keys[row] for row in rows], values, states.lengths, full))
+                n_bytes += values.nbytes
+                bar.update(len(rows))
                 if n_bytes >= self._shard_bytes:
                     gathered, pending, n_bytes = pending, [], 0
-                    self._keep(shelf, _shard(keys, gathered, label))
+                    self._keep(shelf, _shard(gathered, label))
         finally:
             if pending:
-                self._keep(shelf, _shard(keys, pending, label))
+                self._keep(shelf, _shard(pending, label))
 
     def _keep(self, shelf: Shelf, shard: Shard) -> None:
         """Put a shard into the folder; without one, or if it can't be written, into memory."""
@@ -487,24 +505,24 @@ def _mark_used(shards: set[Shard]) -> None:
                 os.utime(shard.path)
 
 
-def _shard(
-    keys: list[bytes], batches: list[tuple[np.ndarray, TokenStates, np.ndarray]], label: dict
-) -> Shard:
-    """What a model has read, as one shard."""
+class _Batch(NamedTuple):
+    """What a model has read at once."""
+
+    keys: list[bytes]
+    values: Tensor
+    lengths: Tensor
+    full_lengths: np.ndarray
+
+
+def _shard(batches: list[_Batch], label: dict[str, str]) -> Shard:
+    keys = b"".join(key for batch in batches for key in batch.keys)
     return Shard(
-        states=torch.cat([states.arrays[0] for _, states, _ in batches]),
-        lengths=torch.cat([states.lengths for _, states, _ in batches]),
-        full_lengths=torch.from_numpy(np.concatenate([full for _, _, full in batches])),
-        keys=torch.frombuffer(
-            bytearray(b"".join(keys[row] for rows, _, _ in batches for row in rows)),
-            dtype=torch.uint8,
-        ).view(-1, KEY_BYTES),
+        states=torch.cat([batch.values for batch in batches]),
+        lengths=torch.cat([batch.lengths for batch in batches]),
+        full_lengths=torch.from_numpy(np.concatenate([b.full_lengths for b in batches])),
+        keys=torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, KEY_BYTES),
         label=label,
     )
-
-
-def _dtype_name(llm: FrozenLLM) -> str:
-    return str(llm.torch_dtype).removeprefix("torch.")
 
 
 def _key(name: str, text: str) -> bytes:

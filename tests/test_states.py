@@ -1,6 +1,6 @@
 import torch
 
-from sklearn_relish.states import TokenStates
+from sklearn_relish.states import TokenStates, pack_states, unpack_states
 
 
 def make():
@@ -33,3 +33,13 @@ def test_selection_shares_the_arrays_and_may_repeat_texts():
     assert chosen.lengths.tolist() == [4, 4, 1]
     assert [len(text) for text in chosen] == [4, 4, 1]
     assert next(iter(chosen)).data_ptr() == states.arrays[0][2:].data_ptr()
+
+
+def test_packed_states_are_within_a_sixteenth_of_each_value():
+    states = torch.randn(200, 64) * torch.logspace(-6, 6, 200)[:, None]
+    states[:, 0] *= 100  # one value that dwarfs the others, as middle layers have
+    states[7] = 0
+    unpacked = unpack_states(pack_states(states)).float()
+    error = (unpacked - states).abs()
+    assert (error <= states.abs() / 16 + states.abs().amax(1, keepdim=True) * 2**-17).all()
+    assert torch.equal(unpack_states(pack_states(unpacked)).float(), unpacked)

@@ -15,7 +15,7 @@ from sklearn.base import clone
 from tiny import SIZE, tiny_model
 
 import sklearn_relish.store
-from sklearn_relish import FrozenLLM, StateStore
+from sklearn_relish import FrozenLLM, LLMEncoder, StateStore
 from sklearn_relish.backbone import TOKEN_BUDGET
 from sklearn_relish.temporary import temporary_folder
 
@@ -507,11 +507,33 @@ def test_waiting_for_another_process_ends_when_it_lets_go(llm, tmp_path, monkeyp
         ({"max_memory": -1}, "max_memory must be a number of bytes, 0 or more, got -1"),
         ({"max_bytes": "50GB"}, "max_bytes must be a number of bytes, 0 or more, got '50GB'"),
         ({"folder": ""}, "empty name"),
+        ({"bits": 4}, "bits must be 8, or None for the model's own dtype, got 4"),
     ],
 )
 def test_what_is_no_store_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         StateStore(**arguments)
+
+
+def test_eight_bits_take_half_the_bytes_of_sixteen(tmp_path):
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="bfloat16")
+    store, small = StateStore(tmp_path), StateStore(tmp_path, bits=8)
+    exact, packed = fetch(store, TEXTS, llm), fetch(small, TEXTS, llm)
+    assert small.misses == 2 * len(TEXTS)
+    sizes = {row["dtype"]: row["n_bytes"] for row in store.info()}
+    n_values = n_tokens(TEXTS) * SIZE
+    assert sizes == {"bfloat16": 2 * n_values, "bfloat16-8bit": n_values + 4 * n_tokens(TEXTS)}
+    rows = torch.tensor([3, 1, 3])
+    (one, mask), (other, same_mask) = exact.batch(rows), packed.batch(rows)
+    assert torch.equal(mask, same_mask)
+    assert one.dtype == other.dtype
+    assert torch.allclose(one.float(), other.float(), rtol=2**-4, atol=2**-9)
+    for text, states in zip(packed, fetch(small, TEXTS, llm), strict=True):
+        assert text.shape[1] == SIZE
+        assert torch.equal(text, states)
+    encoder = LLMEncoder(llm, layer=2, memory=small)
+    pooled = [encoder.set_params(memory=m).fit_transform(TEXTS) for m in (small, store)]
+    np.testing.assert_allclose(*pooled, atol=0.1)
 
 
 def test_what_a_store_holds_is_told_and_removed_by_model(llm, tmp_path):

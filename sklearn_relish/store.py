@@ -392,12 +392,12 @@ class StateStore:
 
     def _keep(self, shelf: Shelf, shard: Shard) -> None:
         """Put a shard into the folder; without one, or if it can't be written, into memory."""
-        if shelf.folder is not None:
-            try:
-                shard = shard.save(shelf.folder)
-            except OSError as error:
-                self._warn_unwritable(error, shelf.folder)
-        with self._contents.lock:
+        with self._contents.lock:  # from before the file is there, or a look would find it too
+            if shelf.folder is not None:
+                try:
+                    shard = shard.save(shelf.folder)
+                except OSError as error:
+                    self._warn_unwritable(error, shelf.folder)
             shelf.add(shard)
             self._spill()
 

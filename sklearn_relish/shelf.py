@@ -117,11 +117,16 @@ class Shelf:
             self.entries[key] = entry
 
     def forget(self, shard: Shard) -> None:
-        """Have nothing to do with a shard any more."""
+        """Have nothing to do with a shard any more; where others have its texts, they count."""
         for key in shard.text_keys():
             if key in self.entries and self.entries[key].shard is shard:
                 self._forget_text(key)
         self._drop(shard)
+        for other, n_texts in self.shards.items():
+            if n_texts < len(other.lengths):
+                found = {k: e for k, e in other.entries() if k not in self.entries}
+                self.entries |= found
+                self.shards[other] += len(found)
 
     def remove(self, shard: Shard) -> None:
         """Forget a shard and delete its file."""

@@ -410,6 +410,23 @@ def test_texts_that_lie_twice_are_counted_once_and_all_cleared(llm, tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_a_text_that_lies_twice_is_found_when_one_file_goes(llm, tmp_path):
+    store = StateStore(tmp_path)
+    fetch(store, TEXTS, llm)
+    (file,) = tmp_path.rglob("*.safetensors")
+    other = file.with_name(f"{'f' * 32}.safetensors")  # looked at after the first one
+    other.write_bytes(file.read_bytes())
+    assert store.info()[0]["n_texts"] == len(TEXTS)
+    other.unlink()
+    for i in range(40):  # enough to merge
+        fetch(store, [f"question {i}"], llm)
+    before = llm.tokens_read
+    assert same(fetch(store, TEXTS, llm), reference(TEXTS))
+    forget()
+    assert same(fetch(store, TEXTS, llm), reference(TEXTS))
+    assert llm.tokens_read == before
+
+
 def test_a_file_that_takes_anothers_place_is_checked_too(llm, tmp_path, monkeypatch):
     store = StateStore(tmp_path)
     fetch(store, TEXTS[:10], llm)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sklearn_relish.shards import KEY_BYTES
+from sklearn_relish.shards import split_keys
 
 
 class Claims:
@@ -34,7 +34,7 @@ class Claims:
 
         Raises
         ------
-        OSError, NotImplementedError
+        OSError
             If the folder can't be written to, or knows no locks.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -51,8 +51,7 @@ class Claims:
                     _remove(path)
             except Timeout:
                 with suppress(FileNotFoundError):  # let go of just now
-                    joined = path.read_bytes()
-                    keys.update(joined[i : i + KEY_BYTES] for i in range(0, len(joined), KEY_BYTES))
+                    keys.update(split_keys(path.read_bytes()))
         return keys
 
     @contextmanager

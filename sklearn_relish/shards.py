@@ -170,8 +170,7 @@ class Shard:
 
     def text_keys(self) -> list[bytes]:
         """The keys of the texts, in their order."""
-        joined = self.keys.numpy().tobytes()
-        return [joined[i : i + KEY_BYTES] for i in range(0, len(joined), KEY_BYTES)]
+        return split_keys(self.keys.numpy().tobytes())
 
     def is_whole(self) -> bool:
         """Whether the states are those that were written.
@@ -205,6 +204,11 @@ def _fits(states: Tensor, keys: Tensor, lengths: Tensor, full_lengths: Tensor) -
         and bool((lengths > 0).all())
         and int(lengths.sum()) == len(states)
     )
+
+
+def split_keys(joined: bytes) -> list[bytes]:
+    """Keys that lie one after the other."""
+    return [joined[i : i + KEY_BYTES] for i in range(0, len(joined), KEY_BYTES)]
 
 
 def checksum(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:

@@ -145,10 +145,10 @@ class Shelf:
             return []
         if self.claims is None:
             for group in self._mergeable():
-                self.add(Shard.merged(group))
+                self.add(Shard.merged(group))  # which takes the place of the group
             return []
         troubles: list[str] = []
-        with suppress(OSError, NotImplementedError), self.claims.lock():
+        with suppress(OSError), self.claims.lock():
             troubles = self.look()
             for partial in self.folder.glob(".*.partial"):
                 if time.time() - partial.stat().st_mtime > LEFT_BEHIND_SECONDS:

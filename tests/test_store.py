@@ -1,3 +1,4 @@
+import errno
 import os
 import pickle
 import threading
@@ -460,6 +461,23 @@ def test_a_file_that_goes_while_it_is_opened_is_no_trouble(llm, tmp_path, monkey
     assert store.info() == []
     monkeypatch.undo()
     assert same(fetch(store, TEXTS, llm), reference(TEXTS))
+
+
+def test_a_folder_without_locks_serves_too(llm, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl", reason="Unix alone has flock")
+
+    def no_locks(fd, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for i in range(40):  # enough to merge, which must not be done
+        fetch(StateStore(tmp_path), [f"question {i}"], llm)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 40
+    assert same(fetch(StateStore(tmp_path), TEXTS, llm), reference(TEXTS))
+    forget()
+    before = llm.tokens_read
+    assert same(fetch(StateStore(tmp_path), TEXTS, llm), reference(TEXTS))
+    assert llm.tokens_read == before
 
 
 def test_unfinished_files_are_removed_in_time(llm, tmp_path):

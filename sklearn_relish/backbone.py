@@ -10,11 +10,13 @@ import hashlib
 import numbers
 import os
 import threading
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,13 +31,16 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from sklearn_relish.devices import computes_bfloat16, resolve_device
 from sklearn_relish.files import file_digest, file_stamp
 from sklearn_relish.gguf import converted_gguf
 from sklearn_relish.states import TokenStates
 
-# Padded tokens of a batch. On a CPU more is no faster; the others are not measured yet.
-TOKEN_BUDGET = {"cpu": 2_048, "mps": 8_192, "cuda": 16_384}
+# Padded tokens of a batch. On a CPU more is no faster; the others are not measured yet. Where one
+# is too much for the memory it is halved.
+TOKEN_BUDGET = {"cpu": 1_024, "mps": 8_192, "cuda": 16_384}
 TOKENIZE_TEXTS = 256  # texts tokenized at once: a token takes 100 bytes while they are
+WINDOW_TEXTS = 4_096  # texts sorted by length together, while the next so many are tokenized
 MODEL_SUFFIXES = {".bin", ".jinja", ".json", ".model", ".py", ".safetensors", ".spm", ".txt"}
 # Keyword arguments that find a model; configuration and tokenizer take them too.
 ACCESS_KWARGS = frozenset(
@@ -43,7 +48,6 @@ ACCESS_KWARGS = frozenset(
 )
 # Keyword arguments that leave the states as they are: they find a model, or place it.
 NEUTRAL_KWARGS = ACCESS_KWARGS - {"subfolder"} | {"device_map", "max_memory", "offload_folder"}
-CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # torch.cpu.get_capabilities, x86 and Arm
 
 
 class FrozenLLM:
@@ -97,6 +101,7 @@ class FrozenLLM:
         self.dtype = dtype
         self.model_kwargs = model_kwargs
         self._lock = threading.RLock()
+        self._tokenizing = threading.Lock()
 
     def __repr__(self) -> str:
         given = "".join(
@@ -241,7 +246,7 @@ class FrozenLLM:
     def read(
         self, texts: list[str], *, layer: int, max_length: int
     ) -> Iterator[tuple[np.ndarray, TokenStates, np.ndarray]]:
-        """States of texts, batch by batch, the longest texts first.
+        """States of texts, batch by batch; of each some thousands of texts the longest first.
 
         On a CPU a batch holds texts of one length, which is as fast there, and no padding: in
         bfloat16, padding would move a text's states by some thousandths, so that they depended on
@@ -269,22 +274,78 @@ class FrozenLLM:
         ------
         FloatingPointError
             If the model's states overflow its dtype.
+        torch.OutOfMemoryError
+            If a single text is too much for the device's memory.
+
+        Warns
+        -----
+        UserWarning
+            If a batch was too much for the device's memory, and smaller ones are made.
         """
-        with self._lock:  # a tokenizer's truncation is a state that threads would share
-            tokens, full_lengths = self._tokenize(texts, max_length)
+        windows = [range(len(texts))[i:][:WINDOW_TEXTS] for i in range(0, len(texts), WINDOW_TEXTS)]
+        with ThreadPoolExecutor(1) as beside:
+            tokenized = self._tokenize(texts[:WINDOW_TEXTS], max_length)
+            for window in windows:
+                tokens, full_lengths = tokenized
+                following = texts[window.stop : window.stop + WINDOW_TEXTS]
+                if following:
+                    waiting = beside.submit(self._tokenize, following, max_length)
+                for rows, states in self._read_tokens(tokens, layer):
+                    yield rows + window.start, states, full_lengths[rows]
+                if following:
+                    tokenized = waiting.result()
+
+    def _read_tokens(
+        self, tokens: list[np.ndarray], layer: int
+    ) -> Iterator[tuple[np.ndarray, TokenStates]]:
+        """States of tokenized texts, the longest first, under the token budget.
+
+        The next batch is on its way to the device before one is waited for.
+        """
         lengths = np.array([len(ids) for ids in tokens])
         longest_first = np.argsort(-lengths, kind="stable")
-        kind = self.torch_device.type
-        budget = TOKEN_BUDGET.get(kind, TOKEN_BUDGET["cuda"])
-        start = 0
-        while start < len(texts):
-            n_rows = max(1, budget // int(lengths[longest_first[start]]))
+        on_cpu = self.torch_device.type == "cpu"
+        start, before = 0, None  # `before` is the pass that is not finished yet
+        while start < len(tokens):
+            n_rows = max(1, self.token_budget // int(lengths[longest_first[start]]))
             rows = longest_first[start : start + n_rows]
-            if kind == "cpu":
+            if on_cpu:
                 rows = rows[lengths[rows] == lengths[rows[0]]]
-            states = self._forward([tokens[row] for row in rows], layer)
-            yield rows, states, full_lengths[rows]
-            start += len(rows)
+            started = None
+            try:
+                started = rows, self._start_pass([tokens[row] for row in rows], layer)
+                start += len(rows)
+            except torch.OutOfMemoryError:
+                # The one before is kept, and makes room; only if there was none is it too much.
+                if before is None and len(rows) == 1:
+                    raise
+                if before is None:
+                    self._halve_budget(len(rows) * int(lengths[rows[0]]))
+            if before is not None:
+                yield before[0], self._finish_pass(before[1], layer)
+            before = started
+            if on_cpu and before is not None:
+                yield before[0], self._finish_pass(before[1], layer)
+                before = None
+        if before is not None:
+            yield before[0], self._finish_pass(before[1], layer)
+
+    @cached_property
+    def token_budget(self) -> int:
+        """Padded tokens of a batch; less once that has been too much for the device's memory."""
+        return TOKEN_BUDGET.get(self.torch_device.type, TOKEN_BUDGET["cuda"])
+
+    def _halve_budget(self, n_tokens: int) -> None:
+        """Make batches smaller than one of `n_tokens` that did not fit."""
+        self.token_budget = max(1, min(self.token_budget, n_tokens) // 2)
+        if self.torch_device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"A batch of {n_tokens} tokens was too much for the memory of {self.torch_device}: it"
+            f" is read again in batches of {self.token_budget}, and so is all that follows.",
+            UserWarning,
+            stacklevel=2,
+        )
 
     def _tokenize(self, texts: list[str], max_length: int) -> tuple[list[np.ndarray], np.ndarray]:
         """Token ids of each text, cut, and how many there were before the cut."""
@@ -296,15 +357,16 @@ class FrozenLLM:
         window = min([max_length, *(limit for limit in limits if limit and limit > 0)])
         tokens: list[np.ndarray] = []
         full_lengths = np.empty(len(texts), dtype=np.int64)
-        for start in range(0, len(texts), TOKENIZE_TEXTS):
-            some = texts[start : start + TOKENIZE_TEXTS]
-            for ids in self.tokenizer(some, verbose=False)["input_ids"]:
-                full_lengths[len(tokens)] = len(ids)
-                if len(ids) > window:  # again, so that a closing special token stays
-                    text = texts[len(tokens)]
-                    ids = self.tokenizer(text, truncation=True, max_length=window)["input_ids"]
-                    ids = ids[:window]  # a window narrower than the special tokens is not kept
-                tokens.append(np.asarray(ids or [self._filler_id], dtype=np.int64))
+        with self._tokenizing:  # a tokenizer's truncation is a state that threads would share
+            for start in range(0, len(texts), TOKENIZE_TEXTS):
+                some = texts[start : start + TOKENIZE_TEXTS]
+                for ids in self.tokenizer(some, verbose=False)["input_ids"]:
+                    full_lengths[len(tokens)] = len(ids)
+                    if len(ids) > window:  # again, so that a closing special token stays
+                        text = texts[len(tokens)]
+                        ids = self.tokenizer(text, truncation=True, max_length=window)["input_ids"]
+                        ids = ids[:window]  # a window narrower than the special tokens is not kept
+                    tokens.append(np.asarray(ids or [self._filler_id], dtype=np.int64))
         return tokens, full_lengths
 
     @property
@@ -316,26 +378,48 @@ class FrozenLLM:
                 return token
         return 0
 
-    def _forward(self, tokens: list[np.ndarray], layer: int) -> TokenStates:
+    def _start_pass(self, tokens: list[np.ndarray], layer: int) -> _Pass:
+        """Send a batch through the model. On a CUDA device that goes on after the return."""
         lengths = torch.tensor([len(ids) for ids in tokens])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, S)
-        # Padding stands on the right, where a causal model does not look back at it.
-        padding = self.tokenizer.pad_token_id
-        ids = torch.full(mask.shape, self._filler_id if padding is None else padding)
-        ids[mask] = torch.from_numpy(np.concatenate(tokens))
+        n_texts, longest = len(lengths), int(lengths.max())
+        inputs: dict[str, Tensor] = {}
+        real = None
+        if int(lengths.min()) == longest:
+            inputs["input_ids"] = torch.from_numpy(np.stack(tokens))  # (B, S)
+        else:  # padding stands on the right, where a causal model does not look back at it
+            padding = self.tokenizer.pad_token_id
+            mask = torch.arange(longest) < lengths[:, None]  # (B, S)
+            ids = torch.full(mask.shape, self._filler_id if padding is None else padding)
+            ids[mask] = torch.from_numpy(np.concatenate(tokens))
+            inputs = {"input_ids": ids, "attention_mask": mask.long()}
+            real = mask.flatten().nonzero()[:, 0]  # (n_tokens,)
         with self._lock, torch.inference_mode():
             device = self.network.device
             states = self._states_at(
-                layer, input_ids=ids.to(device), attention_mask=mask.long().to(device)
-            )  # (B, S, D)
+                layer, **{name: _sent(tensor, device) for name, tensor in inputs.items()}
+            )
             # Some models pad further, to a multiple of their attention window.
-            values = states[:, : mask.shape[1]][mask.to(states.device)].cpu()  # (n_tokens, D)
-        if not bool(values.isfinite().all()):
+            values = states[:, :longest].reshape(n_texts * longest, -1)
+            if real is not None:
+                values = values[_sent(real, values.device)]  # (n_tokens, D)
+            finite = values.isfinite().all()
+            there = values.device
+            if there.type != "cuda":
+                return _Pass(values.cpu(), lengths, finite, None)
+            # To pinned memory: the device need not stop for it.
+            values = values.to("cpu", non_blocking=True)
+            finite = finite.to("cpu", non_blocking=True)
+            return _Pass(values, lengths, finite, torch.cuda.current_stream(there).record_event())
+
+    def _finish_pass(self, unfinished: _Pass, layer: int) -> TokenStates:
+        if unfinished.done is not None:
+            unfinished.done.synchronize()
+        if not unfinished.finite:
             raise FloatingPointError(
                 f"{self!r} gives infinite states at layer {layer} in {self.torch_dtype}: pass"
                 " dtype='bfloat16' or dtype='float32'."
             )
-        return TokenStates.from_lengths(values, lengths)
+        return TokenStates.from_lengths(unfinished.values, unfinished.lengths)
 
     def _states_at(self, layer: int, **inputs: Tensor) -> Tensor:
         """Output of one layer; the last one's after the final norm. Nothing above it runs."""
@@ -429,6 +513,22 @@ class FrozenLLM:
             ) from error
 
 
+class _Pass(NamedTuple):
+    """A batch that has been sent through the model; its `values` are there once it is `done`."""
+
+    values: Tensor
+    lengths: Tensor
+    finite: Tensor
+    done: torch.cuda.Event | None
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; where that is a CUDA device, sent without waiting for it."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class _LayerReached(Exception):  # noqa: N818, it is the way out and no error
     """Carries the states out of a forward pass that need not go on."""
 
@@ -454,30 +554,6 @@ def shared_llm(
     key = (name, repr(settings), repr(llm.stamps))
     with _shared_lock:
         return _shared.setdefault(key, llm)
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """A device, or the best that this machine has: cuda, else mps, else cpu."""
-    if device is not None:
-        try:
-            return torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device={device!r} is not to be had here: {reason}") from None
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 natively, rather than by way of float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        # An older torch does not tell: float32 is right anywhere.
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        return any(capabilities.get(name, False) for name in CPU_BFLOAT16)
-    return False
 
 
 @contextmanager

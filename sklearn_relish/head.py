@@ -5,10 +5,11 @@ attend to them a few times, read the answer off the latent. It knows tensors and
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch.nn.functional import linear
 
 LATENT_STD = 0.02  # of the initial latent state's entries
 MLP_RATIO = 4  # hidden units of a block's MLP, in latent sizes
@@ -24,12 +25,29 @@ def check_head_sizes(latent_size: int, n_heads: int) -> None:
         )
 
 
+class Context(NamedTuple):
+    """Tokens that a latent state attends to: each is ``scale · W x + b`` of its state x.
+
+    `tokens` is (B, S, C): ``W x``, or x where W, (d, C), is left to be folded; `folded` is that W,
+    else None. `bias` is b, (d,). `scale` is (B, 1, S), or None for ones; `padding`, (B, 1, S), is 0
+    on real tokens and minus infinity elsewhere.
+    """
+
+    tokens: Tensor
+    folded: Tensor | None
+    bias: Tensor
+    scale: Tensor | None
+    padding: Tensor
+
+
 class LatentAttention(nn.Module):
     """Multi-head attention from one latent state to the tokens of its text.
 
     The parameters and the function of `torch.nn.MultiheadAttention`, rearranged for a single
-    query: a head's score ``q·(K c)`` is ``(Kᵀ q)·c`` and its value ``Σ p (V c + v)`` is
-    ``V (Σ p c) + v``, so keys and values are never formed for each token.
+    query. For a head with key weights K and value weights V, V's bias v and a token c, the score
+    ``q·(K c)`` is ``(Kᵀ q)·c`` and the value ``Σ p (V c + v)`` is ``V (Σ p c) + v``: keys and
+    values are never formed for each token. Nor need c be, where it is ``W x + b``: K and V take
+    W in, and work on x.
 
     Parameters
     ----------
@@ -46,26 +64,33 @@ class LatentAttention(nn.Module):
         self.key = nn.Linear(latent_size, latent_size)
         self.value = nn.Linear(latent_size, latent_size)
         self.output = nn.Linear(latent_size, latent_size)
-        for linear in (self.query, self.key, self.value, self.output):
-            nn.init.zeros_(linear.bias)
+        for part in (self.query, self.key, self.value, self.output):
+            nn.init.zeros_(part.bias)
         # The range that nn.MultiheadAttention gives its (3 * latent_size, latent_size) matrix.
-        for linear in (self.query, self.key, self.value):
-            nn.init.xavier_uniform_(linear.weight, gain=math.sqrt(0.5))
+        for part in (self.query, self.key, self.value):
+            nn.init.xavier_uniform_(part.weight, gain=math.sqrt(0.5))
 
-    def forward(self, latent: Tensor, context: Tensor, mask: Tensor) -> Tensor:
-        """What each latent state gathers from the real tokens of its text."""
-        n_texts, latent_size = latent.shape
-        head_shape = (self.n_heads, latent_size // self.n_heads, latent_size)
+    def forward(self, latent: Tensor, context: Context) -> Tensor:
+        """What latent states, (B, d), or (1, d) for all texts, gather from the real tokens."""
+        head_size = latent.shape[1] // self.n_heads
+        key, value = self.key.weight, self.value.weight  # (d, d)
+        if context.folded is not None:
+            key, value = key @ context.folded, value @ context.folded  # (d, C)
+        key = key.view(self.n_heads, head_size, -1)  # (nh, hs, C)
+        value = value.view(self.n_heads, head_size, -1)
 
-        query = self.query(latent).view(n_texts, *head_shape[:2])  # (B, nh, hs)
-        query = query / math.sqrt(head_shape[1])
-        # The key's bias adds the same to a query's score for every token: softmax drops it.
-        query = torch.einsum("bhs,hsd->bhd", query, self.key.weight.view(head_shape))  # (B, nh, d)
-        scores = query @ context.transpose(1, 2)  # (B, nh, S)
-        scores = scores.masked_fill(~mask[:, None, :], -math.inf)
-        attended = scores.softmax(dim=-1) @ context  # (B, nh, d)
-        attended = torch.einsum("bhd,hsd->bhs", attended, self.value.weight.view(head_shape))
-        return self.output(attended.flatten(1) + self.value.bias)  # (B, d)
+        query = self.query(latent).view(-1, self.n_heads, head_size) / math.sqrt(head_size)
+        query = torch.einsum("bhs,hsc->bhc", query, key)
+        # Biases add the same to a query's score for every token: softmax drops them.
+        scores = query @ context.tokens.transpose(1, 2)  # (B, nh, S)
+        if context.scale is not None:
+            scores = scores * context.scale
+        weights = (scores + context.padding).softmax(dim=-1)  # (B, nh, S), of sum 1
+        if context.scale is not None:
+            weights = weights * context.scale
+        attended = torch.einsum("bhc,hsc->bhs", weights @ context.tokens, value).flatten(1)
+        bias = linear(context.bias, self.value.weight, self.value.bias)  # (d,)
+        return self.output(attended + bias)  # (B, d)
 
 
 class RefinementBlock(nn.Module):
@@ -90,9 +115,9 @@ class RefinementBlock(nn.Module):
         )
         self.mlp_norm = nn.LayerNorm(latent_size)
 
-    def forward(self, latent: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, latent: Tensor, context: Context) -> Tensor:
         """The latent state, refined once."""
-        latent = self.attention_norm(latent + self.attention(latent, context, mask))  # (B, d)
+        latent = self.attention_norm(latent + self.attention(latent, context))  # (B, d)
         return self.mlp_norm(latent + self.mlp(latent))  # (B, d)
 
 
@@ -177,13 +202,42 @@ class RelishHead(nn.Module):
         -------
         Tensor of shape (B, n_outputs)
         """
-        states = states.to(self.projection.weight.dtype)  # (B, S, D)
-        if self.state_norm == "rms":
-            states = rms_norm(states, states.shape[-1:], eps=RMS_EPSILON)
-        context = self.projection(states)  # (B, S, d)
-        # A weight of zero does not silence a padding that holds NaN; a zero does.
-        context = context.masked_fill(~mask[:, :, None], 0.0)
-        latent = self.latent.expand(len(states), -1)  # (B, d)
+        return self.answer(states.masked_fill(~mask[:, :, None], 0.0), mask)
+
+    def answer(self, states: Tensor, mask: Tensor) -> Tensor:
+        """The same as `forward`, faster, for states whose padding holds finite numbers."""
+        context = self._context(states, mask)
+        latent = self.latent[None]  # (1, d), the same for all texts until they are attended to
         for iteration in range(self.n_iterations):
-            latent = self.blocks[iteration % len(self.blocks)](latent, context, mask)  # (B, d)
+            latent = self.blocks[iteration % len(self.blocks)](latent, context)  # (B, d)
         return self.readout(latent)  # (B, n_outputs)
+
+    def _context(self, states: Tensor, mask: Tensor) -> Context:
+        """The tokens, projected, or as they are where it is cheaper to fold the projection."""
+        dtype = self.projection.weight.dtype
+        if not torch.is_autocast_enabled(states.device.type):
+            states = states.to(dtype)  # (B, S, D)
+        padding = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)  # (B, S)
+        scale = None
+        if self.state_norm == "rms":
+            norm = torch.linalg.vector_norm(states, dim=-1, dtype=dtype)  # (B, S)
+            scale = (norm.square() / states.shape[-1] + RMS_EPSILON).rsqrt()
+        scale = None if scale is None else scale[:, None]
+        weight, bias = self.projection.weight, self.projection.bias
+        if self._folding_is_cheaper(*states.shape):
+            return Context(states, weight, bias, scale, padding[:, None])
+        return Context(linear(states, weight), None, bias, scale, padding[:, None])
+
+    def _folding_is_cheaper(self, n_texts: int, n_tokens: int, input_size: int) -> bool:
+        """Whether a training step multiplies less where tokens are never projected.
+
+        Multiplications of a text, forward and backward; states themselves have no gradient.
+        """
+        d, n_scores = len(self.latent), self.n_iterations * self.blocks[0].attention.n_heads
+        projecting = 2 * n_tokens * input_size * d
+        attending_projected = 6 * n_scores * n_tokens * d + 6 * self.n_iterations * d * d
+        folding = 6 * self.n_iterations * d * d * input_size / n_texts
+        attending_folded = (
+            4 * n_scores * n_tokens * input_size + 6 * self.n_iterations * d * input_size
+        )
+        return folding + attending_folded < projecting + attending_projected

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 CODE = torch.float8_e4m3fn
 SCALE_BYTES = 4  # of float32
+COPY_TEXTS = 1024  # texts that are copied to a device at once
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,36 @@ class TokenStates:
         """The states of each text, (length, D); views, unless they are packed."""
         return map(unpack_states, self._slices()) if self.packed else self._slices()
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """States of some texts, padded with zeros to the longest of them, and which are real.
+    @property
+    def device(self) -> torch.device:
+        """Where the states lie."""
+        return self.arrays[0].device
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the texts' states."""
+        array = self.arrays[0]
+        return int(self.lengths.sum()) * array.shape[1] * array.element_size()
+
+    def to(self, device: torch.device) -> TokenStates:
+        """A copy of the texts' states, and no others, in one array on a device."""
+        n_tokens = int(self.lengths.sum())
+        values = self.arrays[0].new_empty(n_tokens, self.arrays[0].shape[1], device=device)
+        end = 0
+        for rows in torch.arange(len(self)).split(COPY_TEXTS):
+            some = torch.cat(list(self[rows]._slices()))
+            values[end : end + len(some)] = some.to(device)
+            end += len(some)
+        return TokenStates.from_lengths(values, self.lengths.to(device))
+
+    def batch(self, rows: Tensor, n_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        """States of some texts, padded with zeros, and which of them are real.
 
         Parameters
         ----------
         rows : int64 Tensor of shape (B,)
+        n_tokens : int, default=None
+            What each text is padded to, S; none of them may be longer. None: the longest of them.
 
         Returns
         -------
@@ -84,18 +111,27 @@ class TokenStates:
         mask : bool Tensor of shape (B, S)
         """
         texts = self[rows]
-        n_tokens = int(texts.lengths.max())
-        padded = self.arrays[0].new_zeros(len(rows), n_tokens, self.arrays[0].shape[1])
-        # Slices of whole texts are copied faster than tokens are gathered by their numbers.
-        for place, text in zip(padded, texts._slices(), strict=True):
-            place[: len(text)] = text
-        mask = torch.arange(n_tokens) < texts.lengths[:, None]
-        return unpack_states(padded) if self.packed else padded, mask
+        longest = int(texts.lengths.max()) if n_tokens is None else n_tokens
+        mask = torch.arange(longest, device=self.device) < texts.lengths[:, None]
+        if self.device.type == "cpu":
+            padded = pad_sequence(list(texts._slices()), batch_first=True)
+            if padded.shape[1] < longest:
+                padded = pad(padded, (0, 0, 0, longest - padded.shape[1]))
+            return unpack_states(padded) if self.packed else padded, mask
+        return texts._gathered(mask), mask
+
+    def _gathered(self, mask: Tensor) -> Tensor:
+        """All texts, padded to the shape of a mask: token by token, at once, from one array."""
+        (values,) = self.arrays
+        tokens = self.starts[:, None] + torch.arange(mask.shape[1], device=self.device)  # (B, S)
+        padded = values[tokens.clamp_(max=len(values) - 1)]  # (B, S, D)
+        padded = unpack_states(padded) if self.packed else padded
+        return padded.masked_fill_(~mask[:, :, None], 0.0)
 
     def _slices(self) -> Iterator[Tensor]:
         places = (self.array.tolist(), self.starts.tolist(), self.lengths.tolist())
         for array, start, length in zip(*places, strict=True):
-            yield self.arrays[array][start : start + length]
+            yield self.arrays[array].narrow(0, start, length)
 
 
 def pack_states(states: Tensor) -> Tensor:

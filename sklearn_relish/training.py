@@ -10,6 +10,7 @@ import math
 import threading
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
 
+from sklearn_relish.batches import BatchLoader, Recorded
+from sklearn_relish.devices import computes_bfloat16
 from sklearn_relish.head import RelishHead
 from sklearn_relish.states import TokenStates
 
@@ -143,26 +146,38 @@ def train_head(
     generator = torch.Generator().manual_seed(seed)
     head.to(device).train()
     loss_function = LOSSES[loss]
-    optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        head.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True
+    )
     steps = max_epochs * math.ceil(len(train.states) / batch_size)
     schedule = OneCycleLR(optimizer, max_lr=learning_rate, total_steps=max(steps, 2))
+    on_cuda = device.type == "cuda"
 
+    def gradients(states: Tensor, mask: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """Sum of a batch's losses; the gradients of their mean are left in the parameters."""
+        with mixed_precision(device):
+            answers = head.answer(states, mask)
+        losses = loss_function(answers.float(), y).mean(dim=1) * weight  # (B,)
+        head.zero_grad(set_to_none=not on_cuda)  # a recording needs them to stay where they are
+        losses.mean().backward()
+        return losses.detach().sum()
+
+    step = Recorded(gradients) if on_cuda else gradients
+    loader = BatchLoader(train.states, device, torch.float32)
+    held_out = None if validation is None else BatchLoader(validation.states, device, torch.float32)
+    y, weight = train.y.to(device), train.weight.to(device)
     history: list[dict[str, float]] = []
     best_loss, best_epoch, best_weights = math.inf, max_epochs, None
     patience = math.inf if n_iter_no_change is None else n_iter_no_change
     with tqdm(total=max_epochs, desc="Training head", unit="epoch", disable=not progress) as bar:
         for epoch in range(1, max_epochs + 1):
-            total = 0.0
-            for rows in shuffled_batches(train.states.lengths, batch_size, generator):
-                states, mask = (tensor.to(device) for tensor in train.states.batch(rows))
-                y, weight = train.y[rows].to(device), train.weight[rows].to(device)
-                losses = loss_function(head(states, mask), y).mean(dim=1) * weight  # (B,)
-                optimizer.zero_grad(set_to_none=True)
-                losses.mean().backward()
-                nn.utils.clip_grad_norm_(head.parameters(), GRADIENT_NORM)
+            total = torch.zeros((), device=device)
+            batches = shuffled_batches(train.states.lengths, batch_size, generator)
+            for rows, states, mask in loader.load(batches):
+                total += step(states, mask, y[rows], weight[rows])
+                nn.utils.clip_grad_norm_(head.parameters(), GRADIENT_NORM, foreach=True)
                 optimizer.step()
                 schedule.step()
-                total += float(losses.detach().sum())
             if not math.isfinite(total):
                 raise FloatingPointError(
                     f"Training diverged in epoch {epoch}: the loss is not finite any more. Lower"
@@ -171,10 +186,10 @@ def train_head(
             entry = {
                 "epoch": epoch,
                 "learning_rate": schedule.get_last_lr()[0],
-                "train_loss": total / float(train.weight.sum()),
+                "train_loss": float(total) / float(train.weight.sum()),
             }
-            if validation is not None:
-                entry |= evaluate(head, validation, loss_function, device)
+            if held_out is not None:
+                entry |= evaluate(head, held_out, validation, loss_function)
                 bar.set_postfix({"validation R²": f"{entry['validation_r2']:.3f}"})
                 if entry["validation_loss"] < best_loss:
                     best_loss, best_epoch = entry["validation_loss"], epoch
@@ -191,10 +206,10 @@ def train_head(
 
 @torch.inference_mode()
 def evaluate(
-    head: RelishHead, examples: Examples, loss_function: nn.Module, device: torch.device
+    head: RelishHead, loader: BatchLoader, examples: Examples, loss_function: nn.Module
 ) -> dict[str, float]:
-    """Validation loss and R² of a head, both weighted."""
-    predicted = _answers(head, examples.states, device)
+    """Validation loss and R² of a head, both weighted; the loader has the examples' states."""
+    predicted = _answers(head, loader)
     weight = examples.weight[:, None]
     mean = (weight * examples.y).sum(dim=0) / weight.sum()
     residual = (weight * (predicted - examples.y) ** 2).sum(dim=0)
@@ -211,24 +226,49 @@ def head_answers(head: RelishHead, states: TokenStates, device: torch.device) ->
     On a CPU the head computes in float64, in which a text's answer does not depend on its batch.
     """
     dtype = torch.float64 if device.type == "cpu" else torch.float32
-    worker = copy.deepcopy(head).to(device, dtype)
-    return _answers(worker, states, device).double().numpy()
+    return (
+        _answers(_placed(head, device, dtype), BatchLoader(states, device, dtype)).double().numpy()
+    )
 
 
-def _answers(head: RelishHead, states: TokenStates, device: torch.device) -> Tensor:
-    """Answers of a head that lies on `device`, on the CPU, in the order of the texts."""
-    order = states.lengths.argsort(stable=True)
-    answers = []
+_placed_heads: WeakKeyDictionary[RelishHead, tuple[Any, RelishHead]] = WeakKeyDictionary()
+
+
+def _placed(head: RelishHead, device: torch.device, dtype: torch.dtype) -> RelishHead:
+    """A copy of a head on a device, kept as long as the head lives and its weights stay.
+
+    A service that answers for one text after the other does not wait for it anew each time.
+    """
+    weights = [(parameter.data_ptr(), parameter._version) for parameter in head.parameters()]
+    made_for = (device, dtype, weights)
+    known = _placed_heads.get(head)
+    if known is None or known[0] != made_for:
+        known = made_for, copy.deepcopy(head).to(device, dtype)
+        _placed_heads[head] = known
+    return known[1]
+
+
+def _answers(head: RelishHead, loader: BatchLoader) -> Tensor:
+    """Answers for all texts of a loader, on the CPU, in the order of the texts."""
+    order = loader.lengths.argsort(stable=True)
+    batches = []
     start = 0
     while start < len(order):
         # Lengths only grow along `order`: halve the batch until its padded size fits.
         rows = order[start : start + PREDICT_TOKENS]
-        while len(rows) > 1 and len(rows) * int(states.lengths[rows[-1]]) > PREDICT_TOKENS:
+        while len(rows) > 1 and len(rows) * int(loader.lengths[rows[-1]]) > PREDICT_TOKENS:
             rows = rows[: len(rows) // 2]
-        batch, mask = states.batch(rows)
-        answers.append(head(batch.to(device), mask.to(device)).cpu())
+        batches.append(rows)
         start += len(rows)
-    return torch.cat(answers)[order.argsort()]
+    answers = [head.answer(batch, mask) for _, batch, mask in loader.load(batches)]
+    return torch.cat(answers).cpu()[order.argsort()]
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """On a CUDA device with bfloat16: products in it, parameters in float32. Elsewhere nothing."""
+    enabled = device.type == "cuda" and computes_bfloat16(device)
+    # A cache of cast parameters would outlive the recording that it was made in.
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 def shuffled_batches(lengths: Tensor, batch_size: int, generator: torch.Generator) -> list[Tensor]:

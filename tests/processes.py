@@ -33,7 +33,7 @@ class LoggedLLM(FrozenLLM):
         network = super().network
         self.write("network")
         network.register_forward_pre_hook(
-            lambda _, args, kwargs: self.write(f"read {int(kwargs['attention_mask'].sum())}"),
+            lambda _, args, kwargs: self.write(f"read {kwargs['input_ids'].numel()}"),
             with_kwargs=True,
         )
         return network

@@ -221,10 +221,10 @@ def test_a_model_is_loaded_once_however_many_estimators_name_it(monkeypatch):
 
 def test_a_search_reads_each_text_once(monkeypatch):
     tokens = []
-    original = FrozenLLM._forward
+    original = FrozenLLM._start_pass
     monkeypatch.setattr(
         FrozenLLM,
-        "_forward",
+        "_start_pass",
         lambda self, batch, layer: (tokens.extend(batch), original(self, batch, layer))[1],
     )
     texts, y = reviews(60)
@@ -264,7 +264,9 @@ def test_a_refused_or_interrupted_fit_leaves_the_earlier_one(llm, monkeypatch):
     with pytest.raises(ValueError, match="row 0"):
         regressor.fit(pd.DataFrame({"a": texts, "b": texts}), np.r_[np.nan, y[1:]])
     assert (regressor.predict(texts) == before).all()
-    monkeypatch.setattr(FrozenLLM, "_forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        FrozenLLM, "_start_pass", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         regressor.fit(["fresh", "texts"], [-1e6, 1e6])
     assert (regressor.predict(texts) == before).all()

@@ -30,7 +30,7 @@ def llm():
     llm.tokens_read = 0
 
     def count(_, args, kwargs):
-        llm.tokens_read += int(kwargs["attention_mask"].sum())
+        llm.tokens_read += kwargs["input_ids"].numel()
 
     llm.network.register_forward_pre_hook(count, with_kwargs=True)
     return llm
@@ -107,7 +107,7 @@ def test_shards_that_appear_later_are_found(llm, tmp_path):
 
 def test_what_was_read_before_an_interruption_is_kept(llm, tmp_path, monkeypatch):
     monkeypatch.setitem(TOKEN_BUDGET, "cpu", 64)
-    forward, calls = llm._forward, []
+    forward, calls = llm._start_pass, []
 
     def interrupted(tokens, layer):
         calls.append(tokens)
@@ -115,7 +115,7 @@ def test_what_was_read_before_an_interruption_is_kept(llm, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return forward(tokens, layer)
 
-    monkeypatch.setattr(llm, "_forward", interrupted)
+    monkeypatch.setattr(llm, "_start_pass", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fetch(StateStore(tmp_path), TEXTS, llm)
     kept = llm.tokens_read
@@ -497,14 +497,14 @@ def test_unfinished_files_are_removed_in_time(llm, tmp_path):
 def test_a_thread_finds_states_while_another_reads(llm, tmp_path, monkeypatch):
     store = StateStore(tmp_path)
     fetch(store, TEXTS[:10], llm)
-    forward, reading, found = llm._forward, threading.Event(), threading.Event()
+    forward, reading, found = llm._start_pass, threading.Event(), threading.Event()
 
     def slow(tokens, layer):
         reading.set()
         assert found.wait(30)
         return forward(tokens, layer)
 
-    monkeypatch.setattr(llm, "_forward", slow)
+    monkeypatch.setattr(llm, "_start_pass", slow)
     with ThreadPoolExecutor() as pool:
         others = [pool.submit(fetch, store, TEXTS[10:], llm) for _ in range(2)]
         assert reading.wait(30)

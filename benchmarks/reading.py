@@ -1,0 +1,154 @@
+"""Reading texts on a CPU: beside Sentence Transformers, and beside padding to 256 tokens.
+
+    pip install -e ".[benchmarks]" && python benchmarks/reading.py --data FOLDER --model MODEL
+
+Texts a second of STS-B (stsb.py says what FOLDER and MODEL are), token states at layer 20, of
+
+- this package's reading,
+- Sentence Transformers' ``encode(output_value="token_embeddings")``: the same model in the same
+  dtype, all layers, as it comes,
+- an encoder that pads each text to 256 tokens and keeps all hidden states, as the official code
+  of RELISH does.
+
+They take turns, the median counts, and their tokens are the same. (Sentence Transformers would
+apply the tokenizer's chat template; it gets a folder without one.) Then one text at a time:
+``predict`` of a fitted regressor, warm, beside the bare pass of the language model to that layer.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+from sentence_transformers import SentenceTransformer
+from stsb import PROMPT
+from transformers import AutoModel
+
+from sklearn_relish import FrozenLLM, RelishRegressor
+
+LAYER, PADDED, PADDED_SHARE = 20, 256, 8
+
+
+def without_chat_template(source: str, folder: str) -> str:
+    """The same model in a folder that has no chat template."""
+    for path in Path(source).iterdir():
+        if path.name != "chat_template.jinja":
+            Path(folder, path.name).symlink_to(path)
+    return folder
+
+
+def padded_encoder(llm: FrozenLLM) -> Callable[[list[str]], None]:
+    """Every text padded to 256 tokens, all hidden states of all layers kept."""
+    network = AutoModel.from_pretrained(llm._source, dtype=llm.torch_dtype).eval()
+    tokenizer = llm.tokenizer
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+    def encode(texts: list[str]) -> None:
+        for start in range(0, len(texts), 8):
+            ids = torch.full((len(texts[start : start + 8]), PADDED), padding)
+            mask = torch.zeros_like(ids)
+            for row, text in enumerate(texts[start : start + 8]):
+                own = tokenizer(text)["input_ids"][:PADDED]
+                ids[row, : len(own)] = torch.tensor(own)
+                mask[row, : len(own)] = 1
+            with torch.inference_mode():
+                network(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+
+    return encode
+
+
+def one_by_one(llm: FrozenLLM, texts: list[str]) -> tuple[float, float]:
+    """Median milliseconds of `predict` and of the bare pass, for texts not seen before."""
+    regressor = RelishRegressor(llm, layer=LAYER, max_epochs=1, random_state=0)
+    regressor.fit(texts[:64], range(64))
+    predict, bare = [], []
+    for text in texts[64:]:
+        ids = torch.tensor([llm.tokenizer(text)["input_ids"]])
+        start = time.perf_counter()
+        with torch.inference_mode():
+            llm._states_at(LAYER, input_ids=ids)
+        middle = time.perf_counter()
+        regressor.predict([text])
+        bare.append(1e3 * (middle - start))
+        predict.append(1e3 * (time.perf_counter() - middle))
+    return statistics.median(predict), statistics.median(bare)
+
+
+def seconds(function: Callable[[list[str]], object], texts: list[str]) -> float:
+    start = time.perf_counter()
+    function(texts)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of STS-B's CSV files")
+    parser.add_argument("--model", required=True, help="Hub id, folder or .gguf file")
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="file that a JSON line is appended to")
+    arguments = parser.parse_args()
+
+    rows = pd.read_csv(arguments.data / "train.csv", keep_default_na=False)[: arguments.rows]
+    texts = [PROMPT.format(**row) for row in rows[["text_a", "text_b"]].to_dict("records")]
+    llm = FrozenLLM(arguments.model, device="cpu")
+    own = [len(ids) for ids in llm.tokenizer(texts)["input_ids"]]
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = SentenceTransformer(
+            without_chat_template(llm._source, folder),
+            device="cpu",
+            model_kwargs={"dtype": llm.torch_dtype},
+        )
+    theirs_tokens = theirs.preprocess(texts)["attention_mask"].sum(1).tolist()
+    assert theirs_tokens == own, "the peer's tokens are others"
+    assert theirs.dtype == llm.torch_dtype
+    padded = padded_encoder(llm)
+
+    contenders = {
+        "this package, 20 layers": lambda some: list(llm.read(some, layer=LAYER, max_length=512)),
+        "Sentence Transformers, all layers": lambda some: theirs.encode(
+            some, output_value="token_embeddings", show_progress_bar=False
+        ),
+        f"padded to {PADDED}, all hidden states": lambda some: padded(
+            some[: len(some) // PADDED_SHARE]
+        ),
+    }
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for read in contenders.values():
+        read(texts[:64])
+    for _ in range(arguments.rounds):
+        for name, read in contenders.items():
+            share = PADDED_SHARE if name.startswith("padded") else 1
+            times[name].append(share * seconds(read, texts))
+
+    a, b = (torch.randn(2048, 2048, dtype=llm.torch_dtype) for _ in range(2))
+    product = min(seconds(lambda _: a @ b, []) for _ in range(20))
+    weights = sum(p.numel() for layer in llm._layers[:LAYER] for p in layer.parameters())
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ours = medians["this package, 20 layers"]
+    share = 2 * weights * sum(own) / ours / (2 * 2048**3 / product)
+    print(f"{len(texts)} texts, {sum(own)} tokens, {llm.torch_dtype}")
+    for name, median in medians.items():
+        print(f"{name:40}{len(texts) / median:8.1f} texts/s   we are {median / ours:.2f} times")
+    print(
+        f"largest product {2e-9 * 2048**3 / product:.0f} GFLOP/s; the weights' products of real"
+        f" tokens take place at {100 * share:.0f} % of that"
+    )
+    predict, bare = one_by_one(llm, texts[:264])
+    print(
+        f"one text: predict {predict:.1f} ms, bare pass to layer {LAYER} {bare:.1f} ms, ratio"
+        f" {predict / bare:.2f}"
+    )
+    if arguments.output:
+        line = {"rows": len(texts), **medians, "share": share, "predict": predict, "bare": bare}
+        with arguments.output.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,6 @@
 """What people use today, for the other files to compare with: a textbook head and its loop."""
 
+import copy
 import math
 
 import torch
@@ -95,11 +96,12 @@ def textbook_fit(
     head: RelishHead,
     states: TokenStates,
     y: Tensor,
+    validation: TokenStates,
+    validation_y: Tensor,
     *,
     epochs: int,
     device: torch.device,
     seed: int,
-    validation: TokenStates,
 ) -> Textbook:
     """A fit as most people write it; the weights of the best epoch on held-out texts are kept."""
     training = Textbook(head, device, epochs * math.ceil(len(states) / 32))
@@ -110,8 +112,12 @@ def textbook_fit(
         collate_fn=padded,
         generator=torch.Generator().manual_seed(seed),
     )
+    best, weights = math.inf, None
     for _ in range(epochs):
-        for states_, mask, y_ in loader:
-            training.step(states_, mask, y_)
-        training.answers(validation)
+        for batch, mask, targets in loader:
+            training.step(batch, mask, targets)
+        loss = float(training.loss(training.answers(validation), validation_y))
+        if loss < best:
+            best, weights = loss, copy.deepcopy(training.head.state_dict())
+    training.head.load_state_dict(weights)
     return training

@@ -239,11 +239,11 @@ def _placed(head: RelishHead, device: torch.device, dtype: torch.dtype) -> Relis
 
     A service that answers for one text after the other does not wait for it anew each time.
     """
+    # What changes when weights are written to, or others put in their place.
     weights = [(parameter.data_ptr(), parameter._version) for parameter in head.parameters()]
-    made_for = (device, dtype, weights)
     known = _placed_heads.get(head)
-    if known is None or known[0] != made_for:
-        known = made_for, copy.deepcopy(head).to(device, dtype)
+    if known is None or known[0] != (device, weights):
+        known = (device, weights), copy.deepcopy(head).to(device, dtype)
         _placed_heads[head] = known
     return known[1]
 

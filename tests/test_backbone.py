@@ -81,6 +81,38 @@ def test_batches_hold_texts_of_like_length_under_the_token_budget(monkeypatch):
     assert [width for _, width in shapes] == sorted((w for _, w in shapes), reverse=True)
 
 
+def test_texts_are_tokenized_window_by_window(monkeypatch):
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    texts = ["x" * n for n in np.random.default_rng(0).integers(1, 30, 50)]
+    whole, full_lengths = read(llm, texts, 2, max_length=20)
+    monkeypatch.setattr("sklearn_relish.backbone.WINDOW_TEXTS", 7)
+    windows, same_lengths = read(llm, texts, 2, max_length=20)
+    assert full_lengths == same_lengths == [len(text) for text in texts]
+    torch.testing.assert_close(windows, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_too_much_for_the_memory_is_read_in_smaller_batches(monkeypatch):
+    texts = [letter * n for n in range(1, 21) for letter in "abc"]
+    expected, _ = read(FrozenLLM(tiny_model(), device="cpu", dtype="float32"), texts, 2)
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    states_at = llm._states_at
+
+    def tight(layer, input_ids, **inputs):
+        if input_ids.numel() > 25:
+            raise torch.OutOfMemoryError("not enough")
+        return states_at(layer, input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(llm, "_states_at", tight)
+    with pytest.warns(UserWarning, match="too much for the memory of cpu") as told:
+        states, _ = read(llm, texts, 2)
+    assert [str(warning.message).split()[3] for warning in told] == ["60", "30"]  # tokens
+    torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
+    assert llm.token_budget == 15
+
+    with pytest.raises(torch.OutOfMemoryError):
+        read(llm, ["x" * 26], 2)
+
+
 def test_long_texts_are_cut_to_max_length_and_to_the_window():
     llm = FrozenLLM(tiny_model("bert"), device="cpu", dtype="float32")
     (short, long), full_lengths = read(llm, ["abc", "x" * 100], 1, max_length=10)

@@ -70,9 +70,13 @@ def test_shared_weights_have_one_block():
     assert sum(parameter.numel() for parameter in head.parameters()) == 3_418_625 - 2 * 789_760
 
 
+@pytest.mark.parametrize("folding", [False, True])
 @pytest.mark.parametrize("share_weights", [False, True])
 @pytest.mark.parametrize("state_norm", ["rms", None])
-def test_agrees_with_the_textbook_in_values_and_gradients(share_weights, state_norm):
+def test_agrees_with_the_textbook_in_values_and_gradients(
+    share_weights, state_norm, folding, monkeypatch
+):
+    monkeypatch.setattr(RelishHead, "_folding_is_cheaper", lambda *_: folding)
     head = randomized(
         RelishHead(
             24, **TEXTBOOK_SIZES, n_outputs=2, share_weights=share_weights, state_norm=state_norm
@@ -112,8 +116,10 @@ def test_agrees_with_the_textbook_in_values_and_gradients(share_weights, state_n
         )
 
 
+@pytest.mark.parametrize("folding", [False, True])
 @pytest.mark.parametrize("padding", [0.0, 1e4, math.nan])
-def test_prediction_does_not_depend_on_batch_or_padding(padding):
+def test_prediction_does_not_depend_on_batch_or_padding(padding, folding, monkeypatch):
+    monkeypatch.setattr(RelishHead, "_folding_is_cheaper", lambda *_: folding)
     head = randomized(RelishHead(24, **TEXTBOOK_SIZES))
     states, mask = ragged_batch()
     together = head(states, mask)
@@ -127,6 +133,29 @@ def test_prediction_does_not_depend_on_batch_or_padding(padding):
     for row, length in enumerate(mask.sum(1)):
         alone = head(states[[row], :length], mask[[row], :length])
         torch.testing.assert_close(alone, together[[row]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [0.0, 1e4])
+def test_answer_takes_any_finite_padding(padding):
+    head = randomized(RelishHead(24, **TEXTBOOK_SIZES))
+    states, mask = ragged_batch()
+    padded = states.masked_fill(~mask[:, :, None], padding)
+    torch.testing.assert_close(head.answer(padded, mask), head(states, mask), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n_texts", "n_tokens", "input_size", "folds"),
+    [
+        (64, 256, 576, True),
+        (64, 100, 576, True),
+        (64, 20, 576, False),
+        (1, 40, 576, False),  # its weights would be folded for a single text
+        (32, 40, 4096, False),
+        (32, 256, 4096, True),
+    ],
+)
+def test_projection_is_folded_where_that_is_cheaper(n_texts, n_tokens, input_size, folds):
+    assert RelishHead(input_size)._folding_is_cheaper(n_texts, n_tokens, input_size) is folds
 
 
 def test_state_norm_makes_the_scale_of_a_token_irrelevant():

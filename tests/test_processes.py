@@ -249,3 +249,9 @@ def test_memory_stays_flat_on_a_set_ten_times_its_budget():
     # What a fit needs besides, batches and the model's own work, is the same for any set.
     assert peaks[budget] < 0.6 * size
     assert peaks[2**30] > size
+
+
+def test_processes_share_the_cores():
+    job = joblib.delayed(torch.get_num_threads)
+    threads = joblib.Parallel(n_jobs=2)(job() for _ in range(2))
+    assert sum(threads) <= max(2, joblib.cpu_count())

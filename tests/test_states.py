@@ -1,3 +1,6 @@
+from dataclasses import replace
+
+import pytest
 import torch
 
 from sklearn_relish.states import TokenStates, pack_states, unpack_states
@@ -33,6 +36,26 @@ def test_selection_shares_the_arrays_and_may_repeat_texts():
     assert chosen.lengths.tolist() == [4, 4, 1]
     assert [len(text) for text in chosen] == [4, 4, 1]
     assert next(iter(chosen)).data_ptr() == states.arrays[0][2:].data_ptr()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gathering_by_token_gives_the_same_batch_as_copying_by_text(packed):
+    states = make()
+    if packed:
+        states = replace(states, arrays=tuple(map(pack_states, states.arrays)))
+    rows = torch.tensor([3, 0, 1, 1, 2])
+    there = states.to(torch.device("cpu"))[rows]  # as it would lie on a GPU, in one array
+    batch, mask = states.batch(rows, n_tokens=6)
+    assert batch.shape == (5, 6, 2)
+    assert torch.equal(there._gathered(mask), batch)
+
+
+def test_a_batch_may_be_wider_than_its_longest_text():
+    narrow, mask = make().batch(torch.tensor([2, 0]))
+    wide, wide_mask = make().batch(torch.tensor([2, 0]), n_tokens=5)
+    assert torch.equal(wide[:, :2], narrow)
+    assert not wide[:, 2:].any()
+    assert wide_mask.sum() == mask.sum()
 
 
 def test_packed_states_are_within_a_sixteenth_of_each_value():

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -165,6 +167,20 @@ def test_answers_keep_order_and_do_not_depend_on_company(monkeypatch):
     for rows in ([7], [3, 3, 40], list(range(49, -1, -1))):
         some = head_answers(head, examples.states[torch.tensor(rows)], CPU)
         np.testing.assert_allclose(some, together[rows], rtol=1e-10, atol=1e-12)
+
+
+def test_answers_follow_the_weights():
+    examples = task(20)
+    head, _ = train(examples)
+    before = head_answers(head, examples.states, CPU)
+    assert (head_answers(head, examples.states, CPU) == before).all()
+    with torch.no_grad():
+        head.readout.bias += 1
+    np.testing.assert_allclose(head_answers(head, examples.states, CPU), before + 1, rtol=1e-6)
+    head.readout = copy.deepcopy(head.readout)
+    with torch.no_grad():
+        head.readout.bias += 1
+    np.testing.assert_allclose(head_answers(head, examples.states, CPU), before + 2, rtol=1e-6)
 
 
 def test_batches_hold_every_row_once_with_like_lengths_together():

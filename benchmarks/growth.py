@@ -26,17 +26,17 @@ from sklearn_relish import FrozenLLM, StateStore
 from sklearn_relish.training import Examples, new_head, train_head
 
 BUDGET = 64 * 2**20
-N_WORDS = 8
+N_WORDS, STRIDE = 8, 3
 
 
 def short_texts(n_texts: int) -> list[str]:
     """Different texts of 8 words, in random order."""
-    films, _ = load_films(17_000)
+    films, _ = load_films(9_700)
     words = [film.split() for film in films]
     windows = {
         " ".join(film[start : start + N_WORDS])
         for film in words
-        for start in range(0, len(film) - N_WORDS, N_WORDS // 2)
+        for start in range(0, len(film) - N_WORDS, STRIDE)
     }
     chosen = np.random.default_rng(0).choice(sorted(windows), n_texts, replace=False)
     return chosen.tolist()

@@ -12,7 +12,8 @@ Texts a second of STS-B (stsb.py says what FOLDER and MODEL are), token states a
 
 They take turns, the median counts, and their tokens are the same. (Sentence Transformers would
 apply the tokenizer's chat template; it gets a folder without one.) Then one text at a time:
-``predict`` of a fitted regressor, warm, beside the bare pass of the language model to that layer.
+``predict`` of a fitted regressor, warm, beside the bare pass of the language model on that text,
+tokenizer and layers 1 to 20, and beside that of all its layers.
 """
 
 import argparse
@@ -62,21 +63,29 @@ def padded_encoder(llm: FrozenLLM) -> Callable[[list[str]], None]:
     return encode
 
 
-def one_by_one(llm: FrozenLLM, texts: list[str]) -> tuple[float, float]:
-    """Median milliseconds of `predict` and of the bare pass, for texts not seen before."""
+def one_by_one(llm: FrozenLLM, texts: list[str]) -> dict[str, float]:
+    """Median milliseconds of `predict` and of bare passes, for texts not seen before."""
     regressor = RelishRegressor(llm, layer=LAYER, max_epochs=1, random_state=0)
     regressor.fit(texts[:64], range(64))
-    predict, bare = [], []
+
+    def bare(layer: int) -> Callable[[list[str]], object]:
+        def run(some: list[str]) -> None:
+            ids = torch.tensor(llm.tokenizer(some)["input_ids"])
+            with torch.inference_mode():
+                llm._states_at(layer, input_ids=ids)
+
+        return run
+
+    passes = {
+        "predict": regressor.predict,
+        f"layers 1 to {LAYER}": bare(LAYER),
+        "all layers": bare(llm.n_layers),
+    }
+    times: dict[str, list[float]] = {name: [] for name in passes}
     for text in texts[64:]:
-        ids = torch.tensor([llm.tokenizer(text)["input_ids"]])
-        start = time.perf_counter()
-        with torch.inference_mode():
-            llm._states_at(LAYER, input_ids=ids)
-        middle = time.perf_counter()
-        regressor.predict([text])
-        bare.append(1e3 * (middle - start))
-        predict.append(1e3 * (time.perf_counter() - middle))
-    return statistics.median(predict), statistics.median(bare)
+        for name, run in passes.items():
+            times[name].append(1e3 * seconds(run, [text]))
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def seconds(function: Callable[[list[str]], object], texts: list[str]) -> float:
@@ -139,13 +148,12 @@ def main() -> None:
         f"largest product {2e-9 * 2048**3 / product:.0f} GFLOP/s; the weights' products of real"
         f" tokens take place at {100 * share:.0f} % of that"
     )
-    predict, bare = one_by_one(llm, texts[:264])
-    print(
-        f"one text: predict {predict:.1f} ms, bare pass to layer {LAYER} {bare:.1f} ms, ratio"
-        f" {predict / bare:.2f}"
-    )
+    alone = one_by_one(llm, texts[:264])
+    for name, milliseconds in alone.items():
+        ratio = alone["predict"] / milliseconds
+        print(f"one text, {name:24}{milliseconds:6.1f} ms   predict is {ratio:.2f} times")
     if arguments.output:
-        line = {"rows": len(texts), **medians, "share": share, "predict": predict, "bare": bare}
+        line = {"rows": len(texts), **medians, "share": share, **alone}
         with arguments.output.open("a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -39,6 +39,9 @@ from sklearn_relish.states import TokenStates
 # Padded tokens of a batch. On a CPU more is no faster; the others are not measured yet. Where one
 # is too much for the memory it is halved.
 TOKEN_BUDGET = {"cpu": 1_024, "mps": 8_192, "cuda": 16_384}
+# The shortest text of a batch, in the longest: on a CPU batches of one length are as fast, and need
+# no padding; elsewhere less padding is worth more than larger batches.
+SHORTEST = {"cpu": 1.0, "mps": 0.875, "cuda": 0.875}
 TOKENIZE_TEXTS = 256  # texts tokenized at once: a token takes 100 bytes while they are
 WINDOW_TEXTS = 4_096  # texts sorted by length together, while the next so many are tokenized
 MODEL_SUFFIXES = {".bin", ".jinja", ".json", ".model", ".py", ".safetensors", ".spm", ".txt"}
@@ -304,13 +307,12 @@ class FrozenLLM:
         """
         lengths = np.array([len(ids) for ids in tokens])
         longest_first = np.argsort(-lengths, kind="stable")
-        on_cpu = self.torch_device.type == "cpu"
+        shortest = SHORTEST.get(self.torch_device.type, SHORTEST["cuda"])
         start, before = 0, None  # `before` is the pass that is not finished yet
         while start < len(tokens):
             n_rows = max(1, self.token_budget // int(lengths[longest_first[start]]))
             rows = longest_first[start : start + n_rows]
-            if on_cpu:
-                rows = rows[lengths[rows] == lengths[rows[0]]]
+            rows = rows[lengths[rows] >= shortest * lengths[rows[0]]]
             started = None
             try:
                 started = rows, self._start_pass([tokens[row] for row in rows], layer)
@@ -324,7 +326,7 @@ class FrozenLLM:
             if before is not None:
                 yield before[0], self._finish_pass(before[1], layer)
             before = started
-            if on_cpu and before is not None:
+            if before is not None and before[1].done is None:  # there is nothing to wait for
                 yield before[0], self._finish_pass(before[1], layer)
                 before = None
         if before is not None:

@@ -217,16 +217,15 @@ class RelishHead(nn.Module):
         dtype = self.projection.weight.dtype
         if not torch.is_autocast_enabled(states.device.type):
             states = states.to(dtype)  # (B, S, D)
-        padding = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)  # (B, S)
+        padding = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)[:, None]
         scale = None
         if self.state_norm == "rms":
             norm = torch.linalg.vector_norm(states, dim=-1, dtype=dtype)  # (B, S)
-            scale = (norm.square() / states.shape[-1] + RMS_EPSILON).rsqrt()
-        scale = None if scale is None else scale[:, None]
+            scale = (norm.square() / states.shape[-1] + RMS_EPSILON).rsqrt()[:, None]
         weight, bias = self.projection.weight, self.projection.bias
         if self._folding_is_cheaper(*states.shape):
-            return Context(states, weight, bias, scale, padding[:, None])
-        return Context(linear(states, weight), None, bias, scale, padding[:, None])
+            return Context(states, weight, bias, scale, padding)
+        return Context(linear(states, weight), None, bias, scale, padding)
 
     def _folding_is_cheaper(self, n_texts: int, n_tokens: int, input_size: int) -> bool:
         """Whether a training step multiplies less where tokens are never projected.

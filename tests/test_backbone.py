@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer, GPT2Model
 from transformers.utils import logging as transformers_logging
 
 from sklearn_relish import FrozenLLM, RelishRegressor
-from sklearn_relish.backbone import TOKEN_BUDGET, shared_llm
+from sklearn_relish.backbone import SHORTEST, TOKEN_BUDGET, shared_llm
 
 TEXTS = ["one", "a longer text, of more tokens", "x", "", "one more"]
 
@@ -89,6 +89,24 @@ def test_texts_are_tokenized_window_by_window(monkeypatch):
     windows, same_lengths = read(llm, texts, 2, max_length=20)
     assert full_lengths == same_lengths == [len(text) for text in texts]
     torch.testing.assert_close(windows, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_hold_texts_of_one_length_on_a_cpu_and_of_like_length_elsewhere(monkeypatch):
+    lengths = np.random.default_rng(0).integers(1, 80, 200)
+    for share, one_length in ((1.0, True), (0.875, False)):
+        monkeypatch.setitem(SHORTEST, "cpu", share)
+        llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+        real, padded = [], []
+        llm.network.register_forward_pre_hook(
+            lambda _, args, kwargs, padded=padded: padded.append(kwargs["input_ids"].shape),
+            with_kwargs=True,
+        )
+        for rows, states, _ in llm.read(["x" * n for n in lengths], layer=1, max_length=99):
+            real.append(lengths[rows])
+            assert (states.lengths.numpy() == lengths[rows]).all()
+            assert min(lengths[rows]) >= share * max(lengths[rows])
+        assert all((len(set(batch)) == 1) for batch in real) is one_length
+        assert sum(map(np.prod, padded)) <= sum(lengths) / share
 
 
 def test_what_is_too_much_for_the_memory_is_read_in_smaller_batches(monkeypatch):

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from films import load_films
+from peers import settings
 
 from sklearn_relish import FrozenLLM, StateStore
 from sklearn_relish.training import Examples, new_head, train_head
@@ -69,15 +70,7 @@ def measure(model: str, n_texts: int) -> dict:
         new_head(0, input_size=states.hidden_size),
         examples,
         None,
-        loss="huber",
-        learning_rate=5e-4,
-        weight_decay=0.01,
-        batch_size=32,
-        max_epochs=1,
-        n_iter_no_change=None,
-        seed=0,
-        device=llm.torch_device,
-        progress=False,
+        **settings(32, 1, llm.torch_device),
     )
     seconds = middle - start, time.perf_counter() - middle
     done.set()

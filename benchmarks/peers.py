@@ -1,7 +1,8 @@
-"""What people use today, for the other files to compare with: a textbook head and its loop."""
+"""What the other files compare with: a textbook head and its loop, and what the machine reaches."""
 
 import copy
 import math
+import time
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,10 @@ from sklearn_relish.states import TokenStates
 
 
 class TextbookHead(nn.Module):
-    """The published layout from PyTorch's own parts, with a copy of a `RelishHead`'s weights."""
+    """The published layout from PyTorch's own parts, with a copy of a `RelishHead`'s weights.
+
+    Each iteration has a block of its own, also where the head's share one.
+    """
 
     def __init__(self, head: RelishHead):
         super().__init__()
@@ -22,7 +26,8 @@ class TextbookHead(nn.Module):
         self.projection.load_state_dict(head.projection.state_dict())
         self.latent = nn.Parameter(head.latent.detach().clone())
         self.attentions, self.rest = nn.ModuleList(), nn.ModuleList()
-        for block in head.blocks:
+        for i in range(head.n_iterations):
+            block = head.blocks[i % len(head.blocks)]
             theirs = block.attention
             attention = nn.MultiheadAttention(len(head.latent), theirs.n_heads, batch_first=True)
             three = (theirs.query, theirs.key, theirs.value)
@@ -33,7 +38,8 @@ class TextbookHead(nn.Module):
             d = len(head.latent)
             mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
             mlp.load_state_dict(block.mlp.state_dict())
-            self.rest.append(nn.ModuleList([nn.LayerNorm(d), mlp, nn.LayerNorm(d)]))
+            norms = copy.deepcopy(block.attention_norm), copy.deepcopy(block.mlp_norm)
+            self.rest.append(nn.ModuleList([norms[0], mlp, norms[1]]))
         self.readout = nn.Linear(head.readout.in_features, head.readout.out_features)
         self.readout.load_state_dict(head.readout.state_dict())
 
@@ -76,7 +82,7 @@ class Textbook:
 
     def step(self, states: Tensor, mask: Tensor, y: Tensor) -> None:
         states, mask, y = (tensor.to(self.device) for tensor in (states, mask, y))
-        loss = self.loss(self.head(states, mask), y)
+        loss = self.loss(self.head(states, mask).float(), y)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
@@ -88,7 +94,10 @@ class Textbook:
         with torch.inference_mode():
             batches = DataLoader(examples, batch_size=32, collate_fn=padded)
             return torch.cat(
-                [self.head(s.to(self.device), m.to(self.device)).cpu() for s, m, _ in batches]
+                [
+                    self.head(s.to(self.device), m.to(self.device)).float().cpu()
+                    for s, m, _ in batches
+                ]
             )
 
 
@@ -121,3 +130,30 @@ def textbook_fit(
             best, weights = loss, copy.deepcopy(training.head.state_dict())
     training.head.load_state_dict(weights)
     return training
+
+
+def settings(batch_size: int, epochs: int, device: torch.device, seed: int = 0) -> dict:
+    """What `train_head` is told beside its data: the estimator's defaults."""
+    return {
+        "loss": "huber",
+        "learning_rate": 5e-4,
+        "weight_decay": 0.01,
+        "batch_size": batch_size,
+        "max_epochs": epochs,
+        "n_iter_no_change": None,
+        "seed": seed,
+        "device": device,
+        "progress": False,
+    }
+
+
+def largest_product(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Multiplications and additions that a large matrix product does in a second."""
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        product = a @ b
+        float(product[0, 0])  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)

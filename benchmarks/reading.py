@@ -2,13 +2,14 @@
 
     pip install -e ".[benchmarks]" && python benchmarks/reading.py --data FOLDER --model MODEL
 
-Texts a second of STS-B (stsb.py says what FOLDER and MODEL are), token states at layer 20, of
+Texts a second of STS-B (stsb.py says what FOLDER is; MODEL is a folder or a .gguf file), token
+states at layer 20, of
 
 - this package's reading,
 - Sentence Transformers' ``encode(output_value="token_embeddings")``: the same model in the same
   dtype, all layers, as it comes,
 - an encoder that pads each text to 256 tokens and keeps all hidden states, as the official code
-  of RELISH does.
+  of RELISH does; it reads an eighth of the texts, 8 at a time, and is scaled.
 
 They take turns, the median counts, and their tokens are the same. (Sentence Transformers would
 apply the tokenizer's chat template; it gets a folder without one.) Then one text at a time:
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from peers import largest_product
 from sentence_transformers import SentenceTransformer
 from stsb import PROMPT
 from transformers import AutoModel
@@ -97,7 +99,7 @@ def seconds(function: Callable[[list[str]], object], texts: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of STS-B's CSV files")
-    parser.add_argument("--model", required=True, help="Hub id, folder or .gguf file")
+    parser.add_argument("--model", required=True, help="folder or .gguf file")
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="file that a JSON line is appended to")
@@ -135,17 +137,16 @@ def main() -> None:
             share = PADDED_SHARE if name.startswith("padded") else 1
             times[name].append(share * seconds(read, texts))
 
-    a, b = (torch.randn(2048, 2048, dtype=llm.torch_dtype) for _ in range(2))
-    product = min(seconds(lambda _: a @ b, []) for _ in range(20))
+    product = largest_product(2048, llm.torch_dtype, llm.torch_device)
     weights = sum(p.numel() for layer in llm._layers[:LAYER] for p in layer.parameters())
     medians = {name: statistics.median(values) for name, values in times.items()}
     ours = medians["this package, 20 layers"]
-    share = 2 * weights * sum(own) / ours / (2 * 2048**3 / product)
+    share = 2 * weights * sum(own) / ours / product
     print(f"{len(texts)} texts, {sum(own)} tokens, {llm.torch_dtype}")
     for name, median in medians.items():
         print(f"{name:40}{len(texts) / median:8.1f} texts/s   we are {median / ours:.2f} times")
     print(
-        f"largest product {2e-9 * 2048**3 / product:.0f} GFLOP/s; the weights' products of real"
+        f"largest product {product / 1e9:.0f} GFLOP/s; the weights' products of real"
         f" tokens take place at {100 * share:.0f} % of that"
     )
     alone = one_by_one(llm, texts[:264])

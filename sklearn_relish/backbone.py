@@ -39,9 +39,10 @@ from sklearn_relish.states import TokenStates
 # Padded tokens of a batch. On a CPU more is no faster; the others are not measured yet. Where one
 # is too much for the memory it is halved.
 TOKEN_BUDGET = {"cpu": 1_024, "mps": 8_192, "cuda": 16_384}
-# The shortest text of a batch, in the longest: on a CPU batches of one length are as fast, and need
-# no padding; elsewhere less padding is worth more than larger batches.
+# How short a text may be beside the longest of its batch, and the padded tokens up to which that
+# does not count. On a CPU batches of one length are as fast, without padding; elsewhere unmeasured.
 SHORTEST = {"cpu": 1.0, "mps": 0.875, "cuda": 0.875}
+ENOUGH_TOKENS = {"cpu": 0, "mps": 4_096, "cuda": 4_096}
 TOKENIZE_TEXTS = 256  # texts tokenized at once: a token takes 100 bytes while they are
 WINDOW_TEXTS = 4_096  # texts sorted by length together, while the next so many are tokenized
 MODEL_SUFFIXES = {".bin", ".jinja", ".json", ".model", ".py", ".safetensors", ".spm", ".txt"}
@@ -278,23 +279,22 @@ class FrozenLLM:
         FloatingPointError
             If the model's states overflow its dtype.
         torch.OutOfMemoryError
-            If a single text is too much for the device's memory.
+            If a single text is too much for a CUDA device's memory.
 
         Warns
         -----
         UserWarning
-            If a batch was too much for the device's memory, and smaller ones are made.
+            If a batch was too much for a CUDA device's memory, and smaller ones are made.
         """
-        windows = [range(len(texts))[i:][:WINDOW_TEXTS] for i in range(0, len(texts), WINDOW_TEXTS)]
         with ThreadPoolExecutor(1) as beside:
             tokenized = self._tokenize(texts[:WINDOW_TEXTS], max_length)
-            for window in windows:
+            for start in range(0, len(texts), WINDOW_TEXTS):
                 tokens, full_lengths = tokenized
-                following = texts[window.stop : window.stop + WINDOW_TEXTS]
+                following = texts[start + WINDOW_TEXTS : start + 2 * WINDOW_TEXTS]
                 if following:
                     waiting = beside.submit(self._tokenize, following, max_length)
                 for rows, states in self._read_tokens(tokens, layer):
-                    yield rows + window.start, states, full_lengths[rows]
+                    yield rows + start, states, full_lengths[rows]
                 if following:
                     tokenized = waiting.result()
 
@@ -303,34 +303,33 @@ class FrozenLLM:
     ) -> Iterator[tuple[np.ndarray, TokenStates]]:
         """States of tokenized texts, the longest first, under the token budget.
 
-        The next batch is on its way to the device before one is waited for.
+        On a CUDA device a batch is on its way before the one before it is waited for.
         """
         lengths = np.array([len(ids) for ids in tokens])
         longest_first = np.argsort(-lengths, kind="stable")
-        shortest = SHORTEST.get(self.torch_device.type, SHORTEST["cuda"])
-        start, before = 0, None  # `before` is the pass that is not finished yet
-        while start < len(tokens):
-            n_rows = max(1, self.token_budget // int(lengths[longest_first[start]]))
-            rows = longest_first[start : start + n_rows]
-            rows = rows[lengths[rows] >= shortest * lengths[rows[0]]]
+        kind = self.torch_device.type if self.torch_device.type in SHORTEST else "cuda"
+        start, before = 0, None  # `before` has been started and not been finished
+        while start < len(tokens) or before is not None:
             started = None
-            try:
-                started = rows, self._start_pass([tokens[row] for row in rows], layer)
-                start += len(rows)
-            except torch.OutOfMemoryError:
-                # The one before is kept, and makes room; only if there was none is it too much.
-                if before is None and len(rows) == 1:
-                    raise
-                if before is None:
-                    self._halve_budget(len(rows) * int(lengths[rows[0]]))
+            if start < len(tokens):
+                longest = int(lengths[longest_first[start]])
+                rows = longest_first[start : start + max(1, self.token_budget // longest)]
+                like = lengths[rows] >= SHORTEST[kind] * longest
+                like[: ENOUGH_TOKENS[kind] // longest] = True
+                rows = rows[like]
+                try:
+                    started = rows, self._start_pass([tokens[row] for row in rows], layer)
+                    start += len(rows)
+                except torch.OutOfMemoryError:
+                    if len(rows) == 1 and before is None:
+                        raise
+                    if len(rows) > 1:
+                        self._halve_budget(len(rows) * longest)
+            if before is None and started is not None and started[1].done is None:
+                before, started = started, None  # there is nothing to wait for
             if before is not None:
                 yield before[0], self._finish_pass(before[1], layer)
             before = started
-            if before is not None and before[1].done is None:  # there is nothing to wait for
-                yield before[0], self._finish_pass(before[1], layer)
-                before = None
-        if before is not None:
-            yield before[0], self._finish_pass(before[1], layer)
 
     @cached_property
     def token_budget(self) -> int:
@@ -340,8 +339,6 @@ class FrozenLLM:
     def _halve_budget(self, n_tokens: int) -> None:
         """Make batches smaller than one of `n_tokens` that did not fit."""
         self.token_budget = max(1, min(self.token_budget, n_tokens) // 2)
-        if self.torch_device.type == "cuda":
-            torch.cuda.empty_cache()
         warnings.warn(
             f"A batch of {n_tokens} tokens was too much for the memory of {self.torch_device}: it"
             f" is read again in batches of {self.token_budget}, and so is all that follows.",
@@ -381,7 +378,7 @@ class FrozenLLM:
         return 0
 
     def _start_pass(self, tokens: list[np.ndarray], layer: int) -> _Pass:
-        """Send a batch through the model. On a CUDA device that goes on after the return."""
+        """Send a batch through the model; on a CUDA device most of it is left to do on return."""
         lengths = torch.tensor([len(ids) for ids in tokens])
         n_texts, longest = len(lengths), int(lengths.max())
         inputs: dict[str, Tensor] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # torch.cpu.get_capabilities, x86 and Arm
@@ -23,9 +25,15 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 natively, rather than by way of float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with current_device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         # An older torch does not tell: float32 is right anywhere.
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
         return any(capabilities.get(name, False) for name in CPU_BFLOAT16)
     return False
+
+
+def current_device(device: torch.device) -> AbstractContextManager:
+    """Make a CUDA device the current one, whose streams are used; nothing for others."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

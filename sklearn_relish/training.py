@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
 
 from sklearn_relish.batches import BatchLoader, Recorded
-from sklearn_relish.devices import computes_bfloat16
+from sklearn_relish.devices import computes_bfloat16, current_device
 from sklearn_relish.head import RelishHead
 from sklearn_relish.states import TokenStates
 
@@ -162,20 +162,21 @@ def train_head(
         losses.mean().backward()
         return losses.detach().sum()
 
-    step = Recorded(gradients) if on_cuda else gradients
+    step = Recorded(gradients, device) if on_cuda else gradients
     loader = BatchLoader(train.states, device, torch.float32)
     held_out = None if validation is None else BatchLoader(validation.states, device, torch.float32)
     y, weight = train.y.to(device), train.weight.to(device)
     history: list[dict[str, float]] = []
     best_loss, best_epoch, best_weights = math.inf, max_epochs, None
     patience = math.inf if n_iter_no_change is None else n_iter_no_change
-    with tqdm(total=max_epochs, desc="Training head", unit="epoch", disable=not progress) as bar:
+    bar = tqdm(total=max_epochs, desc="Training head", unit="epoch", disable=not progress)
+    with bar, current_device(device):
         for epoch in range(1, max_epochs + 1):
             total = torch.zeros((), device=device)
             batches = shuffled_batches(train.states.lengths, batch_size, generator)
             for rows, states, mask in loader.load(batches):
                 total += step(states, mask, y[rows], weight[rows])
-                nn.utils.clip_grad_norm_(head.parameters(), GRADIENT_NORM, foreach=True)
+                nn.utils.clip_grad_norm_(head.parameters(), GRADIENT_NORM)
                 optimizer.step()
                 schedule.step()
             if not math.isfinite(total):
@@ -226,12 +227,20 @@ def head_answers(head: RelishHead, states: TokenStates, device: torch.device) ->
     On a CPU the head computes in float64, in which a text's answer does not depend on its batch.
     """
     dtype = torch.float64 if device.type == "cpu" else torch.float32
-    return (
-        _answers(_placed(head, device, dtype), BatchLoader(states, device, dtype)).double().numpy()
-    )
+    with current_device(device):
+        loader = BatchLoader(states, device, dtype)
+        return _answers(_placed(head, device, dtype), loader).double().numpy()
 
 
-_placed_heads: WeakKeyDictionary[RelishHead, tuple[Any, RelishHead]] = WeakKeyDictionary()
+class _Placed(NamedTuple):
+    """A copy of a head on a device, and by what a change of the head is seen."""
+
+    head: RelishHead
+    made_for: tuple[Any, ...]
+    ends: Tensor
+
+
+_placed_heads: WeakKeyDictionary[RelishHead, _Placed] = WeakKeyDictionary()
 
 
 def _placed(head: RelishHead, device: torch.device, dtype: torch.dtype) -> RelishHead:
@@ -239,13 +248,20 @@ def _placed(head: RelishHead, device: torch.device, dtype: torch.dtype) -> Relis
 
     A service that answers for one text after the other does not wait for it anew each time.
     """
-    # What changes when weights are written to, or others put in their place.
-    weights = [(parameter.data_ptr(), parameter._version) for parameter in head.parameters()]
+    # Other tensors, or written to; but a fused optimizer's step is no write that torch counts: it
+    # moves all weights, so that those of both ends, which are few, tell of it.
+    weights = [
+        (weight.data_ptr(), None if weight.is_inference() else weight._version)
+        for weight in head.parameters()
+    ]
+    made_for = device, head.state_norm, weights
+    with torch.no_grad():
+        ends = torch.cat([head.latent, head.readout.weight.flatten(), head.readout.bias])
     known = _placed_heads.get(head)
-    if known is None or known[0] != (device, weights):
-        known = (device, weights), copy.deepcopy(head).to(device, dtype)
+    if known is None or known.made_for != made_for or not torch.equal(known.ends, ends):
+        known = _Placed(copy.deepcopy(head).to(device, dtype), made_for, ends)
         _placed_heads[head] = known
-    return known[1]
+    return known.head
 
 
 def _answers(head: RelishHead, loader: BatchLoader) -> Tensor:

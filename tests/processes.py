@@ -85,6 +85,13 @@ def fetch_on_a_full_disk(folder, texts, model, log):
     assert "they stay in memory" in message
 
 
+def threads_after_a_fit(model, folder):
+    """Torch's threads in a worker process that has read and trained."""
+    llm = FrozenLLM(model, device="cpu", dtype="float32")
+    RelishRegressor(llm, memory=folder, max_epochs=1, latent_size=16).fit(list("abcd"), range(4))
+    return torch.get_num_threads()
+
+
 def spill(model, log):
     """Use the temporary folder, tell where it is, and stay until the log is emptied."""
     store = StateStore(max_memory=0)

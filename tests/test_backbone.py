@@ -2,6 +2,7 @@ import copy
 import os
 import pickle
 import shutil
+import threading
 import warnings
 
 import numpy as np
@@ -107,6 +108,33 @@ def test_batches_hold_texts_of_one_length_on_a_cpu_and_of_like_length_elsewhere(
             assert min(lengths[rows]) >= share * max(lengths[rows])
         assert all((len(set(batch)) == 1) for batch in real) is one_length
         assert sum(map(np.prod, padded)) <= sum(lengths) / share
+
+
+def test_a_batch_is_started_before_the_one_before_is_finished(monkeypatch):
+    """As on a CUDA device, with room for two texts of 20 tokens at a time."""
+    texts = [letter * n for n in range(1, 21) for letter in "abc"]
+    expected, _ = read(FrozenLLM(tiny_model(), device="cpu", dtype="float32"), texts, 2)
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    start_pass, finish_pass, under_way, most = llm._start_pass, llm._finish_pass, [], []
+
+    def start(tokens, layer):
+        if sum(map(len, tokens)) + sum(under_way) > 40:
+            raise torch.OutOfMemoryError("not enough")
+        under_way.append(sum(map(len, tokens)))
+        most.append(len(under_way))
+        return start_pass(tokens, layer)._replace(done=threading.Event())
+
+    def finish(unfinished, layer):
+        assert under_way.pop(0) == int(unfinished.lengths.sum())
+        return finish_pass(unfinished._replace(done=None), layer)
+
+    monkeypatch.setattr(llm, "_start_pass", start)
+    monkeypatch.setattr(llm, "_finish_pass", finish)
+    with pytest.warns(UserWarning, match="too much for the memory"):
+        states, _ = read(llm, texts, 2)
+    torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
+    assert max(most) == 2
+    assert not under_way
 
 
 def test_what_is_too_much_for_the_memory_is_read_in_smaller_batches(monkeypatch):

@@ -61,7 +61,7 @@ def test_a_recorded_function_is_the_function():
         (x @ weight).square().sum().backward()
         return (x @ weight).detach().square().sum()
 
-    recorded = Recorded(gradient)
+    recorded = Recorded(gradient, torch.device("cuda"))
     for n in (3, 5, 3, 3, 5):
         x = torch.randn(n, 4, device="cuda")
         expected, grad = gradient(x).clone(), weight.grad.clone()

@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from sklearn_relish.states import TokenStates
-from sklearn_relish.training import Examples, head_answers, new_head, shuffled_batches, train_head
+from sklearn_relish.training import (
+    Examples,
+    _placed,
+    head_answers,
+    new_head,
+    shuffled_batches,
+    train_head,
+)
 
 CPU = torch.device("cpu")
 
@@ -177,10 +184,30 @@ def test_answers_follow_the_weights():
     with torch.no_grad():
         head.readout.bias += 1
     np.testing.assert_allclose(head_answers(head, examples.states, CPU), before + 1, rtol=1e-6)
+    assert _placed(head, CPU, torch.float64) is _placed(head, CPU, torch.float64)
     head.readout = copy.deepcopy(head.readout)
     with torch.no_grad():
         head.readout.bias += 1
     np.testing.assert_allclose(head_answers(head, examples.states, CPU), before + 2, rtol=1e-6)
+
+
+def test_answers_follow_further_training():
+    examples = task(20)
+    head, _ = train(examples)
+    before = head_answers(head, examples.states, CPU)
+    train(examples, head=head, max_epochs=1)
+    after = head_answers(head, examples.states, CPU)
+    assert np.abs(after - before).max() > 1e-3
+    assert (head_answers(copy.deepcopy(head), examples.states, CPU) == after).all()
+
+
+def test_a_head_copied_in_inference_mode_answers():
+    examples = task(20)
+    head, _ = train(examples)
+    with torch.inference_mode():
+        copied = copy.deepcopy(head)
+        answers = head_answers(copied, examples.states, CPU)
+    assert (answers == head_answers(head, examples.states, CPU)).all()
 
 
 def test_batches_hold_every_row_once_with_like_lengths_together():

@@ -248,13 +248,12 @@ def check_training(check: Checks) -> None:
     check("gradients of recorded steps against those that are not", worst, 0.02)
 
 
-def reading(n_layers: int, n_texts: int, rounds: int) -> None:
+def reading(llm: FrozenLLM, n_texts: int, rounds: int) -> None:
+    n_layers = llm.n_layers
     ceiling = largest_product(8192, torch.bfloat16, GPU)
     texts = made_up_texts(n_texts, 20, 200)
     lengths = np.array([len(text.split()) for text in texts], dtype=float)
-    with tempfile.TemporaryDirectory() as folder:
-        llm = random_llm(folder, QWEN3_8B | {"num_hidden_layers": n_layers})
-        own = [len(ids) for ids in llm.tokenizer(texts)["input_ids"]]
+    own = [len(ids) for ids in llm.tokenizer(texts)["input_ids"]]
     assert own == lengths.tolist(), "a word is to be a token"
     n_tokens = sum(own)
     weights = sum(p.numel() for layer in llm._layers for p in layer.parameters())
@@ -331,7 +330,9 @@ def main() -> None:
     gc.collect()
     before = torch.cuda.memory_allocated()
     training(arguments.rounds)
-    reading(arguments.layers, arguments.texts, arguments.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = QWEN3_8B | {"num_hidden_layers": arguments.layers}
+        reading(random_llm(folder, sizes), arguments.texts, arguments.rounds)
     gc.collect()
     left = torch.cuda.memory_allocated() - before
     check("MiB left on the GPU by training and reading", left / 2**20, 100)

@@ -4,12 +4,15 @@
 
 Reading: a decoder of Qwen3-8B's shape (36 layers of size 4096; `--layers` for fewer), random
 weights in bfloat16, texts of 20 to 200 tokens, all layers: model FLOPs of real tokens a second
-beside what a large product in bfloat16 reaches, at several token budgets. Training: 10 epochs of
-6,000 texts of 40 tokens of size 4096 beside the textbook loop (peers.py). Before that, checks: the
-same reading and training against float32 on the CPU, states that do not fit beside those that do,
-a budget that is too large for the memory, and that nothing stays on the GPU.
+beside what a large product in bfloat16 reaches, at several token budgets, with and without batches
+of like length. Training: 10 epochs of 6,000 texts of 40 tokens of size 4096 beside the textbook
+loop (peers.py): ours in bfloat16 with float32 weights, its states on the GPU; the textbook's in
+float32, collated by a `DataLoader` on the CPU; and the textbook's under the same autocast. Before
+that, checks: reading and training against float32 on the CPU, recorded steps against those that
+are not, states that are sent batch by batch, a pass that does not fit in the smaller memory that
+torch is told to keep to; at the end, that nothing stays on the GPU.
 
-Prints tables, then a JSON line each. Exits with 1 where a check fails.
+Prints tables, and a JSON line for each when it is done. Exits with 1 where a check fails.
 """
 
 import argparse
@@ -32,7 +35,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 import sklearn_relish.backbone
 import sklearn_relish.batches
 from sklearn_relish import FrozenLLM, RelishRegressor
-from sklearn_relish.batches import Recorded
+from sklearn_relish.recording import Recorded
 from sklearn_relish.states import TokenStates
 from sklearn_relish.training import (
     Examples,

@@ -2,12 +2,13 @@
 
     pip install -e ".[benchmarks]" && python benchmarks/growth.py --model MODEL
 
-1,000, 10,000 and 100,000 different texts of 8 words, cut from the films' texts (films.py), are read
-at 55 % of the depth and a head is trained on them for one epoch, each size in a process of its own
-with a store that may hold 64 MiB of states and puts the rest into files. For each: tokens, seconds
-of reading and of training, and the most memory of the process's own beyond what it had with the
-model loaded (Linux's RssAnon; mapped files are not in it). Then the exponents of the seconds in the
-tokens, fitted on logarithms. MODEL is a Hub id, a folder or a .gguf file.
+1,000, 10,000 and 100,000 different texts of 8 words, cut from the films' texts (films.py), are
+read at 55 % of the depth and a head is trained on them for one epoch, on random targets, each size
+in a process of its own with a store that may hold 64 MiB of states and puts the rest into files.
+For each: tokens, seconds of reading and of training, and the most memory of the process's own
+beyond what it had with the model loaded (Linux's RssAnon; mapped files are not in it). Then the
+exponents of the seconds in the tokens, fitted on logarithms. MODEL is a Hub id, a folder or a
+.gguf file.
 """
 
 import argparse

@@ -118,6 +118,7 @@ def main() -> None:
     theirs_tokens = theirs.preprocess(texts)["attention_mask"].sum(1).tolist()
     assert theirs_tokens == own, "the peer's tokens are others"
     assert theirs.dtype == llm.torch_dtype
+    assert max(own) <= PADDED, "cut texts would not be the peer's"
     padded = padded_encoder(llm)
 
     contenders = {

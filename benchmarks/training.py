@@ -3,12 +3,13 @@
     python benchmarks/training.py --data FOLDER --model MODEL
 
 Two tables. A training step (batch, forward, backward, clipping, update) of 64 texts of 40 or 256
-tokens of size 576 beside the published layout made of `torch.nn.MultiheadAttention` with a mask,
-both in float32, both without state norm; the two heads have the same weights and are first
-compared. Then a fit of 10 epochs on STS-B, the best epoch on the dev set kept, beside the same loop
-with the textbook head, the state norm included, and a `DataLoader` that shuffles and pads per
-batch. FOLDER and MODEL are those of stsb.py. Also what
-this machine's largest matrix product and copy reach, and what a step must spend of both.
+tokens, random states of size 576, beside the published layout made of
+`torch.nn.MultiheadAttention` with a mask, both in float32, both without state norm; the two heads
+have the same weights and are first compared. Then a fit of 10 epochs on STS-B, the best epoch on
+the dev set kept, beside the same loop with the textbook head, the state norm included, and a
+`DataLoader` that shuffles and pads per batch. FOLDER and MODEL are those of stsb.py; without them
+the steps alone are measured. Also what this machine's largest matrix product and copy reach, and
+what a step must spend of both.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def largest_copy() -> float:
 
 
 def seconds_of_steps(n_tokens: int, rounds: int) -> dict[str, float]:
-    """Median seconds of a step, ours and the textbook's taking turns at the same batches."""
+    """Median seconds of a step, ours and the textbook's taking turns at the same texts."""
     n_texts = BATCH * STEPS
     values = torch.randn(n_texts * n_tokens, SIZE).bfloat16()
     states = TokenStates.from_lengths(values, torch.full((n_texts,), n_tokens))

@@ -307,15 +307,15 @@ class FrozenLLM:
         """
         lengths = np.array([len(ids) for ids in tokens])
         longest_first = np.argsort(-lengths, kind="stable")
-        kind = self.torch_device.type if self.torch_device.type in SHORTEST else "cuda"
+        shortest, enough = SHORTEST[self._kind], ENOUGH_TOKENS[self._kind]
         start, before = 0, None  # `before` has been started and not been finished
         while start < len(tokens) or before is not None:
             started = None
             if start < len(tokens):
                 longest = int(lengths[longest_first[start]])
                 rows = longest_first[start : start + max(1, self.token_budget // longest)]
-                like = lengths[rows] >= SHORTEST[kind] * longest
-                like[: ENOUGH_TOKENS[kind] // longest] = True
+                like = lengths[rows] >= shortest * longest
+                like[: enough // longest] = True
                 rows = rows[like]
                 try:
                     started = rows, self._start_pass([tokens[row] for row in rows], layer)
@@ -334,7 +334,12 @@ class FrozenLLM:
     @cached_property
     def token_budget(self) -> int:
         """Padded tokens of a batch; less once that has been too much for the device's memory."""
-        return TOKEN_BUDGET.get(self.torch_device.type, TOKEN_BUDGET["cuda"])
+        return TOKEN_BUDGET[self._kind]
+
+    @property
+    def _kind(self) -> str:
+        """The kind of device whose figures hold for this one."""
+        return self.torch_device.type if self.torch_device.type in TOKEN_BUDGET else "cuda"
 
     def _halve_budget(self, n_tokens: int) -> None:
         """Make batches smaller than one of `n_tokens` that did not fit."""

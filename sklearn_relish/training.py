@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
 
-from sklearn_relish.batches import BatchLoader, Recorded
+from sklearn_relish.batches import BatchLoader
 from sklearn_relish.devices import computes_bfloat16, current_device
 from sklearn_relish.head import RelishHead
+from sklearn_relish.recording import Recorded
 from sklearn_relish.states import TokenStates
 
 GRADIENT_NORM = 1.0  # gradients longer than this are scaled down to it

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from sklearn_relish.batches import BatchLoader, Recorded, round_up
+from sklearn_relish.batches import BatchLoader, round_up
 from sklearn_relish.states import TokenStates
 from sklearn_relish.training import mixed_precision
 
@@ -49,21 +49,3 @@ def test_shapes_are_few_and_waste_little():
 def test_mixed_precision_is_cuda_s_alone():
     with mixed_precision(CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_recorded_function_is_the_function():
-    weight = torch.randn(4, 4, device="cuda", requires_grad=True)
-
-    def gradient(x):
-        if weight.grad is not None:
-            weight.grad.zero_()
-        (x @ weight).square().sum().backward()
-        return (x @ weight).detach().square().sum()
-
-    recorded = Recorded(gradient, torch.device("cuda"))
-    for n in (3, 5, 3, 3, 5):
-        x = torch.randn(n, 4, device="cuda")
-        expected, grad = gradient(x).clone(), weight.grad.clone()
-        torch.testing.assert_close(recorded(x), expected)
-        torch.testing.assert_close(weight.grad, grad)

@@ -109,7 +109,7 @@ def random_llm(folder: str, sizes: dict[str, int]) -> FrozenLLM:
 def read_all(llm: FrozenLLM, texts: list[str], layer: int) -> list[torch.Tensor]:
     """States of each text, in order."""
     states: list[torch.Tensor] = [torch.empty(0)] * len(texts)
-    for rows, batch, _ in llm.read(texts, layer=layer, max_length=512):
+    for rows, (batch,), _ in llm.read(texts, layers=[layer], max_length=512):
         for row, text in zip(rows, batch, strict=True):
             states[row] = text
     return states
@@ -266,9 +266,9 @@ def reading(llm: FrozenLLM, n_texts: int, rounds: int) -> None:
     for budget, enough in ((4_096, 4_096), (8_192, 4_096), (16_384, 4_096), (16_384, 16_384)):
         llm.token_budget = budget
         sklearn_relish.backbone.ENOUGH_TOKENS["cuda"] = enough
-        list(llm.read(texts[:200], layer=n_layers, max_length=512))
+        list(llm.read(texts[:200], layers=[n_layers], max_length=512))
         took = statistics.median(
-            seconds(lambda: list(llm.read(texts, layer=n_layers, max_length=512)))
+            seconds(lambda: list(llm.read(texts, layers=[n_layers], max_length=512)))
             for _ in range(rounds)
         )
         share = flops / took / ceiling

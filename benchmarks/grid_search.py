@@ -116,7 +116,7 @@ def main() -> None:
     layer = llm.resolve_layer(reading["layer"])
     with tokens_through(llm) as count:
         start = time.perf_counter()
-        batches = list(llm.read(texts, layer=layer, max_length=MAX_LENGTH))
+        batches = list(llm.read(texts, layers=[layer], max_length=MAX_LENGTH))
         reading_seconds = time.perf_counter() - start
         unique_tokens = sum(count)
     states = StateStore().fetch(texts, llm, layer=layer, max_length=MAX_LENGTH, progress=False)

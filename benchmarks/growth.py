@@ -54,7 +54,7 @@ def measure(model: str, n_texts: int) -> dict:
     texts = short_texts(n_texts)
     llm = FrozenLLM(model)
     layer = llm.resolve_layer(0.55)
-    list(llm.read(texts[:200], layer=layer, max_length=64))
+    list(llm.read(texts[:200], layers=[layer], max_length=64))
     before, peak, done = own_memory(), [0], threading.Event()
 
     def watch() -> None:

@@ -74,7 +74,7 @@ def one_by_one(llm: FrozenLLM, texts: list[str]) -> dict[str, float]:
         def run(some: list[str]) -> None:
             ids = torch.tensor(llm.tokenizer(some)["input_ids"])
             with torch.inference_mode():
-                llm._states_at(layer, input_ids=ids)
+                llm._states_at([layer], input_ids=ids)
 
         return run
 
@@ -122,7 +122,9 @@ def main() -> None:
     padded = padded_encoder(llm)
 
     contenders = {
-        "this package, 20 layers": lambda some: list(llm.read(some, layer=LAYER, max_length=512)),
+        "this package, 20 layers": lambda some: list(
+            llm.read(some, layers=[LAYER], max_length=512)
+        ),
         "Sentence Transformers, all layers": lambda some: theirs.encode(
             some, output_value="token_embeddings", show_progress_bar=False
         ),

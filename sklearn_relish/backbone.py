@@ -11,10 +11,10 @@ import numbers
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -248,9 +248,11 @@ class FrozenLLM:
             return network.eval().requires_grad_(False)
 
     def read(
-        self, texts: list[str], *, layer: int, max_length: int
-    ) -> Iterator[tuple[np.ndarray, TokenStates, np.ndarray]]:
+        self, texts: list[str], *, layers: Sequence[int], max_length: int
+    ) -> Iterator[tuple[np.ndarray, list[TokenStates], np.ndarray]]:
         """States of texts, batch by batch; of each some thousands of texts the longest first.
+
+        One pass gives the states at all layers that are asked for; none above them is computed.
 
         On a CPU a batch holds texts of one length, which is as fast there, and no padding: in
         bfloat16, padding would move a text's states by some thousandths, so that they depended on
@@ -259,8 +261,8 @@ class FrozenLLM:
         Parameters
         ----------
         texts : list of str
-        layer : int
-            From 1 to `n_layers`, see `resolve_layer`.
+        layers : sequence of int
+            Each from 1 to `n_layers`, see `resolve_layer`.
         max_length : int
             Tokens of a text that are read, special tokens counted in; never more than the model's
             own window.
@@ -269,8 +271,8 @@ class FrozenLLM:
         ------
         rows : int64 array of shape (B,)
             Which texts the batch holds.
-        states : TokenStates
-            Their states, on the CPU, in the model's dtype.
+        states : list of TokenStates
+            Their states at each of `layers`, on the CPU, in the model's dtype.
         full_lengths : int64 array of shape (B,)
             Tokens of each text before it was cut.
 
@@ -293,14 +295,14 @@ class FrozenLLM:
                 following = texts[start + WINDOW_TEXTS : start + 2 * WINDOW_TEXTS]
                 if following:
                     waiting = beside.submit(self._tokenize, following, max_length)
-                for rows, states in self._read_tokens(tokens, layer):
+                for rows, states in self._read_tokens(tokens, layers):
                     yield rows + start, states, full_lengths[rows]
                 if following:
                     tokenized = waiting.result()
 
     def _read_tokens(
-        self, tokens: list[np.ndarray], layer: int
-    ) -> Iterator[tuple[np.ndarray, TokenStates]]:
+        self, tokens: list[np.ndarray], layers: Sequence[int]
+    ) -> Iterator[tuple[np.ndarray, list[TokenStates]]]:
         """States of tokenized texts, the longest first, under the token budget.
 
         On a CUDA device a batch is on its way before the one before it is waited for.
@@ -318,17 +320,17 @@ class FrozenLLM:
                 like[: enough // longest] = True
                 rows = rows[like]
                 try:
-                    started = rows, self._start_pass([tokens[row] for row in rows], layer)
+                    started = rows, self._start_pass([tokens[row] for row in rows], layers)
                     start += len(rows)
                 except torch.OutOfMemoryError:
                     if len(rows) == 1 and before is None:
                         raise
                     if len(rows) > 1:
                         self._halve_budget(len(rows) * longest)
-            if before is None and started is not None and started[1].done is None:
+            if before is None and started is not None and not started[1].done:
                 before, started = started, None  # there is nothing to wait for
             if before is not None:
-                yield before[0], self._finish_pass(before[1], layer)
+                yield before[0], self._finish_pass(before[1], layers)
             before = started
 
     @cached_property
@@ -382,7 +384,7 @@ class FrozenLLM:
                 return token
         return 0
 
-    def _start_pass(self, tokens: list[np.ndarray], layer: int) -> _Pass:
+    def _start_pass(self, tokens: list[np.ndarray], layers: Sequence[int]) -> _Pass:
         """Send a batch through the model; on a CUDA device most of it is left to do on return."""
         lengths = torch.tensor([len(ids) for ids in tokens])
         n_texts, longest = len(lengths), int(lengths.max())
@@ -399,48 +401,53 @@ class FrozenLLM:
             real = mask.flatten().nonzero()[:, 0]  # (n_tokens,)
         with self._lock, torch.inference_mode():
             device = self.network.device
-            states = self._states_at(
-                layer, **{name: _sent(tensor, device) for name, tensor in inputs.items()}
+            found = self._states_at(
+                layers, **{name: _sent(tensor, device) for name, tensor in inputs.items()}
             )
-            # Some models pad further, to a multiple of their attention window.
-            values = states[:, :longest].reshape(n_texts * longest, -1)
-            if real is not None:
-                values = values[_sent(real, values.device)]  # (n_tokens, D)
-            finite = values.isfinite().all()
-            there = values.device
-            if there.type != "cuda":
-                return _Pass(values.cpu(), lengths, finite, None)
-            # To pinned memory: the device need not stop for it.
-            values = values.to("cpu", non_blocking=True)
-            finite = finite.to("cpu", non_blocking=True)
-            return _Pass(values, lengths, finite, torch.cuda.current_stream(there).record_event())
+            values, finite, done = [], [], []
+            for states in found:
+                # Some models pad further, to a multiple of their attention window.
+                some = states[:, :longest].reshape(n_texts * longest, -1)
+                if real is not None:
+                    some = some[_sent(real, some.device)]  # (n_tokens, D)
+                # From a CUDA device to pinned memory: the device need not stop for it.
+                finite.append(some.isfinite().all().to("cpu", non_blocking=True))
+                values.append(some.to("cpu", non_blocking=True))
+                if some.is_cuda:
+                    done.append(torch.cuda.current_stream(some.device).record_event())
+            return _Pass(values, lengths, finite, done)
 
-    def _finish_pass(self, unfinished: _Pass, layer: int) -> TokenStates:
-        if unfinished.done is not None:
-            unfinished.done.synchronize()
-        if not unfinished.finite:
-            raise FloatingPointError(
-                f"{self!r} gives infinite states at layer {layer} in {self.torch_dtype}: pass"
-                " dtype='bfloat16' or dtype='float32'."
-            )
-        return TokenStates.from_lengths(unfinished.values, unfinished.lengths)
+    def _finish_pass(self, unfinished: _Pass, layers: Sequence[int]) -> list[TokenStates]:
+        for event in unfinished.done:
+            event.synchronize()
+        for layer, finite in zip(layers, unfinished.finite, strict=True):
+            if not finite:
+                raise FloatingPointError(
+                    f"{self!r} gives infinite states at layer {layer} in {self.torch_dtype}: pass"
+                    " dtype='bfloat16' or dtype='float32'."
+                )
+        lengths = unfinished.lengths
+        return [TokenStates.from_lengths(values, lengths) for values in unfinished.values]
 
-    def _states_at(self, layer: int, **inputs: Tensor) -> Tensor:
-        """Output of one layer; the last one's after the final norm. Nothing above it runs."""
-        if layer == self.n_layers:
-            return self.network(**inputs).last_hidden_state
+    def _states_at(self, layers: Sequence[int], **inputs: Tensor) -> list[Tensor]:
+        """Outputs of layers; the last one's after the final norm. Nothing above them runs."""
+        reached: dict[int, Tensor] = {}
+        deepest = max(layers)
 
-        def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            raise _LayerReached(output[0] if isinstance(output, tuple) else output)
+        def hook(layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            reached[layer] = output[0] if isinstance(output, tuple) else output
+            if layer == deepest:
+                raise _DeepestReached
 
-        hook = self._layers[layer - 1].register_forward_hook(stop)
-        try:
-            self.network(**inputs)
-        except _LayerReached as reached:
-            return reached.states
-        finally:
-            hook.remove()
-        raise RuntimeError(f"The forward pass of {self!r} did not go through layer {layer}.")
+        with ExitStack() as hooks:
+            for layer in set(layers) - {self.n_layers}:
+                handle = self._layers[layer - 1].register_forward_hook(partial(hook, layer))
+                hooks.callback(handle.remove)
+            with suppress(_DeepestReached):
+                reached[self.n_layers] = self.network(**inputs).last_hidden_state
+        if deepest not in reached:
+            raise RuntimeError(f"The pass of {self!r} did not go through layer {deepest}.")
+        return [reached[layer] for layer in layers]
 
     @cached_property
     def _layers(self) -> nn.ModuleList:
@@ -520,10 +527,10 @@ class FrozenLLM:
 class _Pass(NamedTuple):
     """A batch that has been sent through the model; its `values` are there once it is `done`."""
 
-    values: Tensor
+    values: list[Tensor]  # a layer each
     lengths: Tensor
-    finite: Tensor
-    done: torch.cuda.Event | None
+    finite: list[Tensor]
+    done: list[torch.cuda.Event]
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -533,11 +540,8 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-class _LayerReached(Exception):  # noqa: N818, it is the way out and no error
-    """Carries the states out of a forward pass that need not go on."""
-
-    def __init__(self, states: Tensor) -> None:
-        self.states = states
+class _DeepestReached(Exception):  # noqa: N818, it is the way out and no error
+    """Ends a forward pass that need not go on."""
 
 
 _shared: dict[tuple[str, ...], FrozenLLM] = {}

@@ -16,10 +16,9 @@ from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin, _fit
 from sklearn.utils import Tags
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import check_is_fitted
-from torch.nn.functional import rms_norm
 
 from sklearn_relish.backbone import FrozenLLM
-from sklearn_relish.head import RMS_EPSILON
+from sklearn_relish.pooling import POOLINGS, pool
 from sklearn_relish.reader import LLMReader
 from sklearn_relish.store import StateStore
 
@@ -34,7 +33,7 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
     ----------
     model : str, path or FrozenLLM, default="HuggingFaceTB/SmolLM2-135M"
         Hub id, local folder or path of a ``.gguf`` file; or a :class:`FrozenLLM`.
-    layer : int or float, default=0.55
+    layer : int or float, default=0.6
         The layer whose states are read, as in :class:`RelishRegressor`.
     state_norm : {"rms", None}, default="rms"
         ``"rms"`` divides each token's state by its root mean square before pooling.
@@ -79,14 +78,14 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **LLMReader._parameter_constraints,
-        "pooling": [StrOptions({"mean", "last"})],
+        "pooling": [StrOptions(set(POOLINGS))],
     }
 
     def __init__(
         self,
         model: str | os.PathLike[str] | FrozenLLM = "HuggingFaceTB/SmolLM2-135M",
         *,
-        layer: int | float = 0.55,
+        layer: int | float = 0.6,
         state_norm: str | None = "rms",
         pooling: str = "mean",
         prompt: str | None = None,
@@ -149,15 +148,4 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
         """
         check_is_fitted(self)
         states = self._states(self._render(self._read_table(X, reset=False)), self.layer_)
-        pooled = torch.empty(len(states), states.hidden_size)
-        for row, text in enumerate(states):
-            if self.pooling == "last":
-                text = text[-1:]
-            pooled[row] = self._normed(text).mean(dim=0)
-        return pooled.numpy()
-
-    def _normed(self, states: torch.Tensor) -> torch.Tensor:
-        states = states.float()
-        if self.state_norm is None:
-            return states
-        return rms_norm(states, states.shape[-1:], eps=RMS_EPSILON)
+        return pool(states, self.pooling, self.state_norm).numpy()

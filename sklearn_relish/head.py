@@ -220,8 +220,7 @@ class RelishHead(nn.Module):
         padding = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)[:, None]
         scale = None
         if self.state_norm == "rms":
-            norm = torch.linalg.vector_norm(states, dim=-1, dtype=dtype)  # (B, S)
-            scale = (norm.square() / states.shape[-1] + RMS_EPSILON).rsqrt()[:, None]
+            scale = rms_scale(states)[:, None].to(dtype)
         weight, bias = self.projection.weight, self.projection.bias
         if self._folding_is_cheaper(*states.shape):
             return Context(states, weight, bias, scale, padding)
@@ -240,3 +239,67 @@ class RelishHead(nn.Module):
             4 * n_scores * n_tokens * input_size + 6 * self.n_iterations * d * input_size
         )
         return folding + attending_folded < projecting + attending_projected
+
+
+class RelishEnsemble(nn.Module):
+    """The mean of several heads' answers, and a linear read-out of pooled states beside it.
+
+    An answer is ``share · mean of the heads + V [mean state; last state] + b`` where there is a
+    linear path, and the mean of the heads' answers where there is none.
+
+    Parameters
+    ----------
+    heads : list of RelishHead
+        Of one input size, `state_norm` and number of outputs.
+    linear_path : bool
+        Whether there is a linear path; it has no influence until its weights are set.
+
+    Attributes
+    ----------
+    share : Tensor of shape (n_outputs,)
+        What the heads' mean is multiplied by, 1 at first.
+    linear : torch.nn.Linear or None
+        From a text's mean and last token state, normalized as the heads', to its answer.
+    """
+
+    def __init__(self, heads: list[RelishHead], linear_path: bool) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+        self.state_norm = heads[0].state_norm
+        readout, projection = heads[0].readout, heads[0].projection
+        self.share = nn.Parameter(torch.ones(readout.out_features), requires_grad=False)
+        self.linear = None
+        if linear_path:
+            self.linear = nn.Linear(2 * projection.in_features, readout.out_features)
+            self.linear.requires_grad_(False)
+            nn.init.zeros_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Answer for each text of a padded batch, as `RelishHead`."""
+        return self.answer(states.masked_fill(~mask[:, :, None], 0.0), mask)
+
+    def answer(self, states: Tensor, mask: Tensor) -> Tensor:
+        """The same as `forward`, faster, for states whose padding holds finite numbers."""
+        states = states.to(self.share.dtype)
+        answers = sum(head.answer(states, mask) for head in self.heads) / len(self.heads)
+        if self.linear is None:
+            return answers  # (B, n_outputs)
+        return self.share * answers + self.linear(self._pooled(states, mask))
+
+    def _pooled(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Mean and last token state of each text, side by side, (B, 2 D)."""
+        scale = mask.to(states.dtype)  # (B, S)
+        if self.state_norm == "rms":
+            scale = scale * rms_scale(states)
+        lengths = mask.sum(dim=1, keepdim=True)  # (B, 1)
+        mean = ((scale / lengths)[:, None] @ states)[:, 0]  # (B, D)
+        rows, ends = torch.arange(len(states), device=states.device), lengths[:, 0] - 1
+        return torch.cat([mean, states[rows, ends] * scale[rows, ends, None]], dim=1)
+
+
+def rms_scale(states: Tensor) -> Tensor:
+    """One over the root mean square of each token's state, (B, S), in float32 or finer."""
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(states, dim=-1, dtype=dtype)
+    return (norm.square() / states.shape[-1] + RMS_EPSILON).rsqrt()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -72,11 +73,12 @@ class LLMReader(BaseEstimator):
             )
         return self.model
 
-    def _states(self, texts: list[str], layer: int) -> TokenStates:
+    def _states(self, texts: list[str], layer: int, also: Sequence[int] = ()) -> TokenStates:
         return open_store(self.memory).fetch(
             texts,
             self._llm(),
             layer=layer,
+            also=also,
             max_length=self.max_length,
             progress=bool(self.verbose),
         )

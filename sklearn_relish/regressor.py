@@ -6,6 +6,7 @@ It checks what it is given and asks the other rooms in turn; it does no tensor m
 from __future__ import annotations
 
 import copy
+import math
 import os
 import warnings
 from numbers import Integral, Real
@@ -16,13 +17,14 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from sklearn.base import MultiOutputMixin, RegressorMixin, _fit_context
-from sklearn.model_selection import train_test_split
 from sklearn.utils import check_consistent_length, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_array, check_is_fitted
 
 from sklearn_relish.backbone import FrozenLLM
+from sklearn_relish.ensemble import fit_ensemble
 from sklearn_relish.head import check_head_sizes
+from sklearn_relish.layers import SHARES, choose_layer, sample_rows
 from sklearn_relish.prompts import name_rows
 from sklearn_relish.reader import LLMReader
 from sklearn_relish.store import StateStore
@@ -31,9 +33,10 @@ from sklearn_relish.training import (
     Examples,
     auto_epochs,
     head_answers,
-    new_head,
-    train_head,
 )
+
+# Estimators of a small set, up to which size it is one, and those of a larger set.
+MANY, SMALL_SET, FEW = 5, 1_000, 3
 
 
 class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
@@ -48,11 +51,13 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     model : str, path or FrozenLLM, default="HuggingFaceTB/SmolLM2-135M"
         Hub id, local folder or path of a ``.gguf`` file of a language model, loaded once a process
         however many estimators name it; or a :class:`FrozenLLM`, shared and never copied.
-    layer : int or float, default=0.55
+    layer : int, float or "auto", default=0.6
         The layer whose states are read; none above it is computed. A number from 1 to the model's
         number of layers; a negative one counts from the end, and -1, the published choice, is the
         last after the final norm; a float in (0, 1] is a share of the depth. Layers past the
-        middle tell more about a text than the last, which is bent on the next token.
+        middle tell more about a text than the last, which is bent on the next token. ``"auto"``
+        compares four layers from 47 to 67 % of the depth on a sample of the rows, for a fifth
+        more of reading at most.
     state_norm : {"rms", None}, default="rms"
         ``"rms"`` divides each token's state by its root mean square, which evens out the first
         token, a hundred times larger than others in middle layers. None is the published choice.
@@ -83,9 +88,18 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         Passes over the training rows, the length of the schedule. ``"auto"`` is 10, or as many as
         make 200 steps of a small set.
     early_stopping : bool, default=True
-        Whether a share of the rows is held out, and the epoch with the lowest loss on them kept.
-    validation_fraction : float, default=0.1
-        That share.
+        Whether a share of the rows is held out from a head, and the epoch with the lowest loss on
+        them kept.
+    validation_fraction : float, default=0.2
+        That share, another one for each of the estimators.
+    n_estimators : int or "auto", default="auto"
+        RELISH heads that are fitted, each on other rows, and averaged. ``"auto"`` is 5 up to 1,000
+        rows and 3 beyond; 1 is the published choice, and the fastest.
+    linear_path : bool, default=True
+        Whether ridges on the mean and the last token state stand beside the heads, all of them
+        weighed by what they foretell of the held-out rows: where there is little to learn from, or
+        much noise, they carry the answer. Without held-out rows, or with fewer than 10, there is
+        none.
     n_iter_no_change : int, default=None
         Training stops after that many epochs without a lower validation loss. None lets the
         schedule run to its end, where the learning rate falls and most is gained.
@@ -111,10 +125,14 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
 
     Attributes
     ----------
-    head_ : RelishHead
-        The fitted network, on the CPU, answering in standardized units.
+    head_ : RelishEnsemble
+        The fitted network, on the CPU, answering in standardized units: ``head_.heads`` are the
+        RELISH heads, ``head_.linear`` is the linear path or None.
     layer_ : int
         The layer that was read, from 1.
+    layer_scores_ : dict of int to float, or None
+        With ``layer="auto"``, for each layer that was compared the R² of ridges' leave-one-out
+        predictions on the sampled rows.
     n_outputs_ : int
         Numbers predicted for a text.
     n_features_in_ : int
@@ -122,12 +140,13 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     feature_names_in_ : ndarray of shape (n_features_in_,)
         Their names, if `X` was a frame whose column names are all strings.
     history_ : list of dict
-        An entry an epoch: ``epoch``, ``learning_rate``, ``train_loss`` and, with early stopping,
-        ``validation_loss`` and ``validation_r2``; losses in standardized units.
+        An entry an epoch: ``estimator``, counted from 0, ``epoch``, ``learning_rate``,
+        ``train_loss`` and, with early stopping, ``validation_loss`` and ``validation_r2``; losses
+        in standardized units.
     n_epochs_ : int
-        Epochs trained.
-    best_epoch_ : int
-        The epoch whose weights the head has.
+        Epochs trained, of all estimators together.
+    best_epoch_ : list of int
+        For each estimator the epoch whose weights it has.
 
     See Also
     --------
@@ -161,6 +180,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **LLMReader._parameter_constraints,
+        "layer": [*LLMReader._parameter_constraints["layer"], StrOptions({"auto"})],
         "latent_size": [Interval(Integral, 1, None, closed="left")],
         "n_iterations": [Interval(Integral, 1, None, closed="left")],
         "n_heads": [Interval(Integral, 1, None, closed="left")],
@@ -172,6 +192,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         "max_epochs": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "early_stopping": ["boolean"],
         "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
+        "n_estimators": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
+        "linear_path": ["boolean"],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left"), None],
         "random_state": ["random_state"],
     }
@@ -180,7 +202,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         self,
         model: str | os.PathLike[str] | FrozenLLM = "HuggingFaceTB/SmolLM2-135M",
         *,
-        layer: int | float = 0.55,
+        layer: int | float | str = 0.6,
         state_norm: str | None = "rms",
         prompt: str | None = None,
         max_length: int = 512,
@@ -194,7 +216,9 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         batch_size: int = 32,
         max_epochs: int | str = "auto",
         early_stopping: bool = True,
-        validation_fraction: float = 0.1,
+        validation_fraction: float = 0.2,
+        n_estimators: int | str = "auto",
+        linear_path: bool = True,
         n_iter_no_change: int | None = None,
         memory: str | os.PathLike[str] | joblib.Memory | StateStore | None = None,
         device: str | torch.device | None = None,
@@ -219,6 +243,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         self.max_epochs = max_epochs
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
+        self.n_estimators = n_estimators
+        self.linear_path = linear_path
         self.n_iter_no_change = n_iter_no_change
         self.memory = memory
         self.device = device
@@ -277,44 +303,55 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         targets, mean, scale = _standardize(y.reshape(len(y), -1), weight)
         llm = self._llm()
         device = llm.torch_device
-        layer = llm.resolve_layer(self.layer)
         random = check_random_state(self.random_state)
-        train_rows, held_out_rows = self._split(len(used), random)
+        texts = [texts[row] for row in used]
+        n_estimators = self.n_estimators
+        if n_estimators == "auto":
+            n_estimators = MANY if len(used) <= SMALL_SET else FEW
+        if self.layer != "auto":
+            layer, scores = llm.resolve_layer(self.layer), None
+        held_out = self._held_out(len(used), n_estimators, random)
 
-        states = self._states([texts[row] for row in used], layer)
-        examples = Examples.of(states, targets, weight / weight.mean())
-        head = new_head(
-            random.randint(np.iinfo(np.int32).max),
-            input_size=states.hidden_size,
-            latent_size=self.latent_size,
-            n_heads=self.n_heads,
-            n_iterations=self.n_iterations,
-            n_outputs=targets.shape[1],
-            share_weights=self.share_weights,
-            state_norm=self.state_norm,
-        )
-        training = train_head(
-            head,
-            examples[train_rows],
-            None if held_out_rows is None else examples[held_out_rows],
+        if self.layer == "auto":
+            layer, scores = self._compare_layers(texts, targets, weight, random)
+        states = self._states(texts, layer)
+        head, trainings = fit_ensemble(
+            Examples.of(states, targets, weight / weight.mean()),
+            held_out,
+            linear_path=self.linear_path,
+            sizes={
+                "input_size": states.hidden_size,
+                "latent_size": self.latent_size,
+                "n_heads": self.n_heads,
+                "n_iterations": self.n_iterations,
+                "n_outputs": targets.shape[1],
+                "share_weights": self.share_weights,
+                "state_norm": self.state_norm,
+            },
+            random=random,
             loss=self.loss,
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             batch_size=self.batch_size,
             max_epochs=(
-                auto_epochs(len(train_rows), self.batch_size)
+                auto_epochs(len(used) - len(held_out[0]), self.batch_size)
                 if self.max_epochs == "auto"
                 else self.max_epochs
             ),
             n_iter_no_change=self.n_iter_no_change,
-            seed=random.randint(np.iinfo(np.int32).max),
             device=device,
             progress=bool(self.verbose),
         )
         self.head_, self.layer_, self.n_outputs_ = head, layer, targets.shape[1]
+        self.layer_scores_ = scores
         self._y_mean, self._y_scale, self._y_shape = mean, scale, y.shape[1:]
-        self.history_, self.best_epoch_ = training.history, training.best_epoch
-        self.n_epochs_ = len(training.history)
+        self.history_ = [
+            {"estimator": number, **epoch}
+            for number, training in enumerate(trainings)
+            for epoch in training.history
+        ]
+        self.best_epoch_ = [training.best_epoch for training in trainings]
+        self.n_epochs_ = len(self.history_)
         self._llm_fingerprint = llm.fingerprint
 
     def predict(self, X: ArrayLike) -> np.ndarray:
@@ -368,15 +405,40 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             )
         return y
 
-    def _split(
-        self, n_rows: int, random: np.random.RandomState
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Rows to learn from and rows held out; a single row is learned from."""
-        if not self.early_stopping or n_rows == 1:
-            return np.arange(n_rows), None
-        return train_test_split(
-            np.arange(n_rows), test_size=self.validation_fraction, random_state=random
-        )
+    def _compare_layers(
+        self,
+        texts: list[str],
+        targets: np.ndarray,
+        weight: np.ndarray,
+        random: np.random.RandomState,
+    ) -> tuple[int, dict[int, float]]:
+        """The layer whose states tell most about a sample of the rows, and the evidence."""
+        llm = self._llm()
+        rows = sample_rows(len(texts), random)
+        some = [texts[row] for row in rows]
+        layers = list(dict.fromkeys(llm.resolve_layer(share) for share in SHARES))
+        deepest = max(layers)  # the pass to it gives the states of all
+        self._states(some, deepest, also=[layer for layer in layers if layer != deepest])
+        states = {layer: self._states(some, layer) for layer in layers}
+        return choose_layer(states, self.state_norm, targets[rows], weight[rows] / weight.mean())
+
+    def _held_out(
+        self, n_rows: int, n_estimators: int, random: np.random.RandomState
+    ) -> list[np.ndarray]:
+        """The rows that are held out from each estimator; a single row is learned from by all."""
+        n_held_out = 0
+        if self.early_stopping and n_rows > 1:
+            n_held_out = math.ceil(self.validation_fraction * n_rows)
+            if n_held_out == n_rows:
+                raise ValueError(
+                    f"validation_fraction={self.validation_fraction} of {n_rows} rows leaves none"
+                    " to learn from: lower it, or pass early_stopping=False."
+                )
+        order = random.permutation(n_rows)
+        return [
+            order[np.arange(i * n_held_out, (i + 1) * n_held_out) % n_rows]
+            for i in range(n_estimators)
+        ]
 
 
 def _standardize(y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -135,7 +136,14 @@ class StateStore:
         return self._contents.misses
 
     def fetch(
-        self, texts: list[str], llm: FrozenLLM, *, layer: int, max_length: int, progress: bool
+        self,
+        texts: list[str],
+        llm: FrozenLLM,
+        *,
+        layer: int,
+        also: Sequence[int] = (),
+        max_length: int,
+        progress: bool,
     ) -> TokenStates:
         """States of texts, in their order; what the store lacks is read by the model and kept.
 
@@ -148,6 +156,9 @@ class StateStore:
             Loaded only if the store lacks a text.
         layer : int
             From 1 to the model's number of layers.
+        also : sequence of int, default=()
+            Layers whose states are kept too, of the texts that are read now: the same pass gives
+            them.
         max_length : int
             Tokens of a text that are read.
         progress : bool
@@ -170,7 +181,7 @@ class StateStore:
             after either of which the work goes on; if a worker process reads texts that it can't
             share.
         """
-        name = f"{llm.fingerprint}/layer{layer}-{self._dtype_name(llm)}-{max_length}"
+        name = self._name(llm, layer, max_length)
         keys = [_key(name, text) for text in texts]
         wanted = dict(zip(keys, texts, strict=True))
         contents = self._contents
@@ -191,7 +202,7 @@ class StateStore:
                         self._evict(used)
                     break
             with contents.reading:
-                n_read += self._read(shelf, missing, llm, layer, max_length, progress)
+                n_read += self._read(shelf, missing, llm, [layer, *also], max_length, progress)
         cut = full_lengths > states.lengths.numpy()
         if cut.any():
             warnings.warn(
@@ -251,6 +262,10 @@ class StateStore:
                     if chosen:
                         shelf.remove(shard)
 
+    def _name(self, llm: FrozenLLM, layer: int, max_length: int) -> str:
+        """Of the shelf of a model's states at a layer."""
+        return f"{llm.fingerprint}/layer{layer}-{self._dtype_name(llm)}-{max_length}"
+
     def _dtype_name(self, llm: FrozenLLM) -> str:
         name = str(llm.torch_dtype).removeprefix("torch.")
         return name if self.bits is None else f"{name}-{self.bits}bit"
@@ -283,7 +298,7 @@ class StateStore:
         shelf: Shelf,
         missing: dict[bytes, str],
         llm: FrozenLLM,
-        layer: int,
+        layers: list[int],
         max_length: int,
         progress: bool,
     ) -> int:
@@ -317,7 +332,7 @@ class StateStore:
                         piece = self._claim(shelf, missing, n_piece, claim)
                     if piece:
                         began = time.monotonic()
-                        self._read_piece(shelf, piece, llm, layer, max_length, bar)
+                        self._read_piece(piece, llm, layers, max_length, bar)
                         n_read += len(piece)
                         if time.monotonic() - began < PIECE_SECONDS:
                             n_piece = min(2 * n_piece, n_all)
@@ -356,39 +371,50 @@ class StateStore:
 
     def _read_piece(
         self,
-        shelf: Shelf,
         piece: dict[bytes, str],
         llm: FrozenLLM,
-        layer: int,
+        layers: list[int],
         max_length: int,
         bar: tqdm,
     ) -> None:
         """Read texts and keep them, a shard at a time, and what was read when it is stopped."""
-        keys = list(piece)
-        label = {
-            "model": os.path.abspath(llm.model) if os.path.exists(llm.model) else llm.model,
-            "layer": str(layer),
-            "dtype": self._dtype_name(llm),
-            "max_length": str(max_length),
+        texts = list(piece.values())
+        pending: dict[int, list[_Batch]] = {layer: [] for layer in layers}
+        keys = {
+            layer: [_key(self._name(llm, layer, max_length), text) for text in texts]
+            for layer in layers
         }
-        pending: list[_Batch] = []
-        n_bytes = 0
         try:
-            for rows, states, full in llm.read(
-                list(piece.values()), layer=layer, max_length=max_length
-            ):
-                (values,) = states.arrays
-                if self.bits == 8:
-                    values = pack_states(values)
-                pending.append(_Batch([keys[row] for row in rows], values, states.lengths, full))
-                n_bytes += values.nbytes
+            for rows, states, full in llm.read(texts, layers=layers, max_length=max_length):
+                for layer, some in zip(layers, states, strict=True):
+                    (values,) = some.arrays
+                    if self.bits == 8:
+                        values = pack_states(values)
+                    pending[layer].append(
+                        _Batch([keys[layer][row] for row in rows], values, some.lengths, full)
+                    )
                 bar.update(len(rows))
+                n_bytes = sum(batch.values.nbytes for some in pending.values() for batch in some)
                 if n_bytes >= self._shard_bytes:
-                    gathered, pending, n_bytes = pending, [], 0
-                    self._keep(shelf, _shard(gathered, label))
+                    self._keep_batches(pending, llm, max_length)
         finally:
-            if pending:
-                self._keep(shelf, _shard(pending, label))
+            self._keep_batches(pending, llm, max_length)
+
+    def _keep_batches(
+        self, pending: dict[int, list[_Batch]], llm: FrozenLLM, max_length: int
+    ) -> None:
+        """Put what was read of each layer onto its shelf."""
+        for layer in reversed(pending):  # the one that is looked for last: then all are there
+            if pending[layer]:
+                gathered, pending[layer] = pending[layer], []
+                label = {
+                    "model": os.path.abspath(llm.model) if os.path.exists(llm.model) else llm.model,
+                    "layer": str(layer),
+                    "dtype": self._dtype_name(llm),
+                    "max_length": str(max_length),
+                }
+                shelf = self._shelf(self._name(llm, layer, max_length))
+                self._keep(shelf, _shard(gathered, label))
 
     def _keep(self, shelf: Shelf, shard: Shard) -> None:
         """Put a shard into the folder; without one, or if it can't be written, into memory."""

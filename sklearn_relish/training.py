@@ -20,13 +20,14 @@ from tqdm.auto import tqdm
 
 from sklearn_relish.batches import BatchLoader
 from sklearn_relish.devices import computes_bfloat16, current_device
-from sklearn_relish.head import RelishHead
+from sklearn_relish.head import RelishEnsemble, RelishHead
 from sklearn_relish.recording import Recorded
 from sklearn_relish.states import TokenStates
 
 GRADIENT_NORM = 1.0  # gradients longer than this are scaled down to it
 AUTO_EPOCHS, AUTO_STEPS = 10, 200  # a training has at least these many of both
 POOL_BATCHES = 16  # batches whose rows are sorted by length together, after a shuffle
+SAMPLED_WEIGHTS = 8  # entries of each weight by which a change of it is seen
 PREDICT_TOKENS = 16_384  # padded tokens of a batch when the head only answers
 
 LOSSES = {
@@ -222,8 +223,10 @@ def evaluate(
 
 
 @torch.inference_mode()
-def head_answers(head: RelishHead, states: TokenStates, device: torch.device) -> np.ndarray:
-    """Answers of a trained head for all texts, float64 of shape (n_texts, n_outputs).
+def head_answers(
+    head: RelishHead | RelishEnsemble, states: TokenStates, device: torch.device
+) -> np.ndarray:
+    """Answers of a trained head, or of several, for all texts: float64, (n_texts, n_outputs).
 
     On a CPU the head computes in float64, in which a text's answer does not depend on its batch.
     """
@@ -236,31 +239,33 @@ def head_answers(head: RelishHead, states: TokenStates, device: torch.device) ->
 class _Placed(NamedTuple):
     """A copy of a head on a device, and by what a change of the head is seen."""
 
-    head: RelishHead
+    head: RelishHead | RelishEnsemble
     made_for: tuple[Any, ...]
-    ends: Tensor
+    some: Tensor
 
 
-_placed_heads: WeakKeyDictionary[RelishHead, _Placed] = WeakKeyDictionary()
+_placed_heads: WeakKeyDictionary[nn.Module, _Placed] = WeakKeyDictionary()
 
 
-def _placed(head: RelishHead, device: torch.device, dtype: torch.dtype) -> RelishHead:
+def _placed(
+    head: RelishHead | RelishEnsemble, device: torch.device, dtype: torch.dtype
+) -> RelishHead | RelishEnsemble:
     """A copy of a head on a device, kept as long as the head lives and its weights stay.
 
     A service that answers for one text after the other does not wait for it anew each time.
     """
     # Other tensors, or written to; but a fused optimizer's step is no write that torch counts: it
-    # moves all weights, so that those of both ends, which are few, tell of it.
+    # moves all weights, so that a few of each tell of it.
     weights = [
         (weight.data_ptr(), None if weight.is_inference() else weight._version)
         for weight in head.parameters()
     ]
     made_for = device, head.state_norm, weights
     with torch.no_grad():
-        ends = torch.cat([head.latent, head.readout.weight.flatten(), head.readout.bias])
+        some = torch.cat([weight.flatten()[:SAMPLED_WEIGHTS] for weight in head.parameters()])
     known = _placed_heads.get(head)
-    if known is None or known.made_for != made_for or not torch.equal(known.ends, ends):
-        known = _Placed(copy.deepcopy(head).to(device, dtype), made_for, ends)
+    if known is None or known.made_for != made_for or not torch.equal(known.some, some):
+        known = _Placed(copy.deepcopy(head).to(device, dtype), made_for, some)
         _placed_heads[head] = known
     return known.head
 

@@ -22,7 +22,7 @@ TEXTS = ["one", "a longer text, of more tokens", "x", "", "one more"]
 def read(llm, texts, layer, max_length=512):
     """States of each text, in order, and the uncut lengths."""
     states, full_lengths = [None] * len(texts), [None] * len(texts)
-    for rows, batch, full in llm.read(texts, layer=layer, max_length=max_length):
+    for rows, (batch,), full in llm.read(texts, layers=[layer], max_length=max_length):
         for row, text, length in zip(rows, batch, full, strict=True):
             states[row], full_lengths[row] = text, length
     return states, full_lengths
@@ -92,6 +92,21 @@ def test_texts_are_tokenized_window_by_window(monkeypatch):
     torch.testing.assert_close(windows, whole, rtol=1e-4, atol=1e-5)
 
 
+def test_one_pass_gives_the_states_of_several_layers(monkeypatch):
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    alone = [read(llm, TEXTS, layer)[0] for layer in (3, 1)]
+    passes = []
+    llm.network.register_forward_pre_hook(lambda *_: passes.append(1))
+    together = [[None] * len(TEXTS), [None] * len(TEXTS)]
+    for rows, states, _ in llm.read(TEXTS, layers=[3, 1], max_length=512):
+        assert len(states) == 2
+        for found, some in zip(together, states, strict=True):
+            for row, text in zip(rows, some, strict=True):
+                found[row] = text
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
+    assert len(passes) == len({max(1, len(text)) for text in TEXTS})  # a batch a length
+
+
 def test_batches_hold_texts_of_one_length_on_a_cpu_and_of_like_length_elsewhere(monkeypatch):
     lengths = np.random.default_rng(0).integers(1, 80, 200)
     for share, one_length in ((1.0, True), (0.875, False)):
@@ -102,7 +117,7 @@ def test_batches_hold_texts_of_one_length_on_a_cpu_and_of_like_length_elsewhere(
             lambda _, args, kwargs, padded=padded: padded.append(kwargs["input_ids"].shape),
             with_kwargs=True,
         )
-        for rows, states, _ in llm.read(["x" * n for n in lengths], layer=1, max_length=99):
+        for rows, (states,), _ in llm.read(["x" * n for n in lengths], layers=[1], max_length=99):
             real.append(lengths[rows])
             assert (states.lengths.numpy() == lengths[rows]).all()
             assert min(lengths[rows]) >= share * max(lengths[rows])
@@ -117,16 +132,16 @@ def test_a_batch_is_started_before_the_one_before_is_finished(monkeypatch):
     llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
     start_pass, finish_pass, under_way, most = llm._start_pass, llm._finish_pass, [], []
 
-    def start(tokens, layer):
+    def start(tokens, layers):
         if sum(map(len, tokens)) + sum(under_way) > 40:
             raise torch.OutOfMemoryError("not enough")
         under_way.append(sum(map(len, tokens)))
         most.append(len(under_way))
-        return start_pass(tokens, layer)._replace(done=threading.Event())
+        return start_pass(tokens, layers)._replace(done=[threading.Event()])
 
-    def finish(unfinished, layer):
+    def finish(unfinished, layers):
         assert under_way.pop(0) == int(unfinished.lengths.sum())
-        return finish_pass(unfinished._replace(done=None), layer)
+        return finish_pass(unfinished._replace(done=[]), layers)
 
     monkeypatch.setattr(llm, "_start_pass", start)
     monkeypatch.setattr(llm, "_finish_pass", finish)
@@ -143,10 +158,10 @@ def test_what_is_too_much_for_the_memory_is_read_in_smaller_batches(monkeypatch)
     llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
     states_at = llm._states_at
 
-    def tight(layer, input_ids, **inputs):
+    def tight(layers, input_ids, **inputs):
         if input_ids.numel() > 25:
             raise torch.OutOfMemoryError("not enough")
-        return states_at(layer, input_ids=input_ids, **inputs)
+        return states_at(layers, input_ids=input_ids, **inputs)
 
     monkeypatch.setattr(llm, "_states_at", tight)
     with pytest.warns(UserWarning, match="too much for the memory of cpu") as told:

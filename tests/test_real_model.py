@@ -51,7 +51,7 @@ def lexicon():
 
 
 def states_of(llm, text, layer):
-    ((_, states, _),) = llm.read([text], layer=layer, max_length=512)
+    ((_, (states,), _),) = llm.read([text], layers=[layer], max_length=512)
     return next(iter(states)).float()
 
 

@@ -35,6 +35,7 @@ def llm():
 
 def make(llm, **parameters):
     settings = {"latent_size": 32, "n_heads": 4, "learning_rate": 3e-3, "random_state": 0}
+    settings |= {"n_estimators": 1, "validation_fraction": 0.1}
     return RelishRegressor(llm, **(settings | parameters))
 
 
@@ -46,7 +47,8 @@ def test_strings_to_numbers_in_the_units_of_y(llm):
     assert regressor.predict(fresh).mean() == pytest.approx(truth.mean(), rel=0.1)
     assert (regressor.n_features_in_, regressor.n_outputs_, regressor.layer_) == (1, 1, 2)
     assert regressor.n_epochs_ == len(regressor.history_) == 20
-    assert 1 <= regressor.best_epoch_ <= 20
+    assert 1 <= regressor.best_epoch_[0] <= 20
+    assert regressor.layer_scores_ is None
     assert not hasattr(regressor, "feature_names_in_")
 
 
@@ -149,7 +151,7 @@ def refuse_to_read(*_, **__):
         ),
         (["a", "b"], [1e200, 1.1e200], {}, ValueError, "spans more than float64 can square"),
         (["a", "b"], [1e-200, 1.1e-200], {}, ValueError, "spans more than float64 can square"),
-        (["a"] * 9, np.arange(9), {"validation_fraction": 0.99}, ValueError, "test_size"),
+        (["a"] * 9, np.arange(9), {"validation_fraction": 0.99}, ValueError, "leaves none"),
         (["a", "b"], [1, 2], {"device": "gpu"}, ValueError, "device='gpu' is not to be had"),
         (["a", "b"], ["x", "y"], {}, ValueError, "could not convert string to float"),
         (["a", "b"], [1, 2], {"loss": "hubris"}, ValueError, "'loss' parameter .* must be"),
@@ -252,6 +254,50 @@ def test_silent_by_default_and_bars_when_asked(llm, capfd):
     assert "validation R²=" in shown
 
 
+def test_several_estimators_hold_out_different_rows_and_are_averaged(llm):
+    texts, y = reviews(50)
+    regressor = make(llm, max_epochs=2, n_estimators=3, validation_fraction=0.3).fit(texts, y)
+    assert len(regressor.head_.heads) == len(regressor.best_epoch_) == 3
+    assert [epoch["estimator"] for epoch in regressor.history_] == [0, 0, 1, 1, 2, 2]
+    held_out = regressor._held_out(50, 3, np.random.RandomState(0))
+    assert len(np.unique(np.concatenate(held_out))) == 45
+    assert [len(rows) for rows in regressor._held_out(50, 5, np.random.RandomState(0))] == [15] * 5
+    assert regressor.head_.linear is not None
+    assert make(llm, max_epochs=1, linear_path=False).fit(texts, y).head_.linear is None
+
+
+def test_auto_estimators_are_more_of_a_small_set(llm):
+    for n_rows, n_estimators in ((40, 5), (1_001, 3)):
+        texts, y = reviews(n_rows)
+        regressor = make(llm, max_epochs=1, n_estimators="auto").fit(texts, y)
+        assert len(regressor.head_.heads) == n_estimators
+
+
+@pytest.mark.parametrize("best", [1, 3])
+def test_auto_takes_the_layer_that_tells_most(best, monkeypatch):
+    """Of the three layers all but one are made to tell nothing."""
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    states_at, tokens = llm._states_at, []
+
+    def one_tells(layers, **inputs):
+        tokens.append(inputs["input_ids"].numel())
+        found = zip(layers, states_at(layers, **inputs), strict=True)
+        return [some if layer == best else torch.ones_like(some) for layer, some in found]
+
+    monkeypatch.setattr(llm, "_states_at", one_tells)
+    monkeypatch.setattr("sklearn_relish.regressor.SHARES", (2 / 3, 1 / 3, 1.0))
+    texts, y = reviews(100)
+    texts = [f"{text} {i}" for i, text in enumerate(texts)]
+    regressor = make(llm, layer="auto", max_epochs=1).fit(texts, y)
+    assert regressor.layer_ == best
+    assert set(regressor.layer_scores_) == {1, 2, 3}
+    assert max(regressor.layer_scores_, key=regressor.layer_scores_.get) == best
+    # Beside one reading of all rows nothing is read: the sample's states of the winner are kept.
+    assert sum(tokens) == sum(map(len, texts))
+    assert clone(regressor).layer == "auto"
+    regressor.predict(texts[:3])
+
+
 def test_auto_epochs_make_enough_steps_of_a_small_set(llm):
     texts, y = reviews(50)
     assert make(llm).fit(texts, y).n_epochs_ == 100  # 45 rows, 2 steps an epoch
@@ -309,7 +355,7 @@ def test_encoder_pools_the_states_that_the_regressor_reads(llm):
     states = dict.fromkeys(("mean", "last"))
     for pooling in states:
         states[pooling] = LLMEncoder(llm, pooling=pooling, state_norm=None).fit_transform(texts)
-    raw = next(iter(llm.read([texts[0]], layer=2, max_length=512)))[1].arrays[0]
+    raw = next(iter(llm.read([texts[0]], layers=[2], max_length=512)))[1][0].arrays[0]
     np.testing.assert_allclose(states["mean"][0], raw.mean(0), atol=1e-5)
     np.testing.assert_allclose(states["last"][0], raw[-1], atol=1e-5)
     encoder = LLMEncoder(llm).fit(texts)

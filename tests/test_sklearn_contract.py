@@ -23,6 +23,7 @@ EXPECTED_TO_FAIL = {"check_sample_weight_equivalence_on_dense_data": "rows are b
             max_epochs=100,
             layer=2,
             early_stopping=False,
+            n_estimators=1,
         )
     ],
     expected_failed_checks=lambda estimator: EXPECTED_TO_FAIL,

@@ -53,7 +53,7 @@ def reference(texts):
     """States of texts, read in one go and kept nowhere."""
     llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
     states = {}
-    for rows, batch, _ in llm.read(list(texts), layer=2, max_length=512):
+    for rows, (batch,), _ in llm.read(list(texts), layers=[2], max_length=512):
         states |= dict(zip(rows.tolist(), batch, strict=True))
     return [states[row] for row in range(len(texts))]
 
@@ -75,6 +75,19 @@ def test_each_text_is_read_once_in_any_order_and_company(llm, tmp_path, on_disk)
     assert llm.tokens_read == n_tokens(TEXTS) + n_tokens(["new one", "new two"])
     assert same(mixed[torch.tensor([1, 3])], first[torch.tensor([3, 3])])
     assert mixed.lengths.tolist() == [7, len(TEXTS[3]), 7, len(TEXTS[3])]
+
+
+def test_one_pass_gives_the_states_of_other_layers_too(llm, tmp_path):
+    store = StateStore(tmp_path)
+    settings = {"max_length": 512, "progress": False}
+    fetched = store.fetch(TEXTS, llm, layer=3, also=[1, 2], **settings)
+    assert llm.tokens_read == n_tokens(TEXTS)
+    assert same(fetch(store, TEXTS, llm, layer=2), reference(TEXTS))
+    assert same(fetched, fetch(StateStore(), TEXTS, llm, layer=3))
+    before = llm.tokens_read
+    assert same(fetch(store, TEXTS, llm, layer=1), fetch(StateStore(), TEXTS, llm, layer=1))
+    assert llm.tokens_read == before + n_tokens(TEXTS)  # those of the store beside it
+    assert [row["layer"] for row in store.info()] == [1, 2, 3]
 
 
 def test_what_changes_the_states_changes_the_key(llm):
@@ -109,11 +122,11 @@ def test_what_was_read_before_an_interruption_is_kept(llm, tmp_path, monkeypatch
     monkeypatch.setitem(TOKEN_BUDGET, "cpu", 64)
     forward, calls = llm._start_pass, []
 
-    def interrupted(tokens, layer):
+    def interrupted(tokens, layers):
         calls.append(tokens)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return forward(tokens, layer)
+        return forward(tokens, layers)
 
     monkeypatch.setattr(llm, "_start_pass", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -499,10 +512,10 @@ def test_a_thread_finds_states_while_another_reads(llm, tmp_path, monkeypatch):
     fetch(store, TEXTS[:10], llm)
     forward, reading, found = llm._start_pass, threading.Event(), threading.Event()
 
-    def slow(tokens, layer):
+    def slow(tokens, layers):
         reading.set()
         assert found.wait(30)
-        return forward(tokens, layer)
+        return forward(tokens, layers)
 
     monkeypatch.setattr(llm, "_start_pass", slow)
     with ThreadPoolExecutor() as pool:

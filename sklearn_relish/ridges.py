@@ -1,0 +1,110 @@
+"""Ridges on pooled states: closed forms that foretell each row without having seen it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import nnls
+from sklearn.linear_model import RidgeCV
+from sklearn.preprocessing import StandardScaler
+
+from sklearn_relish.pooling import POOLINGS, pool
+from sklearn_relish.states import TokenStates
+
+PENALTIES = np.logspace(0, 6, 19)  # on standardized features and targets
+MAX_ROWS = 10_000  # that a ridge is fitted on
+PRIOR_ROWS = 10.0  # as many rows as the prior weights of a stack count for
+
+
+class Ridge(NamedTuple):
+    """A linear function of pooled states, and what it foretells of its training rows.
+
+    `coef` is (n_outputs, D), `intercept` (n_outputs,), `foretold` (n_texts, n_outputs): of each
+    row that the ridge was fitted on, the prediction of the ridge without that row.
+    """
+
+    coef: np.ndarray
+    intercept: np.ndarray
+    foretold: np.ndarray
+
+
+def fit_ridges(
+    states: TokenStates, state_norm: str | None, y: np.ndarray, weight: np.ndarray
+) -> list[Ridge]:
+    """A ridge for each of `POOLINGS`, its penalty chosen by leave-one-out validation.
+
+    Parameters
+    ----------
+    states : TokenStates
+    state_norm : {"rms", None}
+        As of the head.
+    y : ndarray of shape (n_texts, n_outputs)
+        Standardized targets.
+    weight : ndarray of shape (n_texts,)
+
+    Returns
+    -------
+    list of Ridge
+        Fitted on `MAX_ROWS` rows at most, in equal steps.
+    """
+    rows = np.arange(len(y))[:: -(-len(y) // MAX_ROWS)]
+    ridges = []
+    for pooling in POOLINGS:
+        X = pool(states, pooling, state_norm).double().numpy()
+        scaler = StandardScaler().fit(X[rows], sample_weight=weight[rows])
+        ridge = RidgeCV(
+            PENALTIES,
+            scoring="neg_mean_squared_error",  # with a scorer, predictions are what is stored
+            store_cv_results=True,
+            alpha_per_target=True,
+        ).fit(scaler.transform(X[rows]), y[rows], sample_weight=weight[rows])
+        coef = ridge.coef_.reshape(y.shape[1], -1) / scaler.scale_
+        intercept = ridge.intercept_ - coef @ scaler.mean_
+        foretold = X @ coef.T + intercept
+        stored = ridge.cv_results_.reshape(len(rows), y.shape[1], len(PENALTIES))
+        chosen = np.searchsorted(PENALTIES, np.broadcast_to(ridge.alpha_, y.shape[1]))
+        foretold[rows] = np.take_along_axis(stored, chosen[None, :, None], axis=2)[:, :, 0]
+        ridges.append(Ridge(coef, intercept, foretold))
+    return ridges
+
+
+def stack(
+    foretold: Sequence[np.ndarray], y: np.ndarray, weight: np.ndarray, prior: Sequence[float]
+) -> tuple[np.ndarray, float]:
+    """Weights that make one prediction of several, and the intercept.
+
+    Least squares with no weight below 0 (stacked regressions [1]_), drawn to the prior weights as
+    by `PRIOR_ROWS` rows.
+
+    Parameters
+    ----------
+    foretold : sequence of ndarray of shape (n,)
+        Predictions for rows that their makers had not seen.
+    y, weight : ndarray of shape (n,)
+        Standardized target and weight of each row.
+    prior : sequence of float
+        A weight for each.
+
+    References
+    ----------
+    .. [1] Breiman, "Stacked Regressions", Machine Learning 24, 1996.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> y = np.tile([-1.0, 1.0], 500)
+    >>> noise = np.tile([-1.0, -1.0, 1.0, 1.0], 250)
+    >>> share, intercept = stack([y + noise, y - noise], y, np.ones(1000), [1, 0])
+    >>> share.round(2)
+    array([0.5, 0.5])
+    """
+    table = np.column_stack(foretold)
+    mean, y_mean = np.average(table, axis=0, weights=weight), np.average(y, weights=weight)
+    root, firmness = np.sqrt(weight), np.sqrt(PRIOR_ROWS)
+    share, _ = nnls(
+        np.vstack([root[:, None] * (table - mean), firmness * np.eye(len(prior))]),
+        np.concatenate([root * (y - y_mean), firmness * np.asarray(prior)]),
+    )
+    return share, y_mean - share @ mean

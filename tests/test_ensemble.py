@@ -1,0 +1,125 @@
+"""Several heads and a linear path: what is held out, how they are weighed, what they answer."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import RidgeCV
+from sklearn.preprocessing import StandardScaler
+
+from sklearn_relish.ensemble import fit_ensemble
+from sklearn_relish.head import RelishEnsemble, RelishHead
+from sklearn_relish.pooling import pool
+from sklearn_relish.ridges import PENALTIES, fit_ridges, stack
+from sklearn_relish.states import TokenStates
+from sklearn_relish.training import Examples, head_answers
+
+SIZES = {"input_size": 6, "latent_size": 8, "n_heads": 2}
+TRAINING = {
+    "loss": "huber",
+    "learning_rate": 5e-3,
+    "weight_decay": 0.01,
+    "batch_size": 16,
+    "max_epochs": 5,
+    "n_iter_no_change": None,
+    "device": torch.device("cpu"),
+    "progress": False,
+}
+PRIOR = (0.5, 0.25, 0.25)
+
+
+def linear_examples(n_texts, n_outputs=1, noise=0.1, seed=0):
+    """Texts whose target is a linear function of their mean state, and some noise."""
+    random = np.random.RandomState(seed)
+    lengths = torch.from_numpy(random.randint(1, 9, n_texts))
+    values = torch.from_numpy(random.randn(int(lengths.sum()), 6)).float()
+    states = TokenStates.from_lengths(values, lengths)
+    weights = np.random.RandomState(99).randn(6, n_outputs)
+    y = pool(states, "mean", "rms").numpy() @ weights
+    y = y + noise * random.randn(*y.shape)
+    return Examples.of(states, (y - y.mean(0)) / y.std(0), np.ones(n_texts))
+
+
+def fit(examples, held_out, **changes):
+    settings = {"linear_path": True, "random": np.random.RandomState(0), "sizes": SIZES, **TRAINING}
+    settings["sizes"] = settings["sizes"] | {"n_outputs": examples.y.shape[1]}
+    return fit_ensemble(examples, held_out, **settings | changes)
+
+
+@pytest.mark.parametrize("n_outputs", [1, 2])
+def test_a_linear_target_is_learned_by_the_linear_path(n_outputs):
+    examples, fresh = linear_examples(300, n_outputs), linear_examples(300, n_outputs, seed=1)
+    folds = np.array_split(np.random.RandomState(0).permutation(300), 3)
+    ensemble, trainings = fit(examples, folds, max_epochs=1)
+    assert len(ensemble.heads) == len(trainings) == 3
+    answers = head_answers(ensemble, fresh.states, torch.device("cpu"))
+    alone, _ = fit(examples, folds, max_epochs=1, linear_path=False)
+    alone = head_answers(alone, fresh.states, torch.device("cpu"))
+    for j in range(n_outputs):
+        y = fresh.y[:, j].numpy()
+        assert np.corrcoef(answers[:, j], y)[0, 1] > 0.95
+        assert np.corrcoef(answers[:, j], y)[0, 1] > np.corrcoef(alone[:, j], y)[0, 1]
+
+
+def test_the_answer_is_the_mean_of_the_heads_and_the_linear_path():
+    torch.manual_seed(0)
+    heads = [RelishHead(**SIZES) for _ in range(3)]
+    states = torch.randn(4, 5, 6)
+    mask = torch.arange(5) < torch.tensor([[5], [1], [3], [2]])
+    ensemble = RelishEnsemble(heads, linear_path=True)
+    mean = sum(head(states, mask) for head in heads) / 3
+    torch.testing.assert_close(ensemble(states, mask), mean)
+
+    ensemble.share.fill_(0.5)
+    ensemble.linear.weight.copy_(torch.arange(12.0)[None])
+    ensemble.linear.bias.fill_(2.0)
+    texts = TokenStates.from_lengths(states[mask], mask.sum(1))
+    pooled = torch.cat([pool(texts, "mean", "rms"), pool(texts, "last", "rms")], dim=1)
+    expected = 0.5 * mean + pooled @ torch.arange(12.0)[:, None] + 2
+    torch.testing.assert_close(ensemble(states, mask), expected)
+    states[~mask] = torch.nan  # what stands in the padding has no influence
+    torch.testing.assert_close(ensemble(states, mask), expected)
+
+
+def test_a_ridge_foretells_each_row_without_it():
+    examples = linear_examples(40, n_outputs=2, noise=1.0)
+    X, y = pool(examples.states, "mean", "rms"), examples.y.double().numpy()
+    (coef, intercept, told), _ = fit_ridges(examples.states, "rms", y, np.ones(40))
+    Z = StandardScaler().fit_transform(X.double().numpy())
+    ridge = RidgeCV(PENALTIES, alpha_per_target=True).fit(Z, y)
+    np.testing.assert_allclose(X.double().numpy() @ coef.T + intercept, ridge.predict(Z))
+    for row in (0, 17, 39):
+        others = np.arange(40) != row
+        for j in range(2):
+            one = RidgeCV([ridge.alpha_[j]]).fit(Z[others], y[others, j])
+            np.testing.assert_allclose(told[row, j], one.predict(Z[[row]])[0], atol=1e-6)
+
+
+def test_a_weight_of_two_is_a_row_given_twice():
+    random = np.random.RandomState(0)
+    told, y = random.randn(3, 50), random.randn(50)
+    weight = random.randint(1, 3, 50).astype(float)
+    rows = np.repeat(np.arange(50), weight.astype(int))
+    share, bias = stack(told, y, weight, PRIOR)
+    again, again_bias = stack(told[:, rows], y[rows], np.ones(len(rows)), PRIOR)
+    np.testing.assert_allclose(share, again)
+    assert bias == pytest.approx(again_bias)
+
+
+def test_what_foretells_nothing_has_little_weight_and_not_none():
+    random = np.random.RandomState(0)
+    y = random.randn(500)
+    told = [random.randn(500), y + 0.3 * random.randn(500), random.randn(500)]
+    share, _ = stack(told, y, np.ones(500), PRIOR)
+    assert share[1] > 0.85
+    assert share[[0, 2]].max() < 0.1
+    share, _ = stack(random.randn(3, 500) - y, y, np.ones(500), PRIOR)  # all of them mislead
+    assert (share >= 0).all()
+
+
+def test_few_held_out_rows_weigh_nothing():
+    examples = linear_examples(40)
+    ensemble, _ = fit(examples, [np.arange(5)], max_epochs=1)
+    assert ensemble.linear is None
+    ensemble, (training,) = fit(examples, [np.arange(0)], max_epochs=1)
+    assert ensemble.linear is None
+    assert "validation_loss" not in training.history[0]

@@ -32,6 +32,7 @@ import pandas as pd
 from rivals import (
     DecodingRegressor,
     ExpectationRegressor,
+    LoRARegressor,
     pooled_linear,
     pooled_mlp,
     published_relish,
@@ -88,7 +89,7 @@ TASKS = {
 OURS, PUBLISHED = "RELISH", "RELISH as published"
 SEEDS = 3
 TEST_ROWS = 1000
-ANSWER_ROWS = 200  # test rows of the methods that answer in words
+ANSWER_ROWS = 100  # test rows of the methods that answer in words
 SHOTS = 16
 SAMPLE = 128  # training rows whose reading is timed
 QUICK_SETS, QUICK_ROWS = ["stsb", "sickr"], 600
@@ -101,10 +102,15 @@ class Method:
     make: Callable[[Task, FrozenLLM, StateStore, int], Any]
     seeded: bool = False  # whether another seed gives another result
     test_rows: int = TEST_ROWS
+    timed: bool = False  # whether it may train no longer than RELISH reads and trains
 
 
 def relish(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
     return RelishRegressor(llm, prompt=task.prompt, memory=store, random_state=seed)
+
+
+def chosen(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
+    return relish(task, llm, store, seed).set_params(layer="auto")
 
 
 def published(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
@@ -136,6 +142,10 @@ def speaking(regressor: type, n_shots: int) -> Method:
     return Method(make, test_rows=ANSWER_ROWS)
 
 
+def lora(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
+    return LoRARegressor(llm._source, task.prompt, random_state=seed)
+
+
 LAST = {"layer": -1, "state_norm": None}
 METHODS = {
     OURS: Method(relish, seeded=True),
@@ -146,14 +156,16 @@ METHODS = {
     "MLP, last state": pooled(pooled_mlp, "last"),
     "ridge, mean, last layer": pooled(pooled_linear, "mean", **LAST),
     "ridge, last state, last layer": pooled(pooled_linear, "last", **LAST),
-    "MLP, mean, last layer": pooled(pooled_mlp, "mean", **LAST),
-    "MLP, last state, last layer": pooled(pooled_mlp, "last", **LAST),
     "TF-IDF + ridge": Method(lambda task, *_: tfidf_ridge(task.prompt)),
     "zero-shot": speaking(DecodingRegressor, 0),
     f"{SHOTS}-shot": speaking(DecodingRegressor, SHOTS),
     "RAIL, zero-shot": speaking(ExpectationRegressor, 0),
     f"RAIL, {SHOTS}-shot": speaking(ExpectationRegressor, SHOTS),
+    "RELISH, layer chosen": Method(chosen, seeded=True),
+    "LoRA": Method(lora),
+    "LoRA, as long as RELISH": Method(lora, timed=True),
 }
+DEFAULT_METHODS = list(METHODS)[:-3]  # the last three are run when they are named
 QUICK_METHODS = [
     *[OURS, PUBLISHED, "ridge, mean of states", "ridge, last state", "TF-IDF + ridge"],
     *["zero-shot", f"RAIL, {SHOTS}-shot"],
@@ -230,8 +242,9 @@ class Results:
         self.path = path
         self.lines = [json.loads(line) for line in path.open()] if path.exists() else []
 
-    def has(self, **key: Any) -> bool:
-        return any(all(line[name] == value for name, value in key.items()) for line in self.lines)
+    def find(self, **key: Any) -> list[dict[str, Any]]:
+        """The lines with these values."""
+        return [line for line in self.lines if all(line[name] == key[name] for name in key)]
 
     def add(self, **line: Any) -> None:
         self.lines.append(line)
@@ -279,7 +292,7 @@ def run(
                 for n_rows in rows or [task.train_rows]
                 for method in methods
                 for seed in range(seeds if METHODS[method].seeded else 1)
-                if not results.has(
+                if not results.find(
                     set=name, model=model, method=method, seed=seed, train_rows=n_rows
                 )
             ]
@@ -291,6 +304,12 @@ def run(
             reading = seconds_to_read(task, train, llm) / len(train)
             for n_rows, method, seed in wanted:
                 estimator = METHODS[method].make(task, llm, store, seed)
+                if METHODS[method].timed:
+                    (ours,) = results.find(
+                        set=name, model=model, method=OURS, seed=seed, train_rows=n_rows
+                    )
+                    seconds = ours["reading_seconds"] + ours["fit_seconds"]
+                    estimator.set_params(max_seconds=seconds)
                 some = test.head(METHODS[method].test_rows)
                 found = run_cell(estimator, train.head(n_rows), some, columns)
                 results.add(
@@ -322,7 +341,7 @@ def table(lines: pd.DataFrame) -> str:
     sets = [name for name in TASKS if name in set(lines["set"])]
     models = list(lines["model"].unique())
     head = [f"{name}, {model}" for model in models for name in sets]
-    rows = ["| method | " + " | ".join([*head, "r", "ρ", "NRMSE", "seconds", "weights"]) + " |"]
+    rows = ["| method | " + " | ".join([*head, "r", "rho", "NRMSE", "seconds", "weights"]) + " |"]
     rows.append("| --- |" + " --- |" * (len(head) + 5))
     order = cells["r"].groupby("method").mean().sort_values(ascending=False).index
     for method in order:
@@ -345,7 +364,7 @@ def picture(lines: pd.DataFrame, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 0.32 * len(order) + 1.2), layout="constrained")
     seaborn.barplot(cells, x="r", y="method", order=order, errorbar=None, color="0.85", ax=axes)
     seaborn.stripplot(cells, x="r", y="method", hue="set", order=order, jitter=False, ax=axes)
-    axes.set(xlabel="Pearson r × 100 (points: sets and models, bars: macro average)", ylabel="")
+    axes.set(xlabel="100 r (points: sets and models, bars: macro average)", ylabel="")
     axes.legend(frameon=False, loc="lower right")
     seaborn.despine(figure)
     figure.savefig(path)
@@ -358,7 +377,7 @@ def main() -> None:
     parser.add_argument("--memory", default=".evaluation-states", help="folder of token states")
     parser.add_argument("--output", type=Path, default=Path("evaluation.jsonl"))
     parser.add_argument("--sets", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT_METHODS)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--rows", type=int, nargs="+", help="training rows; several make a curve")
     parser.add_argument("--quick", action="store_true", help="two sets, one model, few rows")

@@ -12,6 +12,7 @@ from sklearn_relish.ridges import fit_ridges, stack
 from sklearn_relish.training import Examples, Training, head_answers, new_head, train_head
 
 LEAST_ROWS = 10  # held-out rows without which nothing is weighed
+RIDGE_ROWS = 10_000  # that the ridges are fitted on at most
 PRIOR = (0.5, 0.25, 0.25)  # the weights of heads and ridges that no rows would give
 
 
@@ -46,7 +47,7 @@ def fit_ensemble(
     device : torch.device
         Where heads are trained.
     **training
-        Further arguments of `train_head`; `max_epochs` may be a function of the number of rows.
+        Further arguments of `train_head`.
 
     Returns
     -------
@@ -74,10 +75,12 @@ def fit_ensemble(
             times[rows] += 1
         heads.append(head)
         trainings.append(course)
-    seen = np.flatnonzero(times)
-    ensemble = RelishEnsemble(heads, linear_path and len(seen) >= LEAST_ROWS)
-    if ensemble.linear is not None:
-        _set_linear_path(ensemble, examples, seen, foretold[seen] / times[seen, None])
+    rows = np.arange(n_rows)[:: -(-n_rows // RIDGE_ROWS)]
+    linear_path = linear_path and np.count_nonzero(times[rows]) >= LEAST_ROWS
+    ensemble = RelishEnsemble(heads, linear_path)
+    if linear_path:
+        foretold /= np.maximum(times, 1)[:, None]
+        _set_linear_path(ensemble, examples[rows], times[rows] > 0, foretold[rows])
     return ensemble.eval(), trainings
 
 
@@ -88,7 +91,7 @@ def _set_linear_path(
     y, weight = examples.y.double().numpy(), examples.weight.double().numpy()
     ridges = fit_ridges(examples.states, ensemble.state_norm, y, weight)
     for j in range(y.shape[1]):
-        told = [foretold[:, j], *(ridge.foretold[seen, j] for ridge in ridges)]
+        told = [foretold[seen, j], *(ridge.foretold[seen, j] for ridge in ridges)]
         (share, *shares), bias = stack(told, y[seen, j], weight[seen], PRIOR)
         ensemble.share[j] = share
         coefs = [part * ridge.coef[j] for part, ridge in zip(shares, ridges, strict=True)]

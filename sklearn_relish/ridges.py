@@ -14,15 +14,14 @@ from sklearn_relish.pooling import POOLINGS, pool
 from sklearn_relish.states import TokenStates
 
 PENALTIES = np.logspace(0, 6, 19)  # on standardized features and targets
-MAX_ROWS = 10_000  # that a ridge is fitted on
 PRIOR_ROWS = 10.0  # as many rows as the prior weights of a stack count for
 
 
 class Ridge(NamedTuple):
     """A linear function of pooled states, and what it foretells of its training rows.
 
-    `coef` is (n_outputs, D), `intercept` (n_outputs,), `foretold` (n_texts, n_outputs): of each
-    row that the ridge was fitted on, the prediction of the ridge without that row.
+    `coef` is (n_outputs, D), `intercept` (n_outputs,), `foretold` (n_texts, n_outputs): for each
+    row the prediction of the ridge without that row.
     """
 
     coef: np.ndarray
@@ -47,26 +46,22 @@ def fit_ridges(
     Returns
     -------
     list of Ridge
-        Fitted on `MAX_ROWS` rows at most, in equal steps.
     """
-    rows = np.arange(len(y))[:: -(-len(y) // MAX_ROWS)]
     ridges = []
     for pooling in POOLINGS:
         X = pool(states, pooling, state_norm).double().numpy()
-        scaler = StandardScaler().fit(X[rows], sample_weight=weight[rows])
+        scaler = StandardScaler().fit(X, sample_weight=weight)
         ridge = RidgeCV(
             PENALTIES,
             scoring="neg_mean_squared_error",  # with a scorer, predictions are what is stored
             store_cv_results=True,
             alpha_per_target=True,
-        ).fit(scaler.transform(X[rows]), y[rows], sample_weight=weight[rows])
+        ).fit(scaler.transform(X), y, sample_weight=weight)
         coef = ridge.coef_.reshape(y.shape[1], -1) / scaler.scale_
-        intercept = ridge.intercept_ - coef @ scaler.mean_
-        foretold = X @ coef.T + intercept
-        stored = ridge.cv_results_.reshape(len(rows), y.shape[1], len(PENALTIES))
+        stored = ridge.cv_results_.reshape(len(y), y.shape[1], len(PENALTIES))
         chosen = np.searchsorted(PENALTIES, np.broadcast_to(ridge.alpha_, y.shape[1]))
-        foretold[rows] = np.take_along_axis(stored, chosen[None, :, None], axis=2)[:, :, 0]
-        ridges.append(Ridge(coef, intercept, foretold))
+        foretold = np.take_along_axis(stored, chosen[None, :, None], axis=2)[:, :, 0]
+        ridges.append(Ridge(coef, ridge.intercept_ - coef @ scaler.mean_, foretold))
     return ridges
 
 

@@ -272,7 +272,7 @@ class LoRARegressor(RegressorMixin, BaseEstimator):
         rank: int = 16,
         learning_rate: float = 5e-4,
         n_epochs: int = 3,
-        batch_size: int = 16,
+        batch_size: int = 8,
         max_seconds: float | None = None,
         max_length: int = 512,
         random_state: int = 0,

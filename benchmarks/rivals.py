@@ -229,7 +229,7 @@ class ExpectationRegressor(_Prompted):
     def predict(self, X: Any) -> np.ndarray:
         grid = np.linspace(self.low_, self.high_, self.n_candidates)
         lead = "" if self.chat else " "
-        end = self.tokenizer_.eos_token if self.chat else "\n"
+        end = self.tokenizer_.eos_token if self.chat else "\n\n"  # as after the examples
         texts = [f"{lead}{value:.{self.decimals}f}{end}" for value in grid]
         tokens = [self._ids(text)[0] for text in texts]
         longest = max(map(len, tokens))

@@ -71,7 +71,9 @@ def fit_ensemble(
             **training,
         )
         if len(rows):
-            foretold[rows] += head_answers(head, examples[rows].states, device)
+            y, weight = examples.y[learned].numpy(), examples.weight[learned].numpy()
+            known = np.average(y, axis=0, weights=weight)
+            foretold[rows] += head_answers(head, examples[rows].states, device) - known
             times[rows] += 1
         heads.append(head)
         trainings.append(course)
@@ -92,10 +94,10 @@ def _set_linear_path(
     ridges = fit_ridges(examples.states, ensemble.state_norm, y, weight)
     for j in range(y.shape[1]):
         told = [foretold[seen, j], *(ridge.foretold[seen, j] for ridge in ridges)]
-        (share, *shares), bias = stack(told, y[seen, j], weight[seen], PRIOR)
+        share, *shares = stack(told, y[seen, j], weight[seen], PRIOR)
         ensemble.share[j] = share
         coefs = [part * ridge.coef[j] for part, ridge in zip(shares, ridges, strict=True)]
         ensemble.linear.weight[j] = torch.from_numpy(np.concatenate(coefs))
-        ensemble.linear.bias[j] = bias + sum(
+        ensemble.linear.bias[j] = sum(
             part * ridge.intercept[j] for part, ridge in zip(shares, ridges, strict=True)
         )

@@ -49,8 +49,8 @@ def choose_layer(
         squared = np.zeros(len(y))
         for j in range(y.shape[1]):
             told = [ridge.foretold[:, j] for ridge in ridges]
-            share, intercept = stack(told, y[:, j], weight, [0.5, 0.5])
-            squared += (np.column_stack(told) @ share + intercept - y[:, j]) ** 2
+            share = stack(told, y[:, j], weight, [0.5, 0.5])
+            squared += (np.column_stack(told) @ share - y[:, j]) ** 2
         errors[layer] = squared / y.shape[1]
     spread = np.mean(
         [np.average((t - np.average(t, weights=weight)) ** 2, weights=weight) for t in y.T]

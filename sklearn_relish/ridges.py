@@ -21,7 +21,7 @@ class Ridge(NamedTuple):
     """A linear function of pooled states, and what it foretells of its training rows.
 
     `coef` is (n_outputs, D), `intercept` (n_outputs,), `foretold` (n_texts, n_outputs): for each
-    row the prediction of the ridge without that row.
+    row the prediction of the ridge without that row, less the mean of the others' targets.
     """
 
     coef: np.ndarray
@@ -47,6 +47,8 @@ def fit_ridges(
     -------
     list of Ridge
     """
+    weighted = weight[:, None] * y
+    others = (weighted.sum(axis=0) - weighted) / (weight.sum() - weight)[:, None]
     ridges = []
     for pooling in POOLINGS:
         X = pool(states, pooling, state_norm).double().numpy()
@@ -61,14 +63,14 @@ def fit_ridges(
         stored = ridge.cv_results_.reshape(len(y), y.shape[1], len(PENALTIES))
         chosen = np.searchsorted(PENALTIES, np.broadcast_to(ridge.alpha_, y.shape[1]))
         foretold = np.take_along_axis(stored, chosen[None, :, None], axis=2)[:, :, 0]
-        ridges.append(Ridge(coef, ridge.intercept_ - coef @ scaler.mean_, foretold))
+        ridges.append(Ridge(coef, ridge.intercept_ - coef @ scaler.mean_, foretold - others))
     return ridges
 
 
 def stack(
     foretold: Sequence[np.ndarray], y: np.ndarray, weight: np.ndarray, prior: Sequence[float]
-) -> tuple[np.ndarray, float]:
-    """Weights that make one prediction of several, and the intercept.
+) -> np.ndarray:
+    """Weights that make one prediction of several.
 
     Least squares with no weight below 0 (stacked regressions [1]_), drawn to the prior weights as
     by `PRIOR_ROWS` rows.
@@ -76,11 +78,17 @@ def stack(
     Parameters
     ----------
     foretold : sequence of ndarray of shape (n,)
-        Predictions for rows that their makers had not seen.
+        Predictions for rows that their makers had not seen, less the mean of the targets that they
+        had: it is the lower, the higher the row's own target is, and where there is little else to
+        a prediction, it would seem worse than nothing.
     y, weight : ndarray of shape (n,)
         Standardized target and weight of each row.
     prior : sequence of float
         A weight for each.
+
+    Returns
+    -------
+    ndarray of shape (len(foretold),)
 
     References
     ----------
@@ -91,15 +99,12 @@ def stack(
     >>> import numpy as np
     >>> y = np.tile([-1.0, 1.0], 500)
     >>> noise = np.tile([-1.0, -1.0, 1.0, 1.0], 250)
-    >>> share, intercept = stack([y + noise, y - noise], y, np.ones(1000), [1, 0])
-    >>> share.round(2)
+    >>> stack([y + noise, y - noise], y, np.ones(1000), [1, 0]).round(2)
     array([0.5, 0.5])
     """
-    table = np.column_stack(foretold)
-    mean, y_mean = np.average(table, axis=0, weights=weight), np.average(y, weights=weight)
     root, firmness = np.sqrt(weight), np.sqrt(PRIOR_ROWS)
     share, _ = nnls(
-        np.vstack([root[:, None] * (table - mean), firmness * np.eye(len(prior))]),
-        np.concatenate([root * (y - y_mean), firmness * np.asarray(prior)]),
+        np.vstack([root[:, None] * np.column_stack(foretold), firmness * np.eye(len(prior))]),
+        np.concatenate([root * y, firmness * np.asarray(prior)]),
     )
-    return share, y_mean - share @ mean
+    return share

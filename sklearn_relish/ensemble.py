@@ -1,4 +1,4 @@
-"""Several heads and a linear path, weighed by what each foretold of rows it had not seen."""
+"""Several heads and a linear path, weighed by what each foretold of texts it had not seen."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch
 
 from sklearn_relish.head import RelishEnsemble
 from sklearn_relish.ridges import fit_ridges, stack
-from sklearn_relish.training import Examples, Training, head_answers, new_head, train_head
+from sklearn_relish.training import Examples, Training, new_head, train_head
 
-LEAST_ROWS = 10  # held-out rows without which nothing is weighed
-RIDGE_ROWS = 10_000  # that the ridges are fitted on at most
+LEAST_TEXTS = 10  # held-out texts without which nothing is weighed
+RIDGE_TEXTS = 10_000  # that the ridges are fitted on at most
 PRIOR = (0.5, 0.25, 0.25)  # the weights of heads and ridges that no rows would give
 
 
 def fit_ensemble(
     examples: Examples,
+    text: np.ndarray,
     held_out: list[np.ndarray],
     *,
     linear_path: bool,
@@ -30,20 +31,23 @@ def fit_ensemble(
 
     Each head is trained on all other rows and stopped by its own. The linear path is a ridge on
     the mean of a text's token states and one on its last state, whose leave-one-out predictions
-    come with the fit. Heads and ridges are weighed by what they foretold of the rows that were
-    held out from some head, see `sklearn_relish.ridges.stack`.
+    come with the fit. Heads and ridges are weighed by what they foretold of texts that they had
+    not seen, see `sklearn_relish.ridges.stack`. A head is weighed alone, and counts for no more
+    than that in the mean of several.
 
     Parameters
     ----------
     examples : Examples
+    text : int64 ndarray of shape (n,)
+        A number from 0 for each example, the same for equal texts.
     held_out : list of int64 ndarray
-        An entry a head; an empty one for a head that learns from all rows.
+        An entry a head, equal texts together; an empty one for a head that learns from all rows.
     linear_path : bool
-        Whether there is a linear path, given enough held-out rows.
+        Whether there is a linear path, given enough held-out texts.
     sizes : dict
         Arguments of `RelishHead`.
     random : RandomState
-        Draws each head's weights and the order of its texts.
+        Draws each head's weights, the order of its texts and the texts of the ridges.
     device : torch.device
         Where heads are trained.
     **training
@@ -72,26 +76,27 @@ def fit_ensemble(
         )
         if len(rows):
             y, weight = examples.y[learned].numpy(), examples.weight[learned].numpy()
-            known = np.average(y, axis=0, weights=weight)
-            foretold[rows] += head_answers(head, examples[rows].states, device) - known
+            foretold[rows] += course.foretold - np.average(y, axis=0, weights=weight)
             times[rows] += 1
         heads.append(head)
         trainings.append(course)
-    rows = np.arange(n_rows)[:: -(-n_rows // RIDGE_ROWS)]
-    linear_path = linear_path and np.count_nonzero(times[rows]) >= LEAST_ROWS
+    _, first = np.unique(text, return_index=True)
+    chosen = np.sort(random.permutation(len(first))[:RIDGE_TEXTS])
+    times = times[first[chosen]]
+    linear_path = linear_path and np.count_nonzero(times) >= LEAST_TEXTS
     ensemble = RelishEnsemble(heads, linear_path)
     if linear_path:
-        foretold /= np.maximum(times, 1)[:, None]
-        _set_linear_path(ensemble, examples[rows], times[rows] > 0, foretold[rows])
+        foretold = foretold[first[chosen]] / np.maximum(times, 1)[:, None]
+        _set_linear_path(ensemble, examples.merged(text)[chosen], times > 0, foretold)
     return ensemble.eval(), trainings
 
 
 def _set_linear_path(
-    ensemble: RelishEnsemble, examples: Examples, seen: np.ndarray, foretold: np.ndarray
+    ensemble: RelishEnsemble, texts: Examples, seen: np.ndarray, foretold: np.ndarray
 ) -> None:
-    """Fit the ridges, weigh them and the heads on the rows that were held out, and set weights."""
-    y, weight = examples.y.double().numpy(), examples.weight.double().numpy()
-    ridges = fit_ridges(examples.states, ensemble.state_norm, y, weight)
+    """Fit the ridges, weigh them and the heads on the texts that were held out, set weights."""
+    y, weight = texts.y.double().numpy(), texts.weight.double().numpy()
+    ridges = fit_ridges(texts.states, ensemble.state_norm, y, weight)
     for j in range(y.shape[1]):
         told = [foretold[seen, j], *(ridge.foretold[seen, j] for ridge in ridges)]
         share, *shares = stack(told, y[seen, j], weight[seen], PRIOR)

@@ -5,21 +5,24 @@ from __future__ import annotations
 import numpy as np
 
 from sklearn_relish.ridges import fit_ridges, stack
-from sklearn_relish.states import TokenStates
+from sklearn_relish.training import Examples
 
 # Shares of the depth that are compared; the first is taken unless another is clearly better.
 SHARES = (0.6, 0.5, 0.55, 0.65)
-SAMPLE_SHARE, SAMPLE_ROWS = 0.45, 1_000  # of the training rows, and at most
+SAMPLE_SHARE, LEAST_TEXTS, MOST_TEXTS = 0.4, 10, 1_000
 
 
-def sample_rows(n_rows: int, random: np.random.RandomState) -> np.ndarray:
-    """The rows whose states are compared; so few that reading costs a seventh more at most."""
-    n_sample = min(int(np.ceil(SAMPLE_SHARE * n_rows)), SAMPLE_ROWS)
-    return np.sort(random.permutation(n_rows)[:n_sample])
+def sample_texts(n_texts: int, random: np.random.RandomState) -> np.ndarray:
+    """The texts whose states are compared, so few that reading costs a seventh more at most.
+
+    None of a set that is too small to tell the layers apart.
+    """
+    n_sample = min(int(SAMPLE_SHARE * n_texts), MOST_TEXTS)
+    return np.sort(random.permutation(n_texts)[: n_sample if n_sample >= LEAST_TEXTS else 0])
 
 
 def choose_layer(
-    states: dict[int, TokenStates], state_norm: str | None, y: np.ndarray, weight: np.ndarray
+    examples: dict[int, Examples], state_norm: str | None
 ) -> tuple[int, dict[int, float]]:
     """The layer whose states tell most about the targets, and the evidence.
 
@@ -29,23 +32,22 @@ def choose_layer(
 
     Parameters
     ----------
-    states : dict of int to TokenStates
-        States of the same texts at each layer.
+    examples : dict of int to Examples
+        The same texts, all different, with their states at each layer.
     state_norm : {"rms", None}
         As of the head.
-    y : ndarray of shape (n_texts, n_outputs)
-        Standardized targets.
-    weight : ndarray of shape (n_texts,)
 
     Returns
     -------
     layer : int
     scores : dict of int to float
-        For each layer the R² of what was foretold, the mean over outputs.
+        For each layer the share of the targets' variance that was foretold.
     """
+    some = next(iter(examples.values()))
+    y, weight = some.y.double().numpy(), some.weight.double().numpy()
     errors = {}
-    for layer, some in states.items():
-        ridges = fit_ridges(some, state_norm, y, weight)
+    for layer, texts in examples.items():
+        ridges = fit_ridges(texts.states, state_norm, y, weight)
         squared = np.zeros(len(y))
         for j in range(y.shape[1]):
             told = [ridge.foretold[:, j] for ridge in ridges]
@@ -57,7 +59,7 @@ def choose_layer(
     )
     loss = {layer: np.average(error, weights=weight) for layer, error in errors.items()}
     scores = {layer: float(1 - loss[layer] / spread) if spread else 0.0 for layer in sorted(loss)}
-    first, best = next(iter(states)), min(loss, key=loss.__getitem__)
+    first, best = next(iter(examples)), min(loss, key=loss.__getitem__)
     gain = errors[first] - errors[best]
     doubt = np.linalg.norm(weight * (gain - np.average(gain, weights=weight))) / weight.sum()
     return (best if loss[first] - loss[best] > doubt else first), scores

@@ -24,7 +24,7 @@ from sklearn.utils.validation import _check_sample_weight, check_array, check_is
 from sklearn_relish.backbone import FrozenLLM
 from sklearn_relish.ensemble import fit_ensemble
 from sklearn_relish.head import check_head_sizes
-from sklearn_relish.layers import SHARES, choose_layer, sample_rows
+from sklearn_relish.layers import SHARES, choose_layer, sample_texts
 from sklearn_relish.prompts import name_rows
 from sklearn_relish.reader import LLMReader
 from sklearn_relish.store import StateStore
@@ -297,7 +297,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         y = self._check_y(y)
         check_consistent_length(np.empty(table.n_rows), y)
         weight = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
-        used = np.flatnonzero(weight)
+        # In the head's precision: what is nothing there is as good as absent.
+        used = np.flatnonzero((weight / (weight.mean() or 1.0)).astype(np.float32))
         check_head_sizes(self.latent_size, self.n_heads)
         texts = self._render(table)
         y, weight = y[used], weight[used]
@@ -311,13 +312,16 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             n_estimators = MANY if len(used) <= SMALL_SET else FEW
         if self.layer != "auto":
             layer, scores = llm.resolve_layer(self.layer), None
-        held_out = self._held_out(len(used), n_estimators, random)
+        numbers: dict[str, int] = {}
+        text = np.array([numbers.setdefault(some, len(numbers)) for some in texts], dtype=np.int64)
+        held_out = self._held_out(text, n_estimators, random)
 
         if self.layer == "auto":
-            layer, scores = self._compare_layers(texts, targets, weight, random)
+            layer, scores = self._choose_layer(texts, text, targets, weight, random)
         states = self._states(texts, layer)
         head, trainings = fit_ensemble(
             Examples.of(states, targets, weight / weight.mean()),
+            text,
             held_out,
             linear_path=self.linear_path,
             sizes={
@@ -406,38 +410,53 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             )
         return y
 
-    def _compare_layers(
+    def _choose_layer(
         self,
         texts: list[str],
+        text: np.ndarray,
         targets: np.ndarray,
         weight: np.ndarray,
         random: np.random.RandomState,
-    ) -> tuple[int, dict[int, float]]:
-        """The layer whose states tell most about a sample of the rows, and the evidence."""
+    ) -> tuple[int, dict[int, float] | None]:
+        """The layer whose states tell most about a sample of the texts, and the evidence."""
         llm = self._llm()
-        rows = sample_rows(len(texts), random)
-        some = [texts[row] for row in rows]
         layers = list(dict.fromkeys(llm.resolve_layer(share) for share in SHARES))
+        sample = sample_texts(text.max() + 1, random)
+        if len(sample) == 0:
+            return layers[0], None
+        rows = np.flatnonzero(np.isin(text, sample))
+        _, number = np.unique(text[rows], return_inverse=True)
+        some = [texts[row] for row in rows]
         deepest = max(layers)  # the pass to it gives the states of all
         self._states(some, deepest, also=[layer for layer in layers if layer != deepest])
-        states = {layer: self._states(some, layer) for layer in layers}
-        return choose_layer(states, self.state_norm, targets[rows], weight[rows] / weight.mean())
+        examples = {
+            layer: Examples.of(
+                self._states(some, layer), targets[rows], weight[rows] / weight.mean()
+            ).merged(number)
+            for layer in layers
+        }
+        return choose_layer(examples, self.state_norm)
 
     def _held_out(
-        self, n_rows: int, n_estimators: int, random: np.random.RandomState
+        self, text: np.ndarray, n_estimators: int, random: np.random.RandomState
     ) -> list[np.ndarray]:
-        """The rows that are held out from each estimator; a single row is learned from by all."""
-        n_held_out = 0
-        if self.early_stopping and n_rows > 1:
-            n_held_out = math.ceil(self.validation_fraction * n_rows)
-            if n_held_out == n_rows:
+        """The rows that are held out from each estimator, equal texts together.
+
+        Where all texts are equal, they are learned from by all estimators.
+        """
+        n_texts, n_held_out = text.max() + 1, 0
+        if self.early_stopping and n_texts > 1:
+            n_held_out = math.ceil(self.validation_fraction * n_texts)
+            if n_held_out == n_texts:
                 raise ValueError(
-                    f"validation_fraction={self.validation_fraction} of {n_rows} rows leaves none"
+                    f"validation_fraction={self.validation_fraction} of {n_texts} texts leaves none"
                     " to learn from: lower it, or pass early_stopping=False."
                 )
-        order = random.permutation(n_rows)
+        order = random.permutation(n_texts)
         return [
-            order[np.arange(i * n_held_out, (i + 1) * n_held_out) % n_rows]
+            np.flatnonzero(
+                np.isin(text, order[np.arange(i * n_held_out, (i + 1) * n_held_out) % n_texts])
+            )
             for i in range(n_estimators)
         ]
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import nnls
+from sklearn import config_context
 from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import StandardScaler
 
@@ -14,7 +15,7 @@ from sklearn_relish.pooling import POOLINGS, pool
 from sklearn_relish.states import TokenStates
 
 PENALTIES = np.logspace(0, 6, 19)  # on standardized features and targets
-PRIOR_ROWS = 10.0  # as many rows as the prior weights of a stack count for
+PRIOR_ROWS = 30.0  # rows, of a prediction of unit variance, that the prior weights count for
 
 
 class Ridge(NamedTuple):
@@ -58,7 +59,9 @@ def fit_ridges(
             scoring="neg_mean_squared_error",  # with a scorer, predictions are what is stored
             store_cv_results=True,
             alpha_per_target=True,
-        ).fit(scaler.transform(X), y, sample_weight=weight)
+        )
+        with config_context(enable_metadata_routing=False):  # else the scorer would want requests
+            ridge.fit(scaler.transform(X), y, sample_weight=weight)
         coef = ridge.coef_.reshape(y.shape[1], -1) / scaler.scale_
         stored = ridge.cv_results_.reshape(len(y), y.shape[1], len(PENALTIES))
         chosen = np.searchsorted(PENALTIES, np.broadcast_to(ridge.alpha_, y.shape[1]))
@@ -72,8 +75,7 @@ def stack(
 ) -> np.ndarray:
     """Weights that make one prediction of several.
 
-    Least squares with no weight below 0 (stacked regressions [1]_), drawn to the prior weights as
-    by `PRIOR_ROWS` rows.
+    Least squares with no weight below 0 (stacked regressions [1]_), drawn to the prior weights.
 
     Parameters
     ----------
@@ -99,7 +101,7 @@ def stack(
     >>> import numpy as np
     >>> y = np.tile([-1.0, 1.0], 500)
     >>> noise = np.tile([-1.0, -1.0, 1.0, 1.0], 250)
-    >>> stack([y + noise, y - noise], y, np.ones(1000), [1, 0]).round(2)
+    >>> stack([y + noise, y - noise], y, np.ones(1000), [0.5, 0.5]).round(2)
     array([0.5, 0.5])
     """
     root, firmness = np.sqrt(weight), np.sqrt(PRIOR_ROWS)

@@ -194,6 +194,7 @@ class StateStore:
                     states = shelf.states(keys)
                     full_lengths = np.array([shelf.entries[key].full_length for key in keys])
                     used = {shelf.entries[key].shard for key in keys}
+                    used |= self._shards_of(texts, [self._name(llm, n, max_length) for n in also])
                     _mark_used(used)
                     contents.hits += max(0, len(wanted) - n_read)
                     contents.misses += n_read
@@ -288,6 +289,15 @@ class StateStore:
                 self._warn_damaged(self._shelf(os.fspath(path.relative_to(self.folder))).look())
         return self._contents.shelves
 
+    def _shards_of(self, texts: list[str], names: list[str]) -> set[Shard]:
+        """Shards of other shelves that have states of these texts."""
+        shards = set()
+        for name in names:
+            entries = self._shelf(name).entries
+            keys = (_key(name, text) for text in texts)
+            shards |= {entries[key].shard for key in keys if key in entries}
+        return shards
+
     def _lacking(self, shelf: Shelf, wanted: dict[bytes, str]) -> dict[bytes, str]:
         """What a shelf lacks of texts by key, once what is new is found and what is broken gone."""
         self._warn_damaged(shelf.look() + shelf.verify(wanted))
@@ -379,14 +389,18 @@ class StateStore:
     ) -> None:
         """Read texts and keep them, a shard at a time, and what was read when it is stopped."""
         texts = list(piece.values())
+        names = {layer: self._name(llm, layer, max_length) for layer in layers}
+        keys = {layer: [_key(name, text) for text in texts] for layer, name in names.items()}
         pending: dict[int, list[_Batch]] = {layer: [] for layer in layers}
-        keys = {
-            layer: [_key(self._name(llm, layer, max_length), text) for text in texts]
-            for layer in layers
-        }
+        with self._contents.lock:
+            shelves = {layer: self._shelf(name) for layer, name in names.items()}
+            for layer in layers[1:]:
+                self._warn_damaged(shelves[layer].look())
         try:
             for rows, states, full in llm.read(texts, layers=layers, max_length=max_length):
                 for layer, some in zip(layers, states, strict=True):
+                    if all(keys[layer][row] in shelves[layer].entries for row in rows):
+                        continue  # of a layer that is kept along, and was there
                     (values,) = some.arrays
                     if self.bits == 8:
                         values = pack_states(values)
@@ -396,12 +410,16 @@ class StateStore:
                 bar.update(len(rows))
                 n_bytes = sum(batch.values.nbytes for some in pending.values() for batch in some)
                 if n_bytes >= self._shard_bytes:
-                    self._keep_batches(pending, llm, max_length)
+                    self._keep_batches(pending, shelves, llm, max_length)
         finally:
-            self._keep_batches(pending, llm, max_length)
+            self._keep_batches(pending, shelves, llm, max_length)
 
     def _keep_batches(
-        self, pending: dict[int, list[_Batch]], llm: FrozenLLM, max_length: int
+        self,
+        pending: dict[int, list[_Batch]],
+        shelves: dict[int, Shelf],
+        llm: FrozenLLM,
+        max_length: int,
     ) -> None:
         """Put what was read of each layer onto its shelf."""
         for layer in reversed(pending):  # the one that is looked for last: then all are there
@@ -413,8 +431,7 @@ class StateStore:
                     "dtype": self._dtype_name(llm),
                     "max_length": str(max_length),
                 }
-                shelf = self._shelf(self._name(llm, layer, max_length))
-                self._keep(shelf, _shard(gathered, label))
+                self._keep(shelves[layer], _shard(gathered, label))
 
     def _keep(self, shelf: Shelf, shard: Shard) -> None:
         """Put a shard into the folder; without one, or if it can't be written, into memory."""
@@ -508,7 +525,7 @@ class StateStore:
             f"Token states could not be written to {os.fspath(folder)} ({error.strerror or error}):"
             " they stay in memory, and are lost with this process.",
             UserWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
 
 

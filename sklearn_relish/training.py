@@ -53,12 +53,29 @@ class Examples:
         chosen = torch.from_numpy(rows)
         return Examples(self.states[chosen], self.y[chosen], self.weight[chosen])
 
+    def merged(self, text: np.ndarray) -> Examples:
+        """One example for each text: the mean of its targets, the sum of its weights.
+
+        `text` has a number from 0 for each example, the same for equal texts.
+        """
+        _, first = np.unique(text, return_index=True)
+        index = torch.from_numpy(text)
+        weight = torch.zeros(len(first)).index_add_(0, index, self.weight)
+        y = torch.zeros(len(first), self.y.shape[1])
+        y.index_add_(0, index, self.y * self.weight[:, None])
+        return Examples(self.states[torch.from_numpy(first)], y / weight[:, None], weight)
+
 
 class Training(NamedTuple):
-    """What a training gave: its course, and which epoch's weights the head carries."""
+    """What a training gave: its course, and which epoch's weights the head carries.
+
+    `foretold`, (n, n_outputs), are answers for the validation examples, each of an epoch that was
+    not chosen by that example; None without any.
+    """
 
     history: list[dict[str, float]]
     best_epoch: int
+    foretold: np.ndarray | None
 
 
 _init_lock = threading.Lock()  # initializers draw from the one global generator
@@ -169,6 +186,7 @@ def train_head(
     held_out = None if validation is None else BatchLoader(validation.states, device, torch.float32)
     y, weight = train.y.to(device), train.weight.to(device)
     history: list[dict[str, float]] = []
+    validated: list[Tensor] = []  # answers for the validation examples after each epoch
     best_loss, best_epoch, best_weights = math.inf, max_epochs, None
     patience = math.inf if n_iter_no_change is None else n_iter_no_change
     bar = tqdm(total=max_epochs, desc="Training head", unit="epoch", disable=not progress)
@@ -192,7 +210,9 @@ def train_head(
                 "train_loss": float(total) / float(train.weight.sum()),
             }
             if held_out is not None:
-                entry |= evaluate(head, held_out, validation, loss_function)
+                with torch.inference_mode():
+                    validated.append(_answers(head, held_out))
+                entry |= evaluate(validated[-1], validation, loss_function)
                 bar.set_postfix({"validation R²": f"{entry['validation_r2']:.3f}"})
                 if entry["validation_loss"] < best_loss:
                     best_loss, best_epoch = entry["validation_loss"], epoch
@@ -203,16 +223,28 @@ def train_head(
                 break
     if best_weights is not None:
         head.load_state_dict(best_weights)
+    head.zero_grad(set_to_none=True)
     head.to("cpu").eval()
-    return Training(history, best_epoch)
+    foretold = _foretold(torch.stack(validated), validation, loss_function) if validated else None
+    return Training(history, best_epoch, foretold)
 
 
-@torch.inference_mode()
-def evaluate(
-    head: RelishHead, loader: BatchLoader, examples: Examples, loss_function: nn.Module
-) -> dict[str, float]:
-    """Validation loss and R² of a head, both weighted; the loader has the examples' states."""
-    predicted = _answers(head, loader)
+def _foretold(validated: Tensor, examples: Examples, loss_function: nn.Module) -> np.ndarray:
+    """Answers for each half of the examples, of the epoch that is best on the other half.
+
+    The lowest of many losses is lower than a fresh text's would be: it is of the luckiest epoch.
+    """
+    losses = (loss_function(validated, examples.y.expand_as(validated))).mean(dim=2)
+    losses = losses * examples.weight  # (n_epochs, n)
+    half = torch.arange(validated.shape[1]) % 2 == 0
+    answers = torch.empty_like(validated[0])
+    for chosen, others in ((half, ~half), (~half, half)):
+        answers[chosen] = validated[losses[:, others].sum(dim=1).argmin(), chosen]
+    return answers.double().numpy()
+
+
+def evaluate(predicted: Tensor, examples: Examples, loss_function: nn.Module) -> dict[str, float]:
+    """Validation loss and R² of answers for the examples, both weighted."""
     weight = examples.weight[:, None]
     mean = (weight * examples.y).sum(dim=0) / weight.sum()
     residual = (weight * (predicted - examples.y) ** 2).sum(dim=0)

@@ -42,7 +42,8 @@ def linear_examples(n_texts, n_outputs=1, noise=0.1, seed=0):
 def fit(examples, held_out, **changes):
     settings = {"linear_path": True, "random": np.random.RandomState(0), "sizes": SIZES, **TRAINING}
     settings["sizes"] = settings["sizes"] | {"n_outputs": examples.y.shape[1]}
-    return fit_ensemble(examples, held_out, **settings | changes)
+    text = changes.pop("text", np.arange(len(examples.states)))
+    return fit_ensemble(examples, text, held_out, **settings | changes)
 
 
 @pytest.mark.parametrize("n_outputs", [1, 2])
@@ -134,3 +135,17 @@ def test_a_ridge_that_tells_little_is_not_taken_for_one_that_misleads():
         told = [ridge.foretold[:, 0] for ridge in ridges]
         shares.append(stack(told, y[:, 0], np.ones(60), [0.5, 0.5]).sum())
     assert np.mean(shares) > 0.5
+
+
+def test_equal_texts_are_one_to_the_ridges():
+    """Otherwise a row would be foretold from its own copy."""
+    examples = linear_examples(40, noise=30.0)  # nothing to learn
+    twice = np.tile(np.arange(40), 2)
+    folds = [np.flatnonzero(twice % 4 == k) for k in range(4)]
+    ensemble, _ = fit(examples[twice], folds, text=twice)
+    once, _ = fit(examples, [np.flatnonzero(np.arange(40) % 4 == k) for k in range(4)])
+    assert ensemble.linear.weight.norm() < 2 * once.linear.weight.norm()
+    merged = examples[twice].merged(twice)
+    torch.testing.assert_close(merged.y, examples.y)
+    assert (merged.weight == 2).all()
+    torch.testing.assert_close(list(merged.states), list(examples.states))

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -151,7 +152,7 @@ def refuse_to_read(*_, **__):
         ),
         (["a", "b"], [1e200, 1.1e200], {}, ValueError, "spans more than float64 can square"),
         (["a", "b"], [1e-200, 1.1e-200], {}, ValueError, "spans more than float64 can square"),
-        (["a"] * 9, np.arange(9), {"validation_fraction": 0.99}, ValueError, "leaves none"),
+        (list("abcdefghi"), np.arange(9), {"validation_fraction": 0.99}, ValueError, "leaves none"),
         (["a", "b"], [1, 2], {"device": "gpu"}, ValueError, "device='gpu' is not to be had"),
         (["a", "b"], ["x", "y"], {}, ValueError, "could not convert string to float"),
         (["a", "b"], [1, 2], {"loss": "hubris"}, ValueError, "'loss' parameter .* must be"),
@@ -259,9 +260,12 @@ def test_several_estimators_hold_out_different_rows_and_are_averaged(llm):
     regressor = make(llm, max_epochs=2, n_estimators=3, validation_fraction=0.3).fit(texts, y)
     assert len(regressor.head_.heads) == len(regressor.best_epoch_) == 3
     assert [epoch["estimator"] for epoch in regressor.history_] == [0, 0, 1, 1, 2, 2]
-    held_out = regressor._held_out(50, 3, np.random.RandomState(0))
-    assert len(np.unique(np.concatenate(held_out))) == 45
-    assert [len(rows) for rows in regressor._held_out(50, 5, np.random.RandomState(0))] == [15] * 5
+    text = np.repeat(np.arange(50), 2)  # each text twice
+    held_out = regressor._held_out(text, 3, np.random.RandomState(0))
+    assert len(np.unique(text[np.concatenate(held_out)])) == 45
+    many = regressor._held_out(text, 5, np.random.RandomState(0))
+    for rows in [*held_out, *many]:
+        assert len(rows) == 2 * len(np.unique(text[rows])) == 30
     assert regressor.head_.linear is not None
     assert make(llm, max_epochs=1, linear_path=False).fit(texts, y).head_.linear is None
 
@@ -296,6 +300,43 @@ def test_auto_takes_the_layer_that_tells_most(best, monkeypatch):
     assert sum(tokens) == sum(map(len, texts))
     assert clone(regressor).layer == "auto"
     regressor.predict(texts[:3])
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 12, 30])
+def test_the_defaults_fit_the_smallest_sets(llm, n_rows):
+    texts, y = [f"text {i}" for i in range(n_rows)], np.arange(n_rows)
+    for changes in ({}, {"layer": "auto"}):
+        regressor = make(llm, max_epochs=2, n_estimators="auto", **changes)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="y is constant")
+            assert np.isfinite(regressor.fit(texts, y).predict(texts)).all()
+
+
+def test_equal_texts_are_held_out_together(llm):
+    """Rows given twice teach the ridges nothing about themselves."""
+    texts = [f"text number {i}" for i in range(40)] * 2
+    y = np.tile(np.random.default_rng(0).normal(size=40), 2)
+    regressor = make(llm, max_epochs=2, n_estimators=5, validation_fraction=0.2).fit(texts, y)
+    assert regressor.score([f"text number {i}" for i in range(40)], y[:40]) < 0.5
+
+
+def test_a_fit_works_under_metadata_routing(llm):
+    texts, y = reviews(30)
+    with config_context(enable_metadata_routing=True):
+        regressor = make(llm, max_epochs=1).fit(texts, y, sample_weight=np.ones(30))
+    assert regressor.head_.linear is None  # 3 rows are held out
+    with config_context(enable_metadata_routing=True):
+        regressor.set_params(n_estimators=5).fit(texts, y, sample_weight=np.ones(30))
+    assert regressor.head_.linear is not None
+
+
+def test_a_weight_of_next_to_nothing_is_as_good_as_none(llm):
+    texts, y = reviews(60)
+    y[-1] = 1e6
+    weight = np.r_[np.ones(59), 1e-300]
+    predicted = make(llm, max_epochs=2).fit(texts, y, sample_weight=weight).predict(texts)
+    without = make(llm, max_epochs=2).fit(texts[:-1], y[:-1]).predict(texts)
+    np.testing.assert_allclose(predicted, without)
 
 
 def test_auto_epochs_make_enough_steps_of_a_small_set(llm):

@@ -24,7 +24,17 @@ EXPECTED_TO_FAIL = {"check_sample_weight_equivalence_on_dense_data": "rows are b
             layer=2,
             early_stopping=False,
             n_estimators=1,
-        )
+        ),
+        RelishRegressor(
+            TINY,
+            max_length=1024,
+            latent_size=32,
+            n_heads=4,
+            learning_rate=3e-3,
+            max_epochs=20,
+            layer="auto",
+            n_estimators=2,
+        ),
     ],
     expected_failed_checks=lambda estimator: EXPECTED_TO_FAIL,
 )

@@ -90,6 +90,32 @@ def test_one_pass_gives_the_states_of_other_layers_too(llm, tmp_path):
     assert sorted(row["layer"] for row in store.info()) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_states_that_are_kept_along_are_not_kept_twice(llm, tmp_path, on_disk):
+    store = StateStore(tmp_path if on_disk else None)
+    fetch(store, TEXTS, llm, layer=2)
+    (before,) = store.info()
+    forget()
+    settings = {"max_length": 512, "progress": False}
+    store = StateStore(tmp_path if on_disk else None)
+    fetch(store, TEXTS, llm, layer=2)
+    store.fetch(TEXTS, llm, layer=3, also=[2], **settings)
+    assert {row["layer"]: row["n_bytes"] for row in store.info()} == {
+        2: before["n_bytes"],
+        3: before["n_bytes"],
+    }
+
+
+def test_states_that_are_kept_along_are_not_the_first_to_go(llm, tmp_path):
+    n_bytes = sum(map(len, TEXTS)) * 32 * 4
+    store = StateStore(tmp_path, max_bytes=2.5 * n_bytes)
+    fetch(store, [f"older {text}" for text in TEXTS], llm, layer=1)
+    store.fetch(TEXTS, llm, layer=3, also=[2], max_length=512, progress=False)
+    before = llm.tokens_read
+    fetch(store, TEXTS, llm, layer=2)
+    assert llm.tokens_read == before
+
+
 def test_what_changes_the_states_changes_the_key(llm):
     store = StateStore()
     fetch(store, TEXTS, llm)

@@ -87,6 +87,7 @@ TASKS = {
 }
 
 OURS, PUBLISHED, COUNTED = "RELISH", "RELISH as published", "TF-IDF + ridge"
+DEFAULT_LAYER = RelishRegressor().layer
 SEEDS = 3
 TEST_ROWS = 1000
 ANSWER_ROWS = 50  # test rows of the methods that answer in words
@@ -101,6 +102,7 @@ class Method:
     """How a method is made for a task, a model and a seed."""
 
     make: Callable[[Task, FrozenLLM, StateStore, int], Any]
+    layer: float | None = None  # whose states it is given; None: it reads for itself, or nothing
     seeded: bool = False  # whether another seed gives another result
     test_rows: int = TEST_ROWS
     timed: bool = False  # whether it may train no longer than RELISH reads and trains
@@ -119,14 +121,14 @@ def published(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
 
 
 def pooled(head: Callable[..., Any], pooling: str, **reading: Any) -> Method:
-    seeded = head is pooled_mlp
+    seeded, layer = head is pooled_mlp, reading.get("layer", DEFAULT_LAYER)
 
     def make(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
         state = {"random_state": seed} if seeded else {}
         encoder = {"prompt": task.prompt, "memory": store, "pooling": pooling, **reading}
         return head(llm, **encoder, **state)
 
-    return Method(make, seeded)
+    return Method(make, layer, seeded)
 
 
 def speaking(regressor: type, n_shots: int) -> Method:
@@ -138,19 +140,20 @@ def speaking(regressor: type, n_shots: int) -> Method:
             n_shots=n_shots,
             decimals=task.decimals,
             random_state=seed,
+            device=llm.torch_device,
         )
 
-    return Method(make, test_rows=ANSWER_ROWS)
+    return Method(make, seeded=n_shots > 0, test_rows=ANSWER_ROWS)
 
 
 def lora(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
-    return LoRARegressor(llm._source, task.prompt, random_state=seed)
+    return LoRARegressor(llm._source, task.prompt, random_state=seed, device=llm.torch_device)
 
 
 LAST = {"layer": -1, "state_norm": None}
 METHODS = {
-    OURS: Method(relish, seeded=True),
-    PUBLISHED: Method(published, seeded=True),
+    OURS: Method(relish, DEFAULT_LAYER, seeded=True),
+    PUBLISHED: Method(published, -1, seeded=True),
     "ridge, mean of states": pooled(pooled_linear, "mean"),
     "ridge, last state": pooled(pooled_linear, "last"),
     "MLP, mean of states": pooled(pooled_mlp, "mean"),
@@ -163,8 +166,8 @@ METHODS = {
     "RAIL, zero-shot": speaking(ExpectationRegressor, 0),
     f"RAIL, {SHOTS}-shot": speaking(ExpectationRegressor, SHOTS),
     "RELISH, layer chosen": Method(chosen, seeded=True),
-    "LoRA": Method(lora, test_rows=LORA_TEST_ROWS),
-    "LoRA, as long as RELISH": Method(lora, test_rows=LORA_TEST_ROWS, timed=True),
+    "LoRA": Method(lora, seeded=True, test_rows=LORA_TEST_ROWS),
+    "LoRA, as long as RELISH": Method(lora, seeded=True, test_rows=LORA_TEST_ROWS, timed=True),
 }
 DEFAULT_METHODS = list(METHODS)[:-3]  # the last three are run when they are named
 QUICK_METHODS = [
@@ -199,20 +202,27 @@ def n_parameters(fitted: Any) -> int:
     return fitted.coef_.size + 1
 
 
+def correlation(kind: Callable[..., Any], predicted: np.ndarray, y: np.ndarray) -> float:
+    return 100 * float(kind(predicted, y).statistic) if np.ptp(predicted) else 0.0
+
+
 def run_cell(
-    estimator: Any, train: pd.DataFrame, test: pd.DataFrame, columns: list[str]
+    estimator: Any, train: pd.DataFrame, test: pd.DataFrame, spread: float
 ) -> dict[str, float]:
-    """Fit, predict, and what came of it."""
+    """Fit, predict, and what came of it; `spread` is the range of all of the test set's numbers."""
+    columns = ["text_a", "text_b"]
     start = time.perf_counter()
     estimator.fit(train[columns], train["score"])
     middle = time.perf_counter()
     predicted = estimator.predict(test[columns])
     y = test["score"].to_numpy()
-    constant = np.ptp(predicted) == 0
-    return {
-        "r": 0.0 if constant else 100 * pearsonr(predicted, y).statistic,
-        "rho": 0.0 if constant else 100 * spearmanr(predicted, y).statistic,
-        "nrmse": 100 * float(np.sqrt(np.mean((predicted - y) ** 2)) / np.ptp(y)),
+    few = {
+        f"r_{n}": correlation(pearsonr, predicted[:n], y[:n]) for n in (ANSWER_ROWS, LORA_TEST_ROWS)
+    }
+    return few | {
+        "r": correlation(pearsonr, predicted, y),
+        "rho": correlation(spearmanr, predicted, y),
+        "nrmse": 100 * float(np.sqrt(np.mean((predicted - y) ** 2)) / spread),
         "fit_seconds": middle - start,
         "predict_seconds": time.perf_counter() - middle,
         "parameters": n_parameters(estimator),
@@ -256,18 +266,18 @@ class Results:
 def read_ahead(task: Task, frame: pd.DataFrame, llm: FrozenLLM, store: StateStore) -> None:
     """One pass for the layers of all methods."""
     texts = [task.prompt.format_map(row) for row in frame.to_dict("records")]
-    ours = llm.resolve_layer(RelishRegressor().layer)
+    ours = llm.resolve_layer(DEFAULT_LAYER)
     store.fetch(texts, llm, layer=llm.n_layers, also=[ours], max_length=512, progress=True)
 
 
-def seconds_to_read(task: Task, frame: pd.DataFrame, llm: FrozenLLM) -> float:
-    """What the default layer's states of a frame take, from some of its rows."""
+def seconds_to_read(task: Task, frame: pd.DataFrame, llm: FrozenLLM, layer: float) -> float:
+    """What a frame's states at a layer take, from some of its rows."""
     some = frame.sample(min(SAMPLE, len(frame)), random_state=0)
     texts = [task.prompt.format_map(row) for row in some.to_dict("records")]
-    layer = llm.resolve_layer(RelishRegressor().layer)
-    list(llm.read(texts[:4], layers=[layer], max_length=512))
+    layers = [llm.resolve_layer(layer)]
+    list(llm.read(texts[:4], layers=layers, max_length=512))
     start = time.perf_counter()
-    list(llm.read(texts, layers=[layer], max_length=512))
+    list(llm.read(texts, layers=layers, max_length=512))
     return (time.perf_counter() - start) * len(frame) / len(some)
 
 
@@ -284,7 +294,6 @@ def run(
     test_rows: int,
 ) -> None:
     """Every cell that the results lack."""
-    columns = ["text_a", "text_b"]
     for model, llm in models.items():
         for name in sets:
             task = TASKS[name]
@@ -294,7 +303,12 @@ def run(
                 for method in methods
                 for seed in range(seeds if METHODS[method].seeded else 1)
                 if not results.find(
-                    set=name, model=model, method=method, seed=seed, train_rows=n_rows
+                    set=name,
+                    model=model,
+                    method=method,
+                    seed=seed,
+                    train_rows=n_rows,
+                    test_rows=min(test_rows, METHODS[method].test_rows),
                 )
             ]
             if not wanted:
@@ -302,17 +316,24 @@ def run(
             train = load(folder / name, "train", max(n_rows for n_rows, _, _ in wanted))
             test = load(folder / name, "test", test_rows)
             read_ahead(task, pd.concat([train, test]), llm, store)
-            reading = seconds_to_read(task, train, llm) / len(train)
+            reading = {
+                layer: seconds_to_read(task, train, llm, layer) / len(train) if layer else 0.0
+                for layer in {METHODS[method].layer for _, method, _ in wanted}
+            }
+            spread = np.ptp(load(folder / name, "test", TEST_ROWS)["score"])
             for n_rows, method, seed in wanted:
                 estimator = METHODS[method].make(task, llm, store, seed)
                 if METHODS[method].timed:
-                    (ours,) = results.find(
+                    ours = results.find(
                         set=name, model=model, method=OURS, seed=seed, train_rows=n_rows
                     )
+                    if not ours:
+                        raise SystemExit(f"{method} needs the line of {OURS}: name it before.")
+                    ours = ours[0]
                     seconds = ours["reading_seconds"] + ours["fit_seconds"]
                     estimator.set_params(max_seconds=seconds)
                 some = test.head(METHODS[method].test_rows)
-                found = run_cell(estimator, train.head(n_rows), some, columns)
+                found = run_cell(estimator, train.head(n_rows), some, spread)
                 results.add(
                     set=name,
                     model=model,
@@ -320,7 +341,7 @@ def run(
                     seed=seed,
                     train_rows=n_rows,
                     test_rows=len(some),
-                    reading_seconds=reading * n_rows,
+                    reading_seconds=reading[METHODS[method].layer] * n_rows,
                     **found,
                 )
                 print(
@@ -337,8 +358,11 @@ def table(lines: pd.DataFrame) -> str:
     Where there are several models, a set's figures stand in the models' order.
     """
     cells = lines.groupby(["method", "model", "set"], sort=False)[["r", "rho", "nrmse"]].mean()
-    seconds = lines["reading_seconds"].where(lines["method"] != COUNTED, 0) + lines["fit_seconds"]
-    cost = lines.assign(seconds=seconds).groupby("method")[["seconds", "parameters"]].median()
+    cost = (
+        lines.assign(seconds=lines["reading_seconds"] + lines["fit_seconds"])
+        .groupby("method")[["seconds", "parameters"]]
+        .median()
+    )
     sets = [name for name in TASKS if name in set(lines["set"])]
     models = list(lines["model"].unique())
     head = ["method", *sets, "r", "rho", "NRMSE", "seconds", "weights", "seeds", "test rows"]
@@ -398,7 +422,7 @@ def main() -> None:
         models = find_models(arguments.model)
     if arguments.quick:
         sets, methods, seeds, rows, test_rows = QUICK_SETS, QUICK_METHODS, 1, [QUICK_ROWS], 300
-        models = dict(list(models.items())[:1])
+        models = models and dict(list(models.items())[:1])
     results = Results(arguments.output)
     if models:
         store = StateStore(arguments.memory)

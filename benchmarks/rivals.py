@@ -3,7 +3,7 @@
 Every family of the published evaluation: words counted (`tfidf_ridge`), a head on pooled states
 (`pooled_linear`, `pooled_mlp`), the number decoded (`DecodingRegressor`), the number's expectation
 (`ExpectationRegressor`, known as RAIL), the model itself tuned (`LoRARegressor`), and the head of
-the paper as it was published (`published_relish`). Each is given the tuning that its authors would.
+the paper as it was published (`published_relish`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -36,6 +37,8 @@ from transformers import (
 
 from sklearn_relish import LLMEncoder, RelishRegressor
 
+TUNING_ROWS = 24  # training rows on which a prompt is chosen
+CANDIDATES = 11  # numbers between the lowest and the highest of the training rows
 PENALTIES = np.logspace(0, 6, 25)  # of a ridge on standardized states
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
@@ -68,14 +71,11 @@ def pooled_linear(model: Any, **reading: Any) -> Any:
 
 
 def pooled_mlp(model: Any, random_state: int = 0, **reading: Any) -> Any:
-    """An MLP on pooled states, early stopped, its penalty and size chosen by cross-validation."""
-    mlp = MLPRegressor(
-        early_stopping=True, n_iter_no_change=10, max_iter=200, random_state=random_state
-    )
+    """An MLP on pooled states, early stopped, its penalty chosen by cross-validation."""
+    mlp = MLPRegressor((256,), early_stopping=True, n_iter_no_change=10, random_state=random_state)
     search = GridSearchCV(
         TransformedTargetRegressor(mlp, transformer=StandardScaler()),
         {
-            "regressor__hidden_layer_sizes": [(256,)],
             "regressor__alpha": [0.1, 10.0, 100.0],
         },
         cv=3,
@@ -110,12 +110,17 @@ class _Prompted(RegressorMixin, BaseEstimator):
         What comes first: the task and its scale.
     n_shots : int
         Rows of the training set, with their numbers, before the question; 0 for zero-shot.
-    chat : bool
-        Whether the question goes through the model's chat template.
     decimals : int
         Of the numbers.
     random_state : int
         Draws the examples, one from each of `n_shots` equal parts of the sorted targets.
+    device : str or torch.device
+
+    Attributes
+    ----------
+    chat_ : bool
+        Whether the question goes through the model's chat template: if it has one, and that gave
+        the lower error on some training rows.
     """
 
     def __init__(
@@ -125,35 +130,42 @@ class _Prompted(RegressorMixin, BaseEstimator):
         instruction: str,
         *,
         n_shots: int = 0,
-        chat: bool = False,
         decimals: int = 0,
         random_state: int = 0,
+        device: str | torch.device = "cpu",
     ) -> None:
         self.model = model
         self.template = template
         self.instruction = instruction
         self.n_shots = n_shots
-        self.chat = chat
         self.decimals = decimals
         self.random_state = random_state
+        self.device = device
 
     def fit(self, X: Any, y: Any) -> _Prompted:
         y = np.asarray(y, dtype=float)
-        rows = X.to_dict("records")
         random = np.random.RandomState(self.random_state)
-        shots = [random.choice(part) for part in np.array_split(np.argsort(y), self.n_shots or 1)]
-        shots = random.permutation(shots[: self.n_shots]).astype(int)
+        parts = np.array_split(np.argsort(y), self.n_shots) if self.n_shots else []
+        shots = random.permutation([random.choice(part) for part in parts]).astype(int)
+        rows = X.to_dict("records")
         self.shots_ = [
             (self.template.format_map(rows[i]), f"{y[i]:.{self.decimals}f}") for i in shots
         ]
         self.mean_, self.low_, self.high_ = y.mean(), y.min(), y.max()
         self.tokenizer_ = AutoTokenizer.from_pretrained(self.model)
-        self.network_ = _causal(self.model)
+        self.network_ = _causal(self.model, str(self.device))
+        self.chat_ = False
+        if self.tokenizer_.chat_template:
+            others = random.permutation(np.setdiff1d(np.arange(len(y)), shots))[:TUNING_ROWS]
+            errors = {}
+            for self.chat_ in (False, True):
+                errors[self.chat_] = np.mean((self.predict(X.iloc[others]) - y[others]) ** 2)
+            self.chat_ = min(errors, key=errors.__getitem__)
         return self
 
     def _conversation(self, text: str) -> tuple[str, str]:
-        """What all rows have in common, and what comes after it."""
-        if self.chat:
+        """What all rows have in common, and the whole of it with a row's text."""
+        if self.chat_:
             turns = []
             for shot, number in self.shots_:
                 turns += [
@@ -165,33 +177,34 @@ class _Prompted(RegressorMixin, BaseEstimator):
             whole = self.tokenizer_.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True
             )
-            start = whole.rindex(text) if self.n_shots else 0
-            return whole[:start], whole[start:]
+            return whole[: whole.rindex(text)], whole
         shots = "".join(f"{shot} {number}\n\n" for shot, number in self.shots_)
-        bos = (
-            self.tokenizer_.bos_token
-            if self.tokenizer_("a").input_ids[0] == self.tokenizer_.bos_token_id
-            else ""
-        )
-        return f"{bos}{self.instruction}\n\n{shots}", text
+        begins = self.tokenizer_("a").input_ids[0] == self.tokenizer_.bos_token_id
+        common = f"{self.tokenizer_.bos_token if begins else ''}{self.instruction}\n\n{shots}"
+        return common, common + text
 
     @torch.inference_mode()
     def _passes(self, X: Any) -> Iterator[tuple[Tensor, DynamicCache]]:
         """After each row: the logits of the next token, and the cache that goes on from there."""
-        common: str | None = None
+        common = torch.empty(0, dtype=torch.int64)  # tokens that are in `prefix`
+        prefix = DynamicCache()
         for row in X.to_dict("records"):
-            before, text = self._conversation(self.template.format_map(row))
-            if before != common:
-                common, prefix = before, DynamicCache()
-                ids = self._ids(before)
-                if ids.shape[1]:
-                    self.network_(ids, past_key_values=prefix, logits_to_keep=1)
+            before, whole = self._conversation(self.template.format_map(row))
+            ids = self._ids(whole)
+            if not len(common) or not torch.equal(ids[: len(common)], common):
+                shared = self._ids(before)
+                n_shared = int((ids[: len(shared)] == shared).cumprod(0).sum())
+                common, prefix = ids[:n_shared], DynamicCache()
+                if n_shared:
+                    self.network_(common[None], past_key_values=prefix, logits_to_keep=1)
             cache = copy.deepcopy(prefix)
-            logits = self.network_(self._ids(text), past_key_values=cache, logits_to_keep=1).logits
+            rest = ids[None, len(common) :]
+            logits = self.network_(rest, past_key_values=cache, logits_to_keep=1).logits
             yield logits[0, -1], cache
 
     def _ids(self, text: str) -> Tensor:
-        return self.tokenizer_(text, add_special_tokens=False, return_tensors="pt").input_ids.long()
+        ids = self.tokenizer_(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64, device=self.network_.device)
 
 
 class DecodingRegressor(_Prompted):
@@ -208,9 +221,8 @@ class DecodingRegressor(_Prompted):
                 written = self.tokenizer_.decode(ids, skip_special_tokens=True)
                 if ids[-1] == self.tokenizer_.eos_token_id or "\n" in written.lstrip():
                     break
-                logits = self.network_(torch.tensor([ids[-1:]]), past_key_values=cache).logits[
-                    0, -1
-                ]
+                last = torch.tensor([ids[-1:]], device=logits.device)
+                logits = self.network_(last, past_key_values=cache).logits[0, -1]
             found = NUMBER.search(written)
             self.n_failures_ += found is None
             answers.append(self.mean_ if found is None else float(found[0]))
@@ -223,28 +235,27 @@ class ExpectationRegressor(_Prompted):
     Lukasik, Narasimhan, Menon, Yu and Kumar, "Regression Aware Inference with LLMs", EMNLP 2024.
     """
 
-    n_candidates = 11
-
     @torch.inference_mode()
     def predict(self, X: Any) -> np.ndarray:
-        grid = np.linspace(self.low_, self.high_, self.n_candidates)
-        lead = "" if self.chat else " "
-        end = self.tokenizer_.eos_token if self.chat else "\n\n"  # as after the examples
-        texts = [f"{lead}{value:.{self.decimals}f}{end}" for value in grid]
-        tokens = [self._ids(text)[0] for text in texts]
-        longest = max(map(len, tokens))
-        ids = torch.stack([torch.nn.functional.pad(t, (0, longest - len(t))) for t in tokens])
-        real = torch.arange(longest) < torch.tensor([len(t) for t in tokens])[:, None]
+        numbers = [
+            f"{number:.{self.decimals}f}"
+            for number in np.linspace(self.low_, self.high_, CANDIDATES)
+        ]
+        if self.chat_:
+            tokens = [self._ids(number + self.tokenizer_.eos_token) for number in numbers]
+        else:  # as after the examples, where the next one begins: the letter itself is left out
+            tokens = [self._ids(f" {number}\n\n{self.template[0]}")[:-1] for number in numbers]
+        ids = pad_sequence(tokens, batch_first=True)  # (candidates, A)
+        lengths = torch.tensor([len(some) for some in tokens], device=ids.device)
+        real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         answers = []
         for first, cache in self._passes(X):
-            cache.batch_repeat_interleave(len(grid))
+            cache.batch_repeat_interleave(len(ids))
             logits = self.network_(ids[:, :-1], past_key_values=cache).logits
-            logits = torch.cat(
-                [first.expand(len(grid), 1, -1), logits], dim=1
-            )  # (G, A, vocabulary)
+            logits = torch.cat([first.expand(len(ids), 1, -1), logits], dim=1)
             likely = logits.float().log_softmax(-1).gather(-1, ids[:, :, None])[:, :, 0]
-            probabilities = (likely * real).sum(1).double().softmax(0).numpy()
-            answers.append(probabilities @ np.array([float(text.split("<")[0]) for text in texts]))
+            probabilities = (likely * real).sum(1).double().softmax(0).cpu().numpy()
+            answers.append(probabilities @ np.array(numbers, dtype=float))
         return np.array(answers)
 
 
@@ -276,6 +287,7 @@ class LoRARegressor(RegressorMixin, BaseEstimator):
         max_seconds: float | None = None,
         max_length: int = 512,
         random_state: int = 0,
+        device: str | torch.device = "cpu",
     ) -> None:
         self.model = model
         self.template = template
@@ -286,6 +298,7 @@ class LoRARegressor(RegressorMixin, BaseEstimator):
         self.max_seconds = max_seconds
         self.max_length = max_length
         self.random_state = random_state
+        self.device = device
 
     def fit(self, X: Any, y: Any) -> LoRARegressor:
         from peft import LoraConfig, TaskType, get_peft_model
@@ -304,7 +317,8 @@ class LoRARegressor(RegressorMixin, BaseEstimator):
             lora_dropout=0.0,  # on a CPU it doubles the time of the forward pass
             target_modules="all-linear",
         )
-        self.network_ = get_peft_model(network, config)
+        network.score.float()
+        self.network_ = get_peft_model(network, config).to(self.device)
         trained = [weight for weight in self.network_.parameters() if weight.requires_grad]
         self.n_parameters_ = sum(weight.numel() for weight in trained)
         y = np.asarray(y, dtype=float)
@@ -324,8 +338,9 @@ class LoRARegressor(RegressorMixin, BaseEstimator):
                 done = max(step / total, elapsed / (self.max_seconds or math.inf))
                 if done >= 1:
                     break
+                share = min(10 * (done + 1 / total), 1, (1 - done) / 0.9)
                 for group in optimizer.param_groups:
-                    group["lr"] = self.learning_rate * min(10 * (done + 1 / total), 1 - done)
+                    group["lr"] = self.learning_rate * share
                 loss = torch.nn.functional.huber_loss(self._answers(batch, tokens), targets[batch])
                 optimizer.zero_grad()
                 loss.backward()
@@ -367,13 +382,14 @@ class LoRARegressor(RegressorMixin, BaseEstimator):
     def _answers(self, rows: np.ndarray, tokens: list[Tensor]) -> Tensor:
         some = [tokens[row] for row in rows]
         lengths = torch.tensor([len(ids) for ids in some])
-        ids = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        with torch.autocast("cpu", torch.bfloat16):
+        ids = pad_sequence(some, batch_first=True)
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(self.device)
+        ids = ids.to(self.device)
+        with torch.autocast(ids.device.type, torch.bfloat16):
             base = self.network_.get_base_model()
             hidden = base.model(input_ids=ids, attention_mask=mask).last_hidden_state
             last = hidden[torch.arange(len(some)), lengths - 1]
-            return base.score(last)[:, 0].float()
+            return base.score(last)[:, 0].float().cpu()
 
     @torch.inference_mode()
     def _predicted(self, rows: np.ndarray, tokens: list[Tensor]) -> Tensor:
@@ -385,11 +401,12 @@ class LoRARegressor(RegressorMixin, BaseEstimator):
         return answers[rows]
 
 
-def _causal(model: str) -> PreTrainedModel:
-    if model not in _loaded:
+def _causal(model: str, device: str) -> PreTrainedModel:
+    if (model, device) not in _loaded:
         _loaded.clear()
-        _loaded[model] = AutoModelForCausalLM.from_pretrained(model, dtype="bfloat16").eval()
-    return _loaded[model]
+        network = AutoModelForCausalLM.from_pretrained(model, dtype="bfloat16")
+        _loaded[model, device] = network.to(device).eval()
+    return _loaded[model, device]
 
 
-_loaded: dict[str, PreTrainedModel] = {}
+_loaded: dict[tuple[str, str], PreTrainedModel] = {}

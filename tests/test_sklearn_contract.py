@@ -31,7 +31,7 @@ EXPECTED_TO_FAIL = {"check_sample_weight_equivalence_on_dense_data": "rows are b
             latent_size=32,
             n_heads=4,
             learning_rate=3e-3,
-            max_epochs=20,
+            max_epochs=100,
             layer="auto",
             n_estimators=2,
         ),

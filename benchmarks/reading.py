@@ -2,8 +2,8 @@
 
     pip install -e ".[benchmarks]" && python benchmarks/reading.py --data FOLDER --model MODEL
 
-Texts a second of STS-B (stsb.py says what FOLDER is; MODEL is a folder or a .gguf file), token
-states at layer 20, of
+Texts a second of STS-B (evaluation.py says what its folder holds; MODEL is a folder or a .gguf
+file), token states at layer 20, of
 
 - this package's reading,
 - Sentence Transformers' ``encode(output_value="token_embeddings")``: the same model in the same

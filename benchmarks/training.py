@@ -7,9 +7,9 @@ tokens, random states of size 576, beside the published layout made of
 `torch.nn.MultiheadAttention` with a mask, both in float32, both without state norm; the two heads
 have the same weights and are first compared. Then a fit of 10 epochs on STS-B, the best epoch on
 the dev set kept, beside the same loop with the textbook head, the state norm included, and a
-`DataLoader` that shuffles and pads per batch. FOLDER and MODEL are those of stsb.py; without them
-the steps alone are measured. Also what this machine's largest matrix product and copy reach, and
-what a step must spend of both.
+`DataLoader` that shuffles and pads per batch. FOLDER is that of STS-B, as evaluation.py describes
+it; without it and MODEL the steps alone are measured. Also what this machine's largest matrix
+product and copy reach, and what a step must spend of both.
 """
 
 import argparse

@@ -5,7 +5,8 @@
 FOLDER and the models are those of evaluation.py, whose store of states is used. In each of its
 cells 1,000 rows of train.csv are learned from, and the figure is 100 r on the others that
 evaluation.py trains on; no row of the other files is read. The head's settings are varied for a
-single head, without the linear path; what stands beside it comes last. A line of the output for
+single head, without the linear path; what stands beside it, and a few settings of the whole, come
+last. A line of the output for
 each cell and variant, none of which is run twice, and a table at the end: the mean over the cells
 of the difference from the base, its standard error, and in how many cells it is a gain.
 """
@@ -22,6 +23,7 @@ from sklearn_relish import RelishRegressor, StateStore
 
 LEARNED = 1000
 BASE = {"n_estimators": 1, "linear_path": False}
+WHOLE = {"n_estimators": "auto", "linear_path": True}
 VARIANTS = {
     "base": {},
     "states as they are": {"state_norm": None},
@@ -45,7 +47,10 @@ VARIANTS = {
     "linear path": {"linear_path": True},
     "3 heads": {"n_estimators": 3},
     "5 heads": {"n_estimators": 5},
-    "5 heads and linear path": {"n_estimators": 5, "linear_path": True},
+    "all of it": WHOLE,
+    "all, squared error": WHOLE | {"loss": "squared_error"},
+    "all, batches of 16": WHOLE | {"batch_size": 16},
+    "all, twice the epochs": WHOLE | {"max_epochs": 20},
 }
 
 
@@ -55,6 +60,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", help="NAME=PATH of a model; can be repeated")
     parser.add_argument("--memory", default=".evaluation-states", help="folder of token states")
     parser.add_argument("--output", type=Path, default=Path("defaults.jsonl"))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     arguments = parser.parse_args()
     results = Results(arguments.output)
     columns = ["text_a", "text_b"]
@@ -62,7 +68,7 @@ def main() -> None:
         for set_name, task in TASKS.items():
             rows = load(arguments.data / set_name, "train", task.train_rows)
             learned, judged = rows[:LEARNED], rows[LEARNED:]
-            for variant, change in VARIANTS.items():
+            for variant in arguments.variants:
                 key = {"set": set_name, "model": name, "variant": variant}
                 if results.find(**key):
                     continue
@@ -71,14 +77,14 @@ def main() -> None:
                     prompt=task.prompt,
                     memory=StateStore(arguments.memory),
                     random_state=0,
-                    **BASE | change,
+                    **BASE | VARIANTS[variant],
                 ).fit(learned[columns], learned["score"])
                 predicted = regressor.predict(judged[columns])
                 results.add(**key, r=100 * pearsonr(predicted, judged["score"]).statistic)
                 print(key, f"{results.lines[-1]['r']:.1f}", flush=True)
 
     cells = pd.DataFrame(results.lines).pivot(index="variant", columns=["model", "set"], values="r")
-    gains = (cells - cells.loc["base"]).loc[list(VARIANTS)]
+    gains = (cells - cells.loc["base"]).loc[[name for name in VARIANTS if name in cells.index]]
     print("| variant | mean r | gain | in cells |\n| --- | --- | --- | --- |")
     for variant, gain in gains.iterrows():
         error = gain.std() / np.sqrt(len(gain))

@@ -92,10 +92,11 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         Whether a share of the rows is held out from a head, and the epoch with the lowest loss on
         them kept.
     validation_fraction : float, default=0.2
-        That share, another one for each of the estimators.
+        That share of the texts, another one for each of the estimators; equal texts are held out
+        together.
     n_estimators : int or "auto", default="auto"
-        RELISH heads that are fitted, each on other rows, and averaged. ``"auto"`` is 5 up to 1,000
-        rows and 3 beyond; 1 is the published choice, and the fastest.
+        RELISH heads that are fitted, each with other rows held out, and averaged. ``"auto"`` is 5
+        up to 1,000 rows and 3 beyond; 1 is the published choice, and the fastest.
     linear_path : bool, default=True
         Whether ridges on the mean and the last token state stand beside the heads, all of them
         weighed by what they foretell of the held-out rows: where there is little to learn from, or
@@ -119,8 +120,9 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         Passed to `from_pretrained`: ``revision``, ``device_map``, ``quantization_config``, ...;
         see :class:`FrozenLLM`.
     random_state : int, RandomState instance or None, default=None
-        Draws the held-out rows, the head's initial weights and the order of the texts. With an
-        int, a fit on a CPU, on the same token states, is the same to the last bit.
+        Draws the held-out rows, the heads' initial weights, the order of the texts and the rows
+        on which layers are compared. With an int, a fit on a CPU, on the same token states, is the
+        same to the last bit.
     verbose : int, default=0
         Above 0, bars show the texts read and the epochs.
 
@@ -132,8 +134,9 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     layer_ : int
         The layer that was read, from 1.
     layer_scores_ : dict of int to float, or None
-        With ``layer="auto"``, for each layer that was compared the R² of ridges' leave-one-out
-        predictions on the sampled rows.
+        With ``layer="auto"``, for each layer that was compared the share of the targets' variance
+        that ridges foretold on the sampled rows, each from the others. None where the layer was
+        given, or the rows too few to compare.
     n_outputs_ : int
         Numbers predicted for a text.
     n_features_in_ : int

@@ -6,9 +6,9 @@ FOLDER and the models are those of evaluation.py, whose store of states is used.
 cells 1,000 rows of train.csv are learned from, and the figure is 100 r on the others that
 evaluation.py trains on; no row of the other files is read. The head's settings are varied for a
 single head, without the linear path; what stands beside it, and a few settings of the whole, come
-last. A line of the output for
-each cell and variant, none of which is run twice, and a table at the end: the mean over the cells
-of the difference from the base, its standard error, and in how many cells it is a gain.
+last. A line of the output for each cell and variant, none of which is run twice, and a table at the
+end: the mean over the cells of the difference from the base, its standard error, and in how many
+cells it is a gain.
 """
 
 import argparse

@@ -329,8 +329,7 @@ def run(
                     )
                     if not ours:
                         raise SystemExit(f"{method} needs the line of {OURS}: name it before.")
-                    ours = ours[0]
-                    seconds = ours["reading_seconds"] + ours["fit_seconds"]
+                    seconds = ours[0]["reading_seconds"] + ours[0]["fit_seconds"]
                     estimator.set_params(max_seconds=seconds)
                 some = test.head(METHODS[method].test_rows)
                 found = run_cell(estimator, train.head(n_rows), some, spread)

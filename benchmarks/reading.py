@@ -27,9 +27,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from evaluation import TASKS
 from peers import largest_product
 from sentence_transformers import SentenceTransformer
-from stsb import PROMPT
 from transformers import AutoModel
 
 from sklearn_relish import FrozenLLM, RelishRegressor
@@ -106,7 +106,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     rows = pd.read_csv(arguments.data / "train.csv", keep_default_na=False)[: arguments.rows]
-    texts = [PROMPT.format(**row) for row in rows[["text_a", "text_b"]].to_dict("records")]
+    texts = [
+        TASKS["stsb"].prompt.format(**row) for row in rows[["text_a", "text_b"]].to_dict("records")
+    ]
     llm = FrozenLLM(arguments.model, device="cpu")
     own = [len(ids) for ids in llm.tokenizer(texts)["input_ids"]]
     with tempfile.TemporaryDirectory() as folder:

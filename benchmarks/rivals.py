@@ -75,9 +75,7 @@ def pooled_mlp(model: Any, random_state: int = 0, **reading: Any) -> Any:
     mlp = MLPRegressor((256,), early_stopping=True, n_iter_no_change=10, random_state=random_state)
     search = GridSearchCV(
         TransformedTargetRegressor(mlp, transformer=StandardScaler()),
-        {
-            "regressor__alpha": [0.1, 10.0, 100.0],
-        },
+        {"regressor__alpha": [0.1, 10.0, 100.0]},
         cv=3,
         scoring="neg_mean_squared_error",
     )

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from evaluation import TASKS
 from peers import Textbook, TextbookHead, largest_product, padded, settings, textbook_fit
 from scipy.stats import pearsonr
-from stsb import PROMPT
 
 from sklearn_relish import FrozenLLM, StateStore
 from sklearn_relish.head import RelishHead
@@ -92,7 +92,10 @@ def fits(data: Path, model: str, memory: str | None, rounds: int) -> list[dict]:
     llm = FrozenLLM(model)
     train, dev = (
         StateStore(memory).fetch(
-            [PROMPT.format(**row) for row in frame[["text_a", "text_b"]].to_dict("records")],
+            [
+                TASKS["stsb"].prompt.format(**row)
+                for row in frame[["text_a", "text_b"]].to_dict("records")
+            ],
             llm,
             layer=llm.resolve_layer(0.55),
             max_length=512,

@@ -15,14 +15,14 @@ EXPECTED_TO_FAIL = {"check_sample_weight_equivalence_on_dense_data": "rows are b
 EXPECTED_OF_STACKED = {"check_regressors_train": "held-out rows tell that little is learned"}
 
 
+SMALL = {"max_length": 1024, "latent_size": 32, "n_heads": 4, "learning_rate": 3e-3}
+
+
 @parametrize_with_checks(
     [
         RelishRegressor(
             TINY,
-            max_length=1024,
-            latent_size=32,
-            n_heads=4,
-            learning_rate=3e-3,
+            **SMALL,
             max_epochs=100,
             layer=2,
             early_stopping=False,
@@ -30,10 +30,7 @@ EXPECTED_OF_STACKED = {"check_regressors_train": "held-out rows tell that little
         ),
         RelishRegressor(
             TINY,
-            max_length=1024,
-            latent_size=32,
-            n_heads=4,
-            learning_rate=3e-3,
+            **SMALL,
             max_epochs=20,
             layer="auto",
             n_estimators=2,

@@ -15,7 +15,8 @@ from sklearn_relish.pooling import POOLINGS, pool
 from sklearn_relish.states import TokenStates
 
 PENALTIES = np.logspace(0, 6, 19)  # on standardized features and targets
-PRIOR_ROWS = 30.0  # rows, of a prediction of unit variance, that the prior weights count for
+PRIOR_ROWS = 100.0  # rows that the prior weights count for
+SIZE, SIZE_ROWS, LEAST_SIZE = 0.6, 30.0, 0.1  # of all together: expected, its rows, and at least
 
 
 class Ridge(NamedTuple):
@@ -76,6 +77,9 @@ def stack(
     """Weights that make one prediction of several.
 
     Least squares with no weight below 0 (stacked regressions [1]_), drawn to the prior weights.
+    Each prediction is first brought to unit size: one that its maker has shrunk to next to
+    nothing, for want of rows, may order texts better than the others. How large all of them
+    together should be is asked after that.
 
     Parameters
     ----------
@@ -99,14 +103,23 @@ def stack(
     Examples
     --------
     >>> import numpy as np
-    >>> y = np.tile([-1.0, 1.0], 500)
-    >>> noise = np.tile([-1.0, -1.0, 1.0, 1.0], 250)
-    >>> stack([y + noise, y - noise], y, np.ones(1000), [0.5, 0.5]).round(2)
-    array([0.5, 0.5])
+    >>> y = np.tile([-1.0, 1.0], 5000)
+    >>> noise = np.tile([-1.0, -1.0, 1.0, 1.0], 2500)
+    >>> stack([y + noise, 0.01 * (y - noise)], y, np.ones(10_000), [0.5, 0.5]).round(1)
+    array([ 0.5, 49.9])
     """
-    root, firmness = np.sqrt(weight), np.sqrt(PRIOR_ROWS)
+    told = np.column_stack(foretold)
+    size = np.sqrt(np.average(told**2, axis=0, weights=weight))
+    size = np.where(size > 0, size, np.inf)
+    told, root, firmness = told / size, np.sqrt(weight), np.sqrt(PRIOR_ROWS)
     share, _ = nnls(
-        np.vstack([root[:, None] * np.column_stack(foretold), firmness * np.eye(len(prior))]),
+        np.vstack([root[:, None] * told, firmness * np.eye(len(prior))]),
         np.concatenate([root * y, firmness * np.asarray(prior)]),
     )
-    return share
+    together = told @ share
+    square = np.average(together**2, weights=weight)
+    if square == 0:
+        return np.zeros(len(prior))
+    fitting = weight @ (together * y) + SIZE_ROWS * SIZE * square
+    scale = fitting / ((weight.sum() + SIZE_ROWS) * square)
+    return max(scale, LEAST_SIZE) * share / size

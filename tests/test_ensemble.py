@@ -109,13 +109,26 @@ def test_a_weight_of_two_is_a_row_given_twice():
 
 def test_what_foretells_nothing_has_little_weight_and_not_none():
     random = np.random.RandomState(0)
-    y = random.randn(500)
-    told = [random.randn(500), y + 0.3 * random.randn(500), random.randn(500)]
-    share = stack(told, y, np.ones(500), PRIOR)
+    y = random.randn(2000)
+    told = [random.randn(2000), y + 0.3 * random.randn(2000), random.randn(2000)]
+    share = stack(told, y, np.ones(2000), PRIOR)
     assert share[1] > 0.85
     assert share[[0, 2]].max() < 0.1
-    share = stack(random.randn(3, 500) - y, y, np.ones(500), PRIOR)  # all of them mislead
+    share = stack(random.randn(3, 2000) - y, y, np.ones(2000), PRIOR)  # all of them mislead
     assert (share >= 0).all()
+    assert share.sum() < 0.1
+    share = stack(np.zeros((3, 2000)), y, np.ones(2000), PRIOR)  # or say nothing
+    assert (share == 0).all()
+
+
+def test_what_is_shrunk_to_nothing_counts_for_what_it_tells():
+    random = np.random.RandomState(0)
+    y = random.randn(100)
+    told = [0.6 * y + random.randn(100), 1e-6 * (y + random.randn(100)), np.zeros(100)]
+    share = stack(told, y, np.ones(100), PRIOR)
+    sizes = share[:2] * np.std(told[:2], axis=1)
+    assert 0.5 < sizes[1] / sizes[0] < 2
+    assert share[2] == 0
 
 
 def test_few_held_out_rows_weigh_nothing():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -230,7 +231,7 @@ def train_head(
             }
             if held_out is not None:
                 with torch.inference_mode():
-                    validated.append(_answers(head, held_out))
+                    validated.append(_answers(head.answer, held_out))
                 entry |= evaluate(validated[-1], validation, objective)
                 bar.set_postfix({"validation R²": f"{entry['validation_r2']:.3f}"})
                 if entry["validation_loss"] < best_loss:
@@ -285,7 +286,36 @@ def head_answers(
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     with current_device(device):
         loader = BatchLoader(states, device, dtype)
-        return _answers(_placed(head, device, dtype), loader).double().numpy()
+        return _answers(_placed(head, device, dtype).answer, loader).double().numpy()
+
+
+@torch.inference_mode()
+def staged_answers(head: RelishEnsemble, states: TokenStates, device: torch.device) -> np.ndarray:
+    """The same after each iteration, (n_iterations, n_texts, n_answers)."""
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    with current_device(device):
+        placed = _placed(head, device, dtype)
+        loader = BatchLoader(states, device, dtype)
+        staged = _answers(lambda *batch: placed.staged(*batch).transpose(0, 1), loader)
+        return staged.transpose(0, 1).double().numpy()
+
+
+@torch.inference_mode()
+def attention_weights(
+    head: RelishEnsemble, states: TokenStates, device: torch.device
+) -> list[np.ndarray]:
+    """For each text the weights by which its answer came to be.
+
+    Each is (n_estimators, n_iterations, n_heads, n_tokens).
+    """
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    with current_device(device):
+        placed = _placed(head, device, dtype)
+        loader = BatchLoader(states, device, dtype)
+        return [
+            placed.attention(batch, mask)[:, :, 0].double().cpu().numpy()[..., mask[0].cpu()]
+            for _, batch, mask in loader.load(list(torch.arange(len(states)).split(1)))
+        ]
 
 
 class _Placed(NamedTuple):
@@ -322,7 +352,7 @@ def _placed(
     return known.head
 
 
-def _answers(head: RelishHead, loader: BatchLoader) -> Tensor:
+def _answers(answer: Callable[[Tensor, Tensor], Tensor], loader: BatchLoader) -> Tensor:
     """Answers for all texts of a loader, on the CPU, in the order of the texts."""
     order = loader.lengths.argsort(stable=True)
     batches = []
@@ -334,7 +364,7 @@ def _answers(head: RelishHead, loader: BatchLoader) -> Tensor:
             rows = rows[: len(rows) // 2]
         batches.append(rows)
         start += len(rows)
-    answers = [head.answer(batch, mask) for _, batch, mask in loader.load(batches)]
+    answers = [answer(batch, mask) for _, batch, mask in loader.load(batches)]
     return torch.cat(answers).cpu()[order.argsort()]
 
 

@@ -153,11 +153,11 @@ class RefinementDisplay:
         n_iterations = len(self.stages)
         row = len(lines) + 1  # lines of text an iteration takes, with a gap
         inch = fontsize / 72
-        height = n_iterations * row * LINE * inch + 0.6
+        height = n_iterations * row * LINE * inch + 0.75
         text_width, path_width = width * CHARACTER * inch, 2.2
         total = text_width + path_width + 1.1
         figure = pyplot.figure(figsize=(total, height))
-        bottom, tall = 0.5 / height, (height - 0.6) / height
+        bottom, tall = 0.5 / height, (height - 0.75) / height
         text = figure.add_axes((0.7 / total, bottom, text_width / total, tall))
         path = figure.add_axes((1 - (path_width + 0.1) / total, bottom, path_width / total, tall))
         text.set(xlim=(0, width), ylim=(n_iterations * row - 0.5, -0.5))
@@ -208,10 +208,11 @@ class RefinementDisplay:
             path.axvline(self.y[0], color="0.4", linestyle="--", linewidth=1)
             path.annotate(
                 f"true {self.y[0]:.3g}",
-                (self.y[0], 0),
-                (3, 3),
+                (self.y[0], 1),
+                (0, 2),
                 textcoords="offset points",
                 xycoords=("data", "axes fraction"),
+                ha="center",
                 fontsize=fontsize,
                 color="0.4",
             )

@@ -7,6 +7,7 @@ It knows neither scikit-learn nor the head.
 from __future__ import annotations
 
 import hashlib
+import json
 import numbers
 import os
 import threading
@@ -45,6 +46,8 @@ SHORTEST = {"cpu": 1.0, "mps": 0.875, "cuda": 0.875}
 ENOUGH_TOKENS = {"cpu": 0, "mps": 4_096, "cuda": 4_096}
 TOKENIZE_TEXTS = 256  # texts tokenized at once: a token takes 100 bytes while they are
 WINDOW_TEXTS = 4_096  # texts sorted by length together, while the next so many are tokenized
+GROUP_BUDGETS = 16  # budgets of tokens in windows that are read before their texts are joined
+OVERLAP = 4  # a window of a long text has one in so many of its tokens from the one before
 MODEL_SUFFIXES = {".bin", ".jinja", ".json", ".model", ".py", ".safetensors", ".spm", ".txt"}
 # Keyword arguments that find a model; configuration and tokenizer take them too.
 ACCESS_KWARGS = frozenset(
@@ -130,6 +133,20 @@ class FrozenLLM:
 
     __copy__ = __sklearn_clone__ = lambda self: self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For what keeps objects by their state, as skops does; a pickle goes by `__reduce__`."""
+        device = None if self.device is None else str(self.device)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {
+            "model": self.model,
+            "device": device,
+            "dtype": dtype,
+            "model_kwargs": self.model_kwargs,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return shared_llm, (self.model, self.device, self.dtype, self.model_kwargs)
 
@@ -193,15 +210,20 @@ class FrozenLLM:
             for path in self.files:
                 digest.update(file_digest(path).encode())
         else:
-            commit = getattr(self.config, "_commit_hash", None)
-            digest.update(f"{self.model}@{commit}".encode())
+            digest.update(f"{self.model}@{self.revision}".encode())
         changes = {
             name: value
             for name, value in (self.model_kwargs or {}).items()
             if name not in NEUTRAL_KWARGS
         }
-        digest.update(repr(sorted(changes.items())).encode())
+        told = json.dumps(changes, sort_keys=True, default=_told) if changes else "[]"
+        digest.update(told.encode())
         return digest.hexdigest()[:32]
+
+    @property
+    def revision(self) -> str | None:
+        """The Hub's commit of the model; None for one that is local."""
+        return None if os.path.exists(self.model) else getattr(self.config, "_commit_hash", None)
 
     @property
     def files(self) -> list[Path]:
@@ -247,8 +269,37 @@ class FrozenLLM:
             network.config.use_cache = False
             return network.eval().requires_grad_(False)
 
+    def as_chat(self, texts: list[str]) -> list[str]:
+        """Each text as what a user says to a chat model, up to where its answer begins.
+
+        Parameters
+        ----------
+        texts : list of str
+
+        Returns
+        -------
+        list of str
+
+        Raises
+        ------
+        ValueError
+            If the model's tokenizer has no chat template.
+        """
+        tokenizer = self.tokenizer
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"The tokenizer of {self.model!r} has no chat template: name a model that was"
+                " tuned for chat, or pass chat_template=False."
+            )
+        turns = [[{"role": "user", "content": text}] for text in texts]
+        chats = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        begin = tokenizer.bos_token or ""
+        with self._tokenizing:
+            begins = bool(begin) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+        return [chat.removeprefix(begin) for chat in chats] if begins else chats
+
     def read(
-        self, texts: list[str], *, layers: Sequence[int], max_length: int
+        self, texts: list[str], *, layers: Sequence[int], max_length: int, windows: bool = False
     ) -> Iterator[tuple[np.ndarray, list[TokenStates], np.ndarray]]:
         """States of texts, batch by batch; of each some thousands of texts the longest first.
 
@@ -266,6 +317,10 @@ class FrozenLLM:
         max_length : int
             Tokens of a text that are read, special tokens counted in; never more than the model's
             own window.
+        windows : bool, default=False
+            Whether a longer text is read in windows of so many tokens instead of being cut. Each
+            shares a quarter with the one before, from which its tokens have their context; the
+            states of a text are those of its tokens, once each.
 
         Yields
         ------
@@ -280,6 +335,8 @@ class FrozenLLM:
         ------
         FloatingPointError
             If the model's states overflow its dtype.
+        ValueError
+            If windows of `max_length` have no room beside the special tokens.
         torch.OutOfMemoryError
             If a single text is too much for a CUDA device's memory.
 
@@ -289,14 +346,16 @@ class FrozenLLM:
             If a batch was too much for a CUDA device's memory, and smaller ones are made.
         """
         with ThreadPoolExecutor(1) as beside:
-            tokenized = self._tokenize(texts[:WINDOW_TEXTS], max_length)
+            tokenized = self._tokenize(texts[:WINDOW_TEXTS], max_length, windows)
             for start in range(0, len(texts), WINDOW_TEXTS):
-                tokens, full_lengths = tokenized
+                pieces, full_lengths = tokenized
                 following = texts[start + WINDOW_TEXTS : start + 2 * WINDOW_TEXTS]
                 if following:
-                    waiting = beside.submit(self._tokenize, following, max_length)
-                for rows, states in self._read_tokens(tokens, layers):
-                    yield rows + start, states, full_lengths[rows]
+                    waiting = beside.submit(self._tokenize, following, max_length, windows)
+                for group in _grouped(pieces, GROUP_BUDGETS * self.token_budget):
+                    batches = self._read_tokens([piece.ids for piece in group], layers)
+                    for rows, states in _joined(batches, group):
+                        yield rows + start, states, full_lengths[rows]
                 if following:
                     tokenized = waiting.result()
 
@@ -353,27 +412,58 @@ class FrozenLLM:
             stacklevel=2,
         )
 
-    def _tokenize(self, texts: list[str], max_length: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """Token ids of each text, cut, and how many there were before the cut."""
+    def _tokenize(
+        self, texts: list[str], max_length: int, windows: bool
+    ) -> tuple[list[_Piece], np.ndarray]:
+        """Token ids of each text, cut or in windows, and how many there are without that."""
         limits = (
             self.tokenizer.model_max_length,
             getattr(self._text_config, "max_position_embeddings", None),
         )
         # A model without positions of its own says None or -1.
         window = min([max_length, *(limit for limit in limits if limit and limit > 0)])
-        tokens: list[np.ndarray] = []
+        pieces: list[_Piece] = []
         full_lengths = np.empty(len(texts), dtype=np.int64)
         with self._tokenizing:  # a tokenizer's truncation is a state that threads would share
             for start in range(0, len(texts), TOKENIZE_TEXTS):
                 some = texts[start : start + TOKENIZE_TEXTS]
-                for ids in self.tokenizer(some, verbose=False)["input_ids"]:
-                    full_lengths[len(tokens)] = len(ids)
+                found = self.tokenizer(some, verbose=False, return_special_tokens_mask=windows)
+                for row, ids in enumerate(found["input_ids"], start):
+                    full_lengths[row] = len(ids)
+                    if len(ids) > window and windows:
+                        special = found["special_tokens_mask"][row - start]
+                        pieces += self._windows(row, ids, special, window)
+                        continue
                     if len(ids) > window:  # again, so that a closing special token stays
-                        text = texts[len(tokens)]
-                        ids = self.tokenizer(text, truncation=True, max_length=window)["input_ids"]
-                        ids = ids[:window]  # a window narrower than the special tokens is not kept
-                    tokens.append(np.asarray(ids or [self._filler_id], dtype=np.int64))
-        return tokens, full_lengths
+                        ids = self.tokenizer(texts[row], truncation=True, max_length=window)
+                        # A window narrower than the special tokens is not kept.
+                        ids = ids["input_ids"][:window]
+                    ids = np.asarray(ids or [self._filler_id], dtype=np.int64)
+                    pieces.append(_Piece(row, ids, 0, len(ids), 1))
+        return pieces, full_lengths
+
+    def _windows(self, row: int, ids: list[int], special: list[int], window: int) -> list[_Piece]:
+        """A long text's windows; each has the special tokens, of which the outermost tell."""
+        n_before, n_after = special.index(0), special[::-1].index(0)
+        content = ids[n_before : len(ids) - n_after]
+        n_content, overlap = window - n_before - n_after, window // OVERLAP
+        if n_content <= overlap:
+            raise ValueError(
+                f"Windows of {window} tokens have no room for a text beside the special tokens of"
+                f" {self.model!r}: raise max_length."
+            )
+        starts = range(0, max(1, len(content) - overlap), n_content - overlap)
+        pieces = []
+        for start in starts:
+            some = [
+                *ids[:n_before],
+                *content[start : start + n_content],
+                *ids[len(ids) - n_after :],
+            ]
+            begin = n_before + overlap if start > 0 else 0
+            end = len(some) if start == starts[-1] else len(some) - n_after
+            pieces.append(_Piece(row, np.array(some, dtype=np.int64), begin, end, len(starts)))
+        return pieces
 
     @property
     def _filler_id(self) -> int:
@@ -480,8 +570,8 @@ class FrozenLLM:
     @property
     def _pinned_kwargs(self) -> dict[str, Any]:
         """The same, with the very commit that the fingerprint speaks of."""
-        commit = None if os.path.exists(self.model) else getattr(self.config, "_commit_hash", None)
-        return self._access_kwargs | ({} if commit is None else {"revision": commit})
+        revision = self.revision
+        return self._access_kwargs | ({} if revision is None else {"revision": revision})
 
     @cached_property
     def _source(self) -> str:
@@ -522,6 +612,69 @@ class FrozenLLM:
                 " or a Hub id that this machine can reach or has in its cache. For weights in"
                 " another format, pass model_kwargs={'use_safetensors': False}."
             ) from error
+
+
+def _told(value: Any) -> Any:
+    """A value of `model_kwargs` as JSON tells it, the same before and after it has been kept."""
+    return value.to_dict() if hasattr(value, "to_dict") else str(value).removeprefix("torch.")
+
+
+class _Piece(NamedTuple):
+    """Tokens that are read together: a text, or one window of a text.
+
+    The states of tokens `begin` to `end` are the text's; it has `n_pieces` of them.
+    """
+
+    row: int
+    ids: np.ndarray
+    begin: int
+    end: int
+    n_pieces: int
+
+
+def _grouped(pieces: list[_Piece], n_tokens: int) -> Iterator[list[_Piece]]:
+    """Texts without windows all together, those in windows a few at a time, up to so many tokens.
+
+    Their states can't be handed on before all windows of a text have been read.
+    """
+    whole = [piece for piece in pieces if piece.n_pieces == 1]
+    if whole:
+        yield whole
+    group: list[_Piece] = []
+    for piece in pieces:
+        if piece.n_pieces > 1:
+            group.append(piece)
+            complete = sum(some.row == piece.row for some in group[-piece.n_pieces :])
+            if complete == piece.n_pieces and sum(len(some.ids) for some in group) >= n_tokens:
+                yield group
+                group = []
+    if group:
+        yield group
+
+
+def _joined(
+    batches: Iterator[tuple[np.ndarray, list[TokenStates]]], pieces: list[_Piece]
+) -> Iterator[tuple[np.ndarray, list[TokenStates]]]:
+    """The same by text: those in windows once all of their windows have been read."""
+    read: dict[int, dict[int, list[Tensor]]] = {}  # by text, window and layer
+    for batch, states in batches:
+        if pieces[batch[0]].n_pieces == 1:
+            yield np.array([pieces[number].row for number in batch]), states
+            continue
+        values = [list(some) for some in states]
+        for place, number in enumerate(batch):
+            piece = pieces[number]
+            windows = read.setdefault(piece.row, {})
+            # A copy: a view would hold the whole batch.
+            windows[number] = [some[place][piece.begin : piece.end].clone() for some in values]
+            if len(windows) == piece.n_pieces:
+                parts = zip(*(windows[number] for number in sorted(windows)), strict=True)
+                text = [torch.cat(some) for some in parts]
+                yield (
+                    np.array([piece.row]),
+                    [TokenStates.from_lengths(some, torch.tensor([len(some)])) for some in text],
+                )
+                del read[piece.row]
 
 
 class _Pass(NamedTuple):

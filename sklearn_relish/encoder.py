@@ -41,8 +41,12 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
         The mean of a text's token states, or the last token's.
     prompt : str, default=None
         Template of a row's text, as in :class:`RelishRegressor`.
+    chat_template : bool, default=False
+        Whether the text goes through the model's chat template.
     max_length : int, default=512
-        Tokens of a text that are read.
+        Tokens of a text that are read at once.
+    long_text : {"truncate", "window"}, default="truncate"
+        What becomes of longer texts, as in :class:`RelishRegressor`.
     memory : str, path, joblib.Memory or StateStore, default=None
         Where token states are kept, as in :class:`RelishRegressor`.
     device : str or torch.device, default=None
@@ -89,7 +93,9 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
         state_norm: str | None = "rms",
         pooling: str = "mean",
         prompt: str | None = None,
+        chat_template: bool = False,
         max_length: int = 512,
+        long_text: str = "truncate",
         memory: str | os.PathLike[str] | joblib.Memory | StateStore | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
@@ -101,7 +107,9 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
         self.state_norm = state_norm
         self.pooling = pooling
         self.prompt = prompt
+        self.chat_template = chat_template
         self.max_length = max_length
+        self.long_text = long_text
         self.memory = memory
         self.device = device
         self.dtype = dtype

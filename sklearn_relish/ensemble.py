@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from sklearn_relish.head import RelishEnsemble
+from sklearn_relish.head import RelishEnsemble, RelishHead
+from sklearn_relish.objectives import Objective
 from sklearn_relish.ridges import fit_ridges, stack
-from sklearn_relish.training import Examples, Training, new_head, train_head
+from sklearn_relish.training import Examples, Training, train_head
 
 LEAST_TEXTS = 10  # held-out texts without which nothing is weighed
 RIDGE_TEXTS = 10_000  # that the ridges are fitted on at most
 PRIOR = (0.5, 0.3, 0.2)  # the weights of heads and ridges that no rows would give
+
+
+class Fitted(NamedTuple):
+    """What came of a fit.
+
+    `ensemble` is on the CPU, `trainings` has the course of each head's, and `foretold`,
+    (n, n_outputs * n_answers), what it foretells of each row by heads and ridges that have not
+    seen it, NaN where there are none.
+    """
+
+    ensemble: RelishEnsemble
+    trainings: list[Training]
+    foretold: np.ndarray
 
 
 def fit_ensemble(
@@ -21,13 +36,14 @@ def fit_ensemble(
     text: np.ndarray,
     held_out: list[np.ndarray],
     *,
+    make_head: Callable[[int, int], RelishHead],
     linear_path: bool,
-    sizes: dict[str, Any],
+    objective: Objective,
     random: np.random.RandomState,
     device: torch.device,
     **training: Any,
-) -> tuple[RelishEnsemble, list[Training]]:
-    """Fit a head for each set of held-out rows, and the linear path beside them.
+) -> Fitted:
+    """Train a head for each set of held-out rows, and fit the linear path beside them.
 
     Each head is trained on all other rows and stopped by its own. The linear path is a ridge on
     the mean of a text's token states and one on its last state, whose leave-one-out predictions
@@ -42,12 +58,14 @@ def fit_ensemble(
         A number from 0 for each example, the same for equal texts.
     held_out : list of int64 ndarray
         An entry a head, equal texts together; an empty one for a head that learns from all rows.
+    make_head : callable
+        Given a number from 0 and a seed, a head, which is trained in place.
     linear_path : bool
-        Whether there is a linear path, given enough held-out texts.
-    sizes : dict
-        Arguments of `RelishHead`.
+        Whether there is a linear path, given enough held-out texts and an objective that asks for
+        a mean.
+    objective : Objective
     random : RandomState
-        Draws each head's weights, the order of its texts and the texts of the ridges.
+        Draws each head's seed, the order of its texts and the texts of the ridges.
     device : torch.device
         Where heads are trained.
     **training
@@ -55,54 +73,70 @@ def fit_ensemble(
 
     Returns
     -------
-    ensemble : RelishEnsemble
-        On the CPU.
-    trainings : list of Training
-        The course of each head's.
+    Fitted
     """
     n_rows = len(examples.states)
     heads, trainings = [], []
-    foretold, times = np.zeros(examples.y.shape), np.zeros(n_rows)
-    for rows in held_out:
+    foretold = np.zeros((n_rows, examples.y.shape[1] * objective.n_answers))
+    known, times = np.zeros_like(foretold), np.zeros(n_rows)
+    linear_path = linear_path and objective.of_mean
+    for number, rows in enumerate(held_out):
         learned = np.setdiff1d(np.arange(n_rows), rows)
-        head = new_head(random.randint(np.iinfo(np.int32).max), **sizes)
+        head = make_head(number, random.randint(np.iinfo(np.int32).max))
         course = train_head(
             head,
             examples[learned],
             examples[rows] if len(rows) else None,
+            objective=objective,
             seed=random.randint(np.iinfo(np.int32).max),
             device=device,
             **training,
         )
         if len(rows):
-            y, weight = examples.y[learned].numpy(), examples.weight[learned].numpy()
-            foretold[rows] += course.foretold - np.average(y, axis=0, weights=weight)
+            foretold[rows] += course.foretold
             times[rows] += 1
+            if linear_path:
+                y, weight = examples.y[learned].numpy(), examples.weight[learned].numpy()
+                known[rows] += np.average(y, axis=0, weights=weight)
         heads.append(head)
         trainings.append(course)
+    foretold[times == 0] = np.nan
+    foretold /= np.maximum(times, 1)[:, None]
+    known /= np.maximum(times, 1)[:, None]
     _, first = np.unique(text, return_index=True)
     chosen = np.sort(random.permutation(len(first))[:RIDGE_TEXTS])
-    times = times[first[chosen]]
-    linear_path = linear_path and np.count_nonzero(times) >= LEAST_TEXTS
-    ensemble = RelishEnsemble(heads, linear_path)
+    seen = times[first[chosen]] > 0
+    linear_path = linear_path and np.count_nonzero(seen) >= LEAST_TEXTS
+    ensemble = RelishEnsemble(heads, linear_path, objective)
     if linear_path:
-        foretold = foretold[first[chosen]] / np.maximum(times, 1)[:, None]
-        _set_linear_path(ensemble, examples.merged(text)[chosen], times > 0, foretold)
-    return ensemble.eval(), trainings
+        weighed = np.full((len(first), foretold.shape[1]), np.nan)
+        weighed[chosen] = _set_linear_path(
+            ensemble, examples.merged(text)[chosen], seen, (foretold - known)[first[chosen]]
+        )
+        foretold = weighed[text]
+    return Fitted(ensemble.eval(), trainings, foretold)
 
 
 def _set_linear_path(
     ensemble: RelishEnsemble, texts: Examples, seen: np.ndarray, foretold: np.ndarray
-) -> None:
-    """Fit the ridges, weigh them and the heads on the texts that were held out, set weights."""
+) -> np.ndarray:
+    """Fit the ridges, weigh them and the heads on the texts that were held out, set weights.
+
+    `foretold` is what heads foretold, less the mean that they knew. What all of them together
+    foretell of each text is returned.
+    """
     y, weight = texts.y.double().numpy(), texts.weight.double().numpy()
     ridges = fit_ridges(texts.states, ensemble.state_norm, y, weight)
+    together = np.empty_like(foretold)
     for j in range(y.shape[1]):
-        told = [foretold[seen, j], *(ridge.foretold[seen, j] for ridge in ridges)]
-        share, *shares = stack(told, y[seen, j], weight[seen], PRIOR)
+        told = [foretold[:, j], *(ridge.foretold[:, j] for ridge in ridges)]
+        weights = stack([some[seen] for some in told], y[seen, j], weight[seen], PRIOR)
+        together[:, j] = np.column_stack(told) @ weights
+        share, *shares = weights
         ensemble.share[j] = share
         coefs = [part * ridge.coef[j] for part, ridge in zip(shares, ridges, strict=True)]
         ensemble.linear.weight[j] = torch.from_numpy(np.concatenate(coefs))
         ensemble.linear.bias[j] = sum(
             part * ridge.intercept[j] for part, ridge in zip(shares, ridges, strict=True)
         )
+    return together

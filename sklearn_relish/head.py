@@ -4,16 +4,22 @@ The network of Su and Lease (arXiv 2604.01206): project the token states, let a 
 attend to them a few times, read the answer off the latent. It knows tensors and nothing else.
 """
 
+from __future__ import annotations
+
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from sklearn_relish.objectives import Objective
+
 LATENT_STD = 0.02  # of the initial latent state's entries
 MLP_RATIO = 4  # hidden units of a block's MLP, in latent sizes
 RMS_EPSILON = 1e-6  # added to the mean square of a token's state
+HUBER = Objective("huber")
 
 
 def check_head_sizes(latent_size: int, n_heads: int) -> None:
@@ -147,6 +153,11 @@ class RelishHead(nn.Module):
     ValueError
         If `latent_size` is not a multiple of `n_heads`, or `state_norm` is unknown.
 
+    Attributes
+    ----------
+    sizes : dict
+        The arguments that it was made with.
+
     References
     ----------
     Su and Lease, "RELISH: REgression with a Latent Iterative State Head", arXiv 2604.01206.
@@ -178,6 +189,15 @@ class RelishHead(nn.Module):
         check_head_sizes(latent_size, n_heads)
         if state_norm not in ("rms", None):
             raise ValueError(f"state_norm must be 'rms' or None, got {state_norm!r}.")
+        self.sizes = {
+            "input_size": input_size,
+            "latent_size": latent_size,
+            "n_heads": n_heads,
+            "n_iterations": n_iterations,
+            "n_outputs": n_outputs,
+            "share_weights": share_weights,
+            "state_norm": state_norm,
+        }
         self.n_iterations = n_iterations
         self.state_norm = state_norm
         self.projection = nn.Linear(input_size, latent_size)
@@ -242,10 +262,10 @@ class RelishHead(nn.Module):
 
 
 class RelishEnsemble(nn.Module):
-    """The mean of several heads' answers, and a linear read-out of pooled states beside it.
+    """The mean of several heads' responses, and a linear read-out of pooled states beside it.
 
     An answer is ``share · mean of the heads + V [mean state; last state] + b`` where there is a
-    linear path, and the mean of the heads' answers where there is none.
+    linear path, and the mean of the heads' responses where there is none.
 
     Parameters
     ----------
@@ -253,6 +273,8 @@ class RelishEnsemble(nn.Module):
         Of one input size, `state_norm` and number of outputs.
     linear_path : bool
         Whether there is a linear path; it has no influence until its weights are set.
+    objective : Objective
+        Says what the heads' raw answers mean.
 
     Attributes
     ----------
@@ -262,9 +284,12 @@ class RelishEnsemble(nn.Module):
         From a text's mean and last token state, normalized as the heads', to its answer.
     """
 
-    def __init__(self, heads: list[RelishHead], linear_path: bool) -> None:
+    def __init__(
+        self, heads: list[RelishHead], linear_path: bool, objective: Objective = HUBER
+    ) -> None:
         super().__init__()
         self.heads = nn.ModuleList(heads)
+        self.objective = objective
         self.state_norm = heads[0].state_norm
         readout, projection = heads[0].readout, heads[0].projection
         self.share = nn.Parameter(torch.ones(readout.out_features), requires_grad=False)
@@ -275,6 +300,40 @@ class RelishEnsemble(nn.Module):
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
 
+    @classmethod
+    def beside(
+        cls, known: RelishEnsemble, heads: Iterable[RelishHead], objective: Objective
+    ) -> RelishEnsemble:
+        """Other heads in the place of a known ensemble's, beside its linear path."""
+        ensemble = cls(list(heads), known.linear is not None, objective)
+        ensemble.share.copy_(known.share)
+        if ensemble.linear is not None:
+            ensemble.linear.load_state_dict(known.linear.state_dict())
+        return ensemble.eval()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Arrays and plain values alone, which open wherever NumPy does."""
+        weights = {name: weight.cpu().numpy() for name, weight in self.state_dict().items()}
+        return {
+            "sizes": self.heads[0].sizes,
+            "n_heads": len(self.heads),
+            "linear_path": self.linear is not None,
+            "objective": {
+                "loss": self.objective.loss,
+                "quantiles": list(self.objective.quantiles),
+            },
+            "weights": weights,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        objective = Objective(state["objective"]["loss"], tuple(state["objective"]["quantiles"]))
+        with torch.device("meta"):
+            heads = [RelishHead(**state["sizes"]) for _ in range(state["n_heads"])]
+            self.__init__(heads, state["linear_path"], objective)
+        weights = {name: torch.tensor(array) for name, array in state["weights"].items()}
+        self.load_state_dict(weights, assign=True)
+        self.eval()
+
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """Answer for each text of a padded batch, as `RelishHead`."""
         return self.answer(states.masked_fill(~mask[:, :, None], 0.0), mask)
@@ -282,7 +341,8 @@ class RelishEnsemble(nn.Module):
     def answer(self, states: Tensor, mask: Tensor) -> Tensor:
         """The same as `forward`, faster, for states whose padding holds finite numbers."""
         states = states.to(self.share.dtype)
-        answers = sum(head.answer(states, mask) for head in self.heads) / len(self.heads)
+        respond = self.objective.respond
+        answers = sum(respond(head.answer(states, mask)) for head in self.heads) / len(self.heads)
         if self.linear is None:
             return answers  # (B, n_outputs)
         return self.share * answers + self.linear(self._pooled(states, mask))

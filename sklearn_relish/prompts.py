@@ -139,6 +139,11 @@ def _checked_texts(texts: list[Any]) -> list[str]:
         )
     wrong = [row for row, text in enumerate(texts) if not isinstance(text, str)]
     row, kind = wrong[0], type(texts[wrong[0]]).__name__
+    if isinstance(texts[row], dict):
+        raise TypeError(
+            f"X holds a dict in {name_rows(wrong)}: pass a frame, such as pandas.DataFrame(X) or a"
+            " Dataset's to_pandas(), or one column of texts."
+        )
     if isinstance(texts[row], bytes):
         raise TypeError(f"X has bytes in {name_rows(wrong)}: decode them first, bytes.decode().")
     raise ValueError(

@@ -35,7 +35,9 @@ class LLMReader(BaseEstimator):
         ],
         "state_norm": [StrOptions({"rms"}), None],
         "prompt": [str, None],
+        "chat_template": ["boolean"],
         "max_length": [Interval(Integral, 1, None, closed="left")],
+        "long_text": [StrOptions({"truncate", "window"})],
         "memory": [str, os.PathLike, joblib.Memory, StateStore, None],
         "device": [str, torch.device, None],
         "dtype": [str, torch.dtype],
@@ -49,6 +51,17 @@ class LLMReader(BaseEstimator):
         tags.input_tags.allow_nan = True  # a missing cell is left out of the text
         return tags
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Names where there were paths or torch's own types, which any way of keeping knows."""
+        state = dict(super().__getstate__())
+        for name in ("model", "memory"):
+            if isinstance(state[name], os.PathLike):
+                state[name] = os.fspath(state[name])
+        for name in ("device", "dtype"):
+            if isinstance(state[name], (torch.device, torch.dtype)):
+                state[name] = str(state[name]).removeprefix("torch.")
+        return state
+
     def _read_table(self, X: Any, *, reset: bool) -> Table:
         """`X` as a table that agrees with the one of `fit`, or sets what `fit` learns of it."""
         table = read_table(X)
@@ -61,7 +74,8 @@ class LLMReader(BaseEstimator):
 
     def _render(self, table: Table) -> list[str]:
         """The text of each row, its columns named as in `fit`."""
-        return render(table, self._column_names, self.prompt)
+        texts = render(table, self._column_names, self.prompt)
+        return self._llm().as_chat(texts) if self.chat_template else texts
 
     def _llm(self) -> FrozenLLM:
         if not isinstance(self.model, FrozenLLM):
@@ -80,5 +94,6 @@ class LLMReader(BaseEstimator):
             layer=layer,
             also=also,
             max_length=self.max_length,
+            windows=self.long_text == "window",
             progress=bool(self.verbose),
         )

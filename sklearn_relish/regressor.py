@@ -9,30 +9,38 @@ import copy
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import joblib
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from sklearn.base import MultiOutputMixin, RegressorMixin, _fit_context
+from sklearn.metrics import r2_score
 from sklearn.utils import check_consistent_length, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import _check_sample_weight, check_array, check_is_fitted
 
+from sklearn_relish import pretrained
 from sklearn_relish.backbone import FrozenLLM
 from sklearn_relish.ensemble import fit_ensemble
-from sklearn_relish.head import check_head_sizes
+from sklearn_relish.head import RelishEnsemble, RelishHead, check_head_sizes
+from sklearn_relish.intervals import Conformal
 from sklearn_relish.layers import SHARES, choose_layer, sample_texts
+from sklearn_relish.objectives import LOSSES, Objective
 from sklearn_relish.prompts import name_rows
 from sklearn_relish.reader import LLMReader
 from sklearn_relish.store import StateStore
 from sklearn_relish.training import (
-    LOSSES,
+    AUTO_EPOCHS,
     Examples,
     auto_epochs,
     head_answers,
+    new_head,
+    train_head,
 )
 
 # Estimators of a small set, up to which size it is one, and those of a larger set.
@@ -66,8 +74,15 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         Template of a row's text, ``"Sentence 1: {premise}\nSentence 2: {hypothesis}"``, with a
         column's name for each field; ``{text}`` for one-dimensional `X`, ``{x0}``, ``{x1}``, ...
         for arrays. None: the text itself, or ``column: value`` lines for several columns.
+    chat_template : bool, default=False
+        Whether the text goes through the tokenizer's own chat template, as what a user says, up to
+        where the model's answer begins.
     max_length : int, default=512
-        Tokens of a text that are read; longer texts are cut, and counted in a warning.
+        Tokens that are read at once, never more than the model's window.
+    long_text : {"truncate", "window"}, default="truncate"
+        What becomes of longer texts. ``"truncate"`` cuts them, and counts them in a warning;
+        ``"window"`` reads them in windows that overlap by a quarter, and the head attends to the
+        states of all their tokens. That costs a third more than as many tokens in short texts.
     latent_size : int, default=256
         Size of the latent state; a multiple of `n_heads`.
     n_iterations : int, default=3
@@ -76,9 +91,15 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         Attention heads.
     share_weights : bool, default=False
         Whether all iterations use one block's weights.
-    loss : {"huber", "squared_error"}, default="huber"
+    loss : {"huber", "squared_error", "absolute_error", "quantile", "poisson", "gamma"}, \
+            default="huber"
         Loss on the standardized target. Huber's is squared up to one standard deviation and
-        linear beyond.
+        linear beyond. ``"absolute_error"`` asks for the median. ``"poisson"``, for counts and
+        amounts of 0 or more, and ``"gamma"``, for amounts above 0, are half the deviances of these
+        distributions, with a log-link, as in scikit-learn: predictions are above 0.
+    quantile : float or list of float, default=0.5
+        With ``loss="quantile"`` what is asked for; several, in rising order, share each head and
+        never cross. `predict` then gives the one nearest to the median, `predict_quantiles` all.
     learning_rate : float, default=5e-4
         Peak of the one-cycle schedule of AdamW.
     weight_decay : float, default=0.01
@@ -100,8 +121,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     linear_path : bool, default=True
         Whether ridges on the mean and the last token state stand beside the heads, all of them
         weighed by what they foretell of the held-out rows: where there is little to learn from, or
-        much noise, they carry the answer. Without held-out rows, or with fewer than 10, there is
-        none.
+        much noise, they carry the answer. Without held-out rows, or with fewer than 10, and with
+        losses other than Huber's and the squared error, there is none.
     n_iter_no_change : int, default=None
         Training stops after that many epochs without a lower validation loss. None lets the
         schedule run to its end, where the learning rate falls and most is gained.
@@ -125,12 +146,19 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         same to the last bit.
     verbose : int, default=0
         Above 0, bars show the texts read and the epochs.
+    warm_start : bool, default=False
+        Whether `fit` goes on from the heads of the fit before, in its units of the target, at its
+        layer and with its columns, instead of from fresh weights. The linear path stays as it is,
+        and there are no intervals: the heads may have seen the rows that are held out now.
 
     Attributes
     ----------
     head_ : RelishEnsemble
         The fitted network, on the CPU, answering in standardized units: ``head_.heads`` are the
         RELISH heads, ``head_.linear`` is the linear path or None.
+    validation_score_ : float or None
+        R² of what was foretold of the held-out rows by heads and ridges that had not seen them.
+        None without held-out rows.
     layer_ : int
         The layer that was read, from 1.
     layer_scores_ : dict of int to float, or None
@@ -159,10 +187,11 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
 
     Notes
     -----
-    A pickle holds the head and the model's name, not the language model, and opens where there is
-    no GPU. On a CPU no text is padded and the head answers in float64, so a prediction does not
-    depend on the texts beside it (where the language model computes in float32, some millionths
-    of rounding remain for a text that is read anew).
+    A pickle holds the heads and the model's name, not the language model, and opens where there is
+    no GPU; `save_pretrained` keeps the same without a pickle. On a CPU no text is padded and the
+    head answers in float64, so a prediction does not depend on the texts beside it (where the
+    language model computes in float32, some millionths of rounding remain for a text that is read
+    anew).
 
     With `GridSearchCV` and its like, no fold, candidate or refit of a process reads a text a second
     time. With `n_jobs`, give a folder as `memory`: of what several processes lack, each then reads
@@ -190,6 +219,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         "n_heads": [Interval(Integral, 1, None, closed="left")],
         "share_weights": ["boolean"],
         "loss": [StrOptions(set(LOSSES))],
+        "quantile": [Interval(Real, 0, 1, closed="neither"), list, tuple, np.ndarray],
         "learning_rate": [Interval(Real, 0, None, closed="neither")],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
@@ -200,6 +230,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         "linear_path": ["boolean"],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left"), None],
         "random_state": ["random_state"],
+        "warm_start": ["boolean"],
     }
 
     def __init__(
@@ -209,12 +240,15 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         layer: int | float | str = 0.6,
         state_norm: str | None = "rms",
         prompt: str | None = None,
+        chat_template: bool = False,
         max_length: int = 512,
+        long_text: str = "truncate",
         latent_size: int = 256,
         n_iterations: int = 3,
         n_heads: int = 8,
         share_weights: bool = False,
         loss: str = "huber",
+        quantile: float | Sequence[float] = 0.5,
         learning_rate: float = 5e-4,
         weight_decay: float = 0.01,
         batch_size: int = 32,
@@ -230,17 +264,21 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         model_kwargs: dict[str, Any] | None = None,
         random_state: int | np.random.RandomState | None = None,
         verbose: int = 0,
+        warm_start: bool = False,
     ) -> None:
         self.model = model
         self.layer = layer
         self.state_norm = state_norm
         self.prompt = prompt
+        self.chat_template = chat_template
         self.max_length = max_length
+        self.long_text = long_text
         self.latent_size = latent_size
         self.n_iterations = n_iterations
         self.n_heads = n_heads
         self.share_weights = share_weights
         self.loss = loss
+        self.quantile = quantile
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.batch_size = batch_size
@@ -256,6 +294,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         self.model_kwargs = model_kwargs
         self.random_state = random_state
         self.verbose = verbose
+        self.warm_start = warm_start
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(
@@ -290,69 +329,52 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             If a target is constant; if texts were cut at `max_length`; if kept states were damaged
             and are read again, or could not be written.
         """
-        fitted = copy.copy(self)  # a fit that is refused or interrupted leaves the earlier one
+        fitted = self._twin()  # a fit that is refused or interrupted leaves the earlier one
         fitted._fit(X, y, sample_weight)
         self.__dict__ = fitted.__dict__
         return self
 
-    def _fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
-        table = self._read_table(X, reset=True)
-        y = self._check_y(y)
-        check_consistent_length(np.empty(table.n_rows), y)
-        weight = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
-        # In the head's precision: what is nothing there is as good as absent.
-        used = np.flatnonzero((weight / (weight.mean() or 1.0)).astype(np.float32))
-        check_head_sizes(self.latent_size, self.n_heads)
-        texts = self._render(table)
-        y, weight = y[used], weight[used]
-        targets, mean, scale = _standardize(y.reshape(len(y), -1), weight)
-        llm = self._llm()
-        device = llm.torch_device
-        random = check_random_state(self.random_state)
-        texts = [texts[row] for row in used]
-        n_estimators = self.n_estimators
-        if n_estimators == "auto":
-            n_estimators = MANY if len(used) <= SMALL_SET else FEW
-        if self.layer != "auto":
-            layer, scores = llm.resolve_layer(self.layer), None
-        numbers: dict[str, int] = {}
-        text = np.array([numbers.setdefault(some, len(numbers)) for some in texts], dtype=np.int64)
-        held_out = self._held_out(text, n_estimators, random)
+    def _twin(self) -> RelishRegressor:
+        """Another regressor of the very same attributes."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
 
-        if self.layer == "auto":
-            layer, scores = self._choose_layer(texts, text, targets, weight, random)
-        states = self._states(texts, layer)
-        head, trainings = fit_ensemble(
-            Examples.of(states, targets, weight / weight.mean()),
+    def _fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
+        going_on = self.warm_start and hasattr(self, "head_")
+        rows = self._check_rows(X, y, sample_weight, going_on)
+        n_estimators = self._n_estimators(len(rows.texts), going_on)
+        text = _numbered(rows.texts)
+        random = check_random_state(self.random_state)
+        held_out = self._held_out(text, n_estimators, random)
+        if not going_on:
+            self.layer_, self.layer_scores_ = self._find_layer(rows, text, random)
+        states = self._states(rows.texts, self.layer_)
+        heads = list(self.head_.heads) if going_on else []
+        sizes = self._head_sizes(states.hidden_size, rows.targets.shape[1], rows.objective)
+
+        def make_head(number: int, seed: int) -> RelishHead:
+            return copy.deepcopy(heads[number]) if heads else new_head(seed, **sizes)
+
+        max_epochs = self.max_epochs
+        if max_epochs == "auto":
+            max_epochs = auto_epochs(len(text) - len(held_out[0]), self.batch_size)
+        ensemble, trainings, foretold = fit_ensemble(
+            Examples.of(states, rows.targets, rows.weight),
             text,
             held_out,
-            linear_path=self.linear_path,
-            sizes={
-                "input_size": states.hidden_size,
-                "latent_size": self.latent_size,
-                "n_heads": self.n_heads,
-                "n_iterations": self.n_iterations,
-                "n_outputs": targets.shape[1],
-                "share_weights": self.share_weights,
-                "state_norm": self.state_norm,
-            },
+            make_head=make_head,
+            linear_path=self.linear_path and not going_on,
             random=random,
-            loss=self.loss,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            batch_size=self.batch_size,
-            max_epochs=(
-                auto_epochs(len(used) - len(held_out[0]), self.batch_size)
-                if self.max_epochs == "auto"
-                else self.max_epochs
-            ),
+            max_epochs=max_epochs,
             n_iter_no_change=self.n_iter_no_change,
-            device=device,
-            progress=bool(self.verbose),
+            **self._training(rows.objective),
         )
-        self.head_, self.layer_, self.n_outputs_ = head, layer, targets.shape[1]
-        self.layer_scores_ = scores
-        self._y_mean, self._y_scale, self._y_shape = mean, scale, y.shape[1:]
+        if going_on:  # rows that a head has seen before tell nothing of what it is worth
+            ensemble = RelishEnsemble.beside(self.head_, ensemble.heads, rows.objective)
+            foretold = np.full_like(foretold, np.nan)
+        self.head_ = ensemble
+        self._learned_from(rows)
         self.history_ = [
             {"estimator": number, **epoch}
             for number, training in enumerate(trainings)
@@ -360,7 +382,82 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         ]
         self.best_epoch_ = [training.best_epoch for training in trainings]
         self.n_epochs_ = len(self.history_)
-        self._llm_fingerprint = llm.fingerprint
+        self.validation_score_, self._conformal = None, None
+        seen = np.isfinite(foretold[:, 0])
+        if seen.any():
+            told, targets, weight = foretold[seen], rows.targets[seen], rows.weight[seen]
+            self._conformal = Conformal.of(rows.objective, told, targets, weight)
+            point = rows.objective.point(torch.from_numpy(told)).numpy()
+            varied = rows.scale > 0
+            if len(point) > 1 and varied.any():
+                self.validation_score_ = r2_score(
+                    targets[:, varied], point[:, varied], sample_weight=weight
+                )
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def partial_fit(
+        self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None
+    ) -> RelishRegressor:
+        """Train the heads further on a piece of data, all of it, at a constant learning rate.
+
+        `max_epochs` passes are made over the piece, 10 of them if it is ``"auto"``. The first
+        piece decides on the target's units, the layer and the columns, and has no linear path;
+        after a `fit`, its linear path stays as it is. Nothing is held out, so there are no
+        intervals until the next `fit`.
+
+        Parameters
+        ----------
+        X, y, sample_weight
+            As in `fit`.
+
+        Returns
+        -------
+        self : RelishRegressor
+
+        Raises
+        ------
+        ValueError, TypeError, OSError
+            As `fit`; what was learned before is left as it was.
+        """
+        fitted = self._twin()
+        fitted._partial_fit(X, y, sample_weight)
+        self.__dict__ = fitted.__dict__
+        return self
+
+    def _partial_fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
+        going_on = hasattr(self, "head_")
+        rows = self._check_rows(X, y, sample_weight, going_on)
+        n_estimators = self._n_estimators(0, going_on)
+        random = check_random_state(self.random_state)
+        if not going_on:
+            self.layer_, self.layer_scores_ = self._find_layer(rows, _numbered(rows.texts), random)
+        states = self._states(rows.texts, self.layer_)
+        if not going_on:
+            sizes = self._head_sizes(states.hidden_size, rows.targets.shape[1], rows.objective)
+            seeds = random.randint(np.iinfo(np.int32).max, size=n_estimators)
+            heads = [new_head(int(seed), **sizes) for seed in seeds]
+            self.head_ = RelishEnsemble(heads, False, rows.objective).eval()
+            self.history_, self.best_epoch_, self.n_epochs_ = [], [], 0
+        examples = Examples.of(states, rows.targets, rows.weight)
+        ensemble, history = copy.deepcopy(self.head_), []
+        for number, head in enumerate(ensemble.heads):
+            training = train_head(
+                head,
+                examples,
+                None,
+                max_epochs=AUTO_EPOCHS if self.max_epochs == "auto" else self.max_epochs,
+                n_iter_no_change=None,
+                constant_rate=True,
+                seed=random.randint(np.iinfo(np.int32).max),
+                **self._training(rows.objective),
+            )
+            history += [{"estimator": number, **epoch} for epoch in training.history]
+        self.head_ = RelishEnsemble.beside(self.head_, ensemble.heads, rows.objective)
+        self._learned_from(rows)
+        self.history_ = self.history_ + history
+        self.n_epochs_ = len(self.history_)
+        self.best_epoch_ = [len(history) // len(ensemble.heads)] * len(ensemble.heads)
+        self.validation_score_, self._conformal = None, None
 
     def predict(self, X: ArrayLike) -> np.ndarray:
         """Numbers for texts, in the units of the `y` that was fitted.
@@ -374,19 +471,273 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         -------
         y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
         """
+        responses = self._responses(X)
+        point = self.head_.objective.point(torch.from_numpy(responses)).numpy()
+        return self._in_units(point[:, :, None])[..., 0]
+
+    @available_if(lambda self: self.loss == "quantile")
+    def predict_quantiles(self, X: ArrayLike) -> np.ndarray:
+        """All quantiles that were asked for, with ``loss="quantile"``.
+
+        Parameters
+        ----------
+        X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_quantiles) or (n_samples, n_outputs, n_quantiles)
+            In the order of `quantile`, rising.
+        """
+        responses = self._responses(X)
+        return self._in_units(responses.reshape(len(responses), self.n_outputs_, -1))
+
+    def predict_interval(self, X: ArrayLike, coverage: float = 0.9) -> np.ndarray:
+        """Intervals that hold a given share of fresh targets.
+
+        They are conformal: what was foretold of the held-out rows, by heads and ridges that had
+        not seen them, tells how wide they must be. With several quantiles the outermost two are
+        moved (conformalized quantile regression), and the width is each text's own; else it is
+        one for all, or under the losses with a log-link a multiple of what they take for the
+        standard deviation. The promise is for all texts together, drawn like those of `fit`, not
+        for each kind of them.
+
+        Parameters
+        ----------
+        X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
+        coverage : float, default=0.9
+            Share of the targets that are to lie inside, above 0 and below 1.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, 2) or (n_samples, n_outputs, 2)
+            Lower and upper ends, in the units of the `y` that was fitted.
+
+        Raises
+        ------
+        ValueError
+            If nothing was held out, or too little for `coverage`.
+        """
+        check_is_fitted(self)
+        if not 0 < coverage < 1:
+            raise ValueError(f"coverage must be above 0 and below 1, got {coverage}.")
+        if self._conformal is None:
+            raise ValueError(
+                "Nothing was held out, which intervals stand on: fit with early_stopping=True, on"
+                " more than one text."
+            )
+        return self._in_units(self._conformal.interval(self._responses(X), coverage))
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, metrics: dict[str, float] | None = None
+    ) -> None:
+        """Write the fitted regressor to a folder, in the Hugging Face manner.
+
+        ``config.json`` holds the parameters, but `memory`, `device`, `verbose` and
+        `random_state`; ``model.safetensors`` the weights; ``README.md`` a model card. Nothing is
+        pickled, and the language model is not in it, only its name and revision.
+
+        Parameters
+        ----------
+        folder : str or path
+            Made where it is not there; such files in it are replaced.
+        metrics : dict of str to float, default=None
+            Figures for the card, beside R² on the held-out rows.
+
+        Raises
+        ------
+        OSError
+            If the folder can't be written.
+        TypeError
+            If `model_kwargs` holds what JSON can't.
+        """
+        check_is_fitted(self)
+        pretrained.save(self, folder, metrics)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **parameters: Any,
+    ) -> RelishRegressor:
+        """Open a fitted regressor that `save_pretrained` has written.
+
+        Parameters
+        ----------
+        source : str or path
+            A folder, or the id of a repository of the Hugging Face Hub.
+        revision : str, default=None
+            Branch, tag or commit of the repository.
+        token : str or bool, default=None
+            For a private repository.
+        **parameters
+            Parameters that are to be others than those that were saved: ``model`` where the
+            language model lies elsewhere, ``memory``, ``device``, ...
+
+        Returns
+        -------
+        RelishRegressor
+            Its predictions are those of the saved one.
+
+        Raises
+        ------
+        OSError
+            If there is no such folder or repository, or nothing of the kind in it.
+        ValueError
+            If ``config.json`` is another's, or asks to run foreign code.
+        """
+        return pretrained.load(cls, source, revision, token, parameters)
+
+    def _responses(self, X: ArrayLike) -> np.ndarray:
+        """The ensemble's responses in standardized units, (n_samples, n_outputs * n_answers)."""
         check_is_fitted(self)
         texts = self._render(self._read_table(X, reset=False))
+        self._check_model()
+        states = self._states(texts, self.layer_)
+        return head_answers(self.head_, states, self._llm().torch_device)
+
+    def _in_units(self, responses: np.ndarray) -> np.ndarray:
+        """Responses, (n, n_outputs, k), in the target's units, of its shape and k."""
+        responses = responses * self._y_scale[:, None] + self._y_mean[:, None]
+        return responses.reshape(len(responses), *self._y_shape, -1)
+
+    def _check_model(self) -> None:
         llm = self._llm()
         if llm.fingerprint != self._llm_fingerprint:
+            fitted = f" (commit {self._llm_revision})" if self._llm_revision else ""
             warnings.warn(
-                f"{llm!r} is not the model, or not the revision of it, whose states the head was"
-                " fitted on: unless the weights are the same, the predictions are wrong. Fit"
-                " again, or bring the fitted one back.",
+                f"{llm!r}{f' (commit {llm.revision})' if llm.revision else ''} is not the model,"
+                f" or not the revision of it{fitted}, whose states the head was fitted on: unless"
+                " the weights are the same, the predictions are wrong. Fit again, or bring the"
+                " fitted one back.",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=4,
             )
-        answers = head_answers(self.head_, self._states(texts, self.layer_), llm.torch_device)
-        return (answers * self._y_scale + self._y_mean).reshape(len(texts), *self._y_shape)
+
+    def _check_rows(
+        self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None, going_on: bool
+    ) -> _Rows:
+        """What is learned from, checked before anything is read."""
+        table = self._read_table(X, reset=not going_on)
+        y = self._check_y(y)
+        check_consistent_length(np.empty(table.n_rows), y)
+        weight = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
+        # In the head's precision: what is nothing there is as good as absent.
+        used = np.flatnonzero((weight / (weight.mean() or 1.0)).astype(np.float32))
+        check_head_sizes(self.latent_size, self.n_heads)
+        objective = self._objective(y)
+        texts = self._render(table)
+        y, weight = y[used], weight[used]
+        y_shape, y = y.shape[1:], y.reshape(len(y), -1)
+        if going_on:
+            self._check_going_on(objective, y.shape[1])
+        kept = self._y_scale > 0 if going_on else np.zeros(y.shape[1], dtype=bool)
+        mean, scale = _units(y, weight, objective, kept)
+        if kept.any():
+            mean, scale = np.where(kept, self._y_mean, mean), np.where(kept, self._y_scale, scale)
+        return _Rows(
+            texts=[texts[row] for row in used],
+            targets=_standardized(y, mean, scale, objective),
+            weight=weight / weight.mean(),
+            mean=mean,
+            scale=scale,
+            y_shape=y_shape,
+            objective=objective,
+        )
+
+    def _objective(self, y: np.ndarray) -> Objective:
+        """The loss, and whether the targets are such as it is made for."""
+        if self.loss == "quantile":
+            quantiles = np.atleast_1d(np.asarray(self.quantile, dtype=float))
+            rising = quantiles.ndim == 1 and (np.diff(quantiles) > 0).all()
+            if not (rising and len(quantiles) and quantiles[0] > 0 and quantiles[-1] < 1):
+                raise ValueError(
+                    f"quantile={self.quantile!r} is neither a number above 0 and below 1 nor"
+                    " several of them in rising order."
+                )
+            return Objective(self.loss, tuple(quantiles.tolist()))
+        objective = Objective(self.loss)
+        if objective.log_link:
+            low = y <= 0 if self.loss == "gamma" else y < 0
+            rows = np.flatnonzero(low.reshape(len(y), -1).any(axis=1))
+            if len(rows):
+                what = "above 0" if self.loss == "gamma" else "of 0 or more"
+                raise ValueError(
+                    f"loss={self.loss!r} is for targets {what}: y is not in {name_rows(rows)}."
+                )
+        return objective
+
+    def _check_going_on(self, objective: Objective, n_outputs: int) -> None:
+        """Refuse to train the heads further as others than they are."""
+        self._check_model()
+        before, head = self.head_.objective, self.head_.heads[0]
+        known = head.sizes | {"n_outputs": self.n_outputs_, "log-link": before.log_link}
+        known |= {"number of quantiles": before.n_answers}
+        wanted = self._head_sizes(self._llm().hidden_size, n_outputs, objective)
+        wanted |= {"n_outputs": n_outputs, "log-link": objective.log_link}
+        wanted |= {"number of quantiles": objective.n_answers}
+        for name, value in known.items():
+            if value != wanted[name]:
+                raise ValueError(
+                    f"The heads to go on with have {name}={value}, and {wanted[name]} is asked for:"
+                    " keep to that, or fit anew with warm_start=False."
+                )
+        if self.head_.linear is not None and not objective.of_mean:
+            raise ValueError(
+                f"Ridges stand beside the heads to go on with, and loss={self.loss!r} asks for"
+                " something else than their mean: fit anew with warm_start=False."
+            )
+
+    def _n_estimators(self, n_rows: int, going_on: bool) -> int:
+        """Heads to fit; as many as there are, to go on with them."""
+        if going_on:
+            n_heads = len(self.head_.heads)
+            if self.n_estimators not in ("auto", n_heads):
+                raise ValueError(
+                    f"n_estimators={self.n_estimators}, but there are {n_heads} heads to go on"
+                    " with: keep to that, or fit anew with warm_start=False."
+                )
+            return n_heads
+        if self.n_estimators == "auto":
+            return MANY if 0 < n_rows <= SMALL_SET else FEW
+        return self.n_estimators
+
+    def _head_sizes(self, input_size: int, n_outputs: int, objective: Objective) -> dict[str, Any]:
+        return {
+            "input_size": input_size,
+            "latent_size": self.latent_size,
+            "n_heads": self.n_heads,
+            "n_iterations": self.n_iterations,
+            "n_outputs": n_outputs * objective.n_answers,
+            "share_weights": self.share_weights,
+            "state_norm": self.state_norm,
+        }
+
+    def _training(self, objective: Objective) -> dict[str, Any]:
+        """What all trainings of this regressor have in common."""
+        return {
+            "objective": objective,
+            "learning_rate": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "batch_size": self.batch_size,
+            "device": self._llm().torch_device,
+            "progress": bool(self.verbose),
+        }
+
+    def _learned_from(self, rows: _Rows) -> None:
+        """Remember the units, and whose states they were."""
+        self.n_outputs_ = rows.targets.shape[1]
+        self._y_mean, self._y_scale, self._y_shape = rows.mean, rows.scale, rows.y_shape
+        self._llm_fingerprint, self._llm_revision = self._llm().fingerprint, self._llm().revision
+
+    def _find_layer(
+        self, rows: _Rows, text: np.ndarray, random: np.random.RandomState
+    ) -> tuple[int, dict[int, float] | None]:
+        if self.layer != "auto":
+            return self._llm().resolve_layer(self.layer), None
+        return self._choose_layer(rows.texts, text, rows.targets, rows.weight, random)
 
     def _check_y(self, y: ArrayLike) -> np.ndarray:
         """Targets as float64, of one dimension or two, all finite."""
@@ -433,9 +784,9 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         deepest = max(layers)  # the pass to it gives the states of all
         self._states(some, deepest, also=[layer for layer in layers if layer != deepest])
         examples = {
-            layer: Examples.of(
-                self._states(some, layer), targets[rows], weight[rows] / weight.mean()
-            ).merged(number)
+            layer: Examples.of(self._states(some, layer), targets[rows], weight[rows]).merged(
+                number
+            )
             for layer in layers
         }
         return choose_layer(examples, self.state_norm)
@@ -464,18 +815,51 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         ]
 
 
-def _standardize(y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Targets of mean 0 and standard deviation 1, and the mean and scale that lead back.
+class _Rows(NamedTuple):
+    """What is learned from: texts, targets (n, n_outputs) in standardized units, weights.
 
-    A constant target has scale 0, so the head's answer falls away and the constant is left.
+    `mean` and `scale`, (n_outputs,), lead back to the target's units, `y_shape` to its shape.
+    """
+
+    texts: list[str]
+    targets: np.ndarray
+    weight: np.ndarray
+    mean: np.ndarray
+    scale: np.ndarray
+    y_shape: tuple[int, ...]
+    objective: Objective
+
+
+def _numbered(texts: list[str]) -> np.ndarray:
+    """A number from 0 for each text, the same for equal ones."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int64)
+
+
+def _standardized(
+    y: np.ndarray, mean: np.ndarray, scale: np.ndarray, objective: Objective
+) -> np.ndarray:
+    """Targets in standardized units; of a constant one whatever the loss has its minimum at."""
+    nothing = 1.0 if objective.log_link else 0.0
+    return np.where(scale > 0, (y - mean) / np.where(scale > 0, scale, 1.0), nothing)
+
+
+def _units(
+    y: np.ndarray, weight: np.ndarray, objective: Objective, kept: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The mean and the scale of targets: 0 and their mean under a log-link.
+
+    A constant target has scale 0, so the head's answer falls away and the constant is left. Of
+    the columns that are `kept` other units are known.
     """
     constant = np.ptp(y, axis=0) == 0
-    if constant.any():
-        which = f" in columns {np.flatnonzero(constant).tolist()}" if len(constant) > 1 else ""
+    if (constant & ~kept).any():
+        columns = np.flatnonzero(constant & ~kept).tolist()
+        which = f" in columns {columns}" if len(constant) > 1 else ""
         warnings.warn(
             f"y is constant{which}: the prediction will be that constant.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     mean = np.where(constant, y[0], np.average(y, axis=0, weights=weight))
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
@@ -485,4 +869,6 @@ def _standardize(y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndar
             "y, or sample_weight, spans more than float64 can square: bring it nearer to 1 first,"
             " by a factor or a logarithm."
         )
-    return (y - mean) / np.where(constant, 1.0, scale), mean, np.where(constant, 0.0, scale)
+    if objective.log_link:
+        mean, scale = np.where(constant, mean, 0.0), mean
+    return mean, np.where(constant, 0.0, scale)

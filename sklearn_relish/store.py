@@ -118,6 +118,18 @@ class StateStore:
             raise ValueError(f"bits must be 8, or None for the model's own dtype, got {bits!r}.")
         self.bits = bits
 
+    def __getstate__(self) -> dict[str, Any]:
+        folder = None if self.folder is None else os.fspath(self.folder)
+        return {
+            "folder": folder,
+            "max_memory": self.max_memory,
+            "max_bytes": self.max_bytes,
+            "bits": self.bits,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
     def __repr__(self) -> str:
         given = [] if self.folder is None else [repr(os.fspath(self.folder))]
         given += [f"max_memory={self.max_memory}"] if self.max_memory != MAX_MEMORY else []
@@ -143,6 +155,7 @@ class StateStore:
         layer: int,
         also: Sequence[int] = (),
         max_length: int,
+        windows: bool = False,
         progress: bool,
     ) -> TokenStates:
         """States of texts, in their order; what the store lacks is read by the model and kept.
@@ -161,6 +174,8 @@ class StateStore:
             them.
         max_length : int
             Tokens of a text that are read.
+        windows : bool, default=False
+            Whether longer texts are read in windows of so many tokens instead of being cut.
         progress : bool
             Whether a bar counts the texts that are read.
 
@@ -181,7 +196,8 @@ class StateStore:
             after either of which the work goes on; if a worker process reads texts that it can't
             share.
         """
-        name = self._name(llm, layer, max_length)
+        reading = _Reading(llm, max_length, windows)
+        name = self._name(reading, layer)
         keys = [_key(name, text) for text in texts]
         wanted = dict(zip(keys, texts, strict=True))
         contents = self._contents
@@ -194,7 +210,7 @@ class StateStore:
                     states = shelf.states(keys)
                     full_lengths = np.array([shelf.entries[key].full_length for key in keys])
                     used = {shelf.entries[key].shard for key in keys}
-                    used |= self._shards_of(texts, [self._name(llm, n, max_length) for n in also])
+                    used |= self._shards_of(texts, [self._name(reading, n) for n in also])
                     _mark_used(used)
                     contents.hits += max(0, len(wanted) - n_read)
                     contents.misses += n_read
@@ -203,7 +219,7 @@ class StateStore:
                         self._evict(used)
                     break
             with contents.reading:
-                n_read += self._read(shelf, missing, llm, [layer, *also], max_length, progress)
+                n_read += self._read(shelf, missing, reading, [layer, *also], progress)
         cut = full_lengths > states.lengths.numpy()
         if cut.any():
             warnings.warn(
@@ -215,13 +231,13 @@ class StateStore:
         return states
 
     def info(self) -> list[dict[str, Any]]:
-        """What the store holds: a dict for each model, layer, dtype and `max_length`.
+        """What the store holds: a dict for each model, layer, dtype and way to read long texts.
 
         Returns
         -------
         list of dict
-            With the keys ``model``, ``layer``, ``dtype``, ``max_length``, ``n_texts``, ``n_bytes``
-            and ``fingerprint``, which tells apart models of one name.
+            With the keys ``model``, ``layer``, ``dtype``, ``max_length``, ``long_text``,
+            ``n_texts``, ``n_bytes`` and ``fingerprint``, which tells apart models of one name.
         """
         rows = []
         with self._contents.lock:
@@ -234,6 +250,7 @@ class StateStore:
                             "layer": int(label["layer"]),
                             "dtype": label["dtype"],
                             "max_length": int(label["max_length"]),
+                            "long_text": "window" if name.endswith("-windows") else "truncate",
                             "n_texts": len(shelf.entries),
                             "n_bytes": shelf.n_bytes,
                             "fingerprint": name.partition("/")[0],
@@ -263,9 +280,11 @@ class StateStore:
                     if chosen:
                         shelf.remove(shard)
 
-    def _name(self, llm: FrozenLLM, layer: int, max_length: int) -> str:
+    def _name(self, reading: _Reading, layer: int) -> str:
         """Of the shelf of a model's states at a layer."""
-        return f"{llm.fingerprint}/layer{layer}-{self._dtype_name(llm)}-{max_length}"
+        length = f"{reading.max_length}{'-windows' if reading.windows else ''}"
+        dtype = self._dtype_name(reading.llm)
+        return f"{reading.llm.fingerprint}/layer{layer}-{dtype}-{length}"
 
     def _dtype_name(self, llm: FrozenLLM) -> str:
         name = str(llm.torch_dtype).removeprefix("torch.")
@@ -307,9 +326,8 @@ class StateStore:
         self,
         shelf: Shelf,
         missing: dict[bytes, str],
-        llm: FrozenLLM,
+        reading: _Reading,
         layers: list[int],
-        max_length: int,
         progress: bool,
     ) -> int:
         """See that a shelf has all texts; how many of them this process had to read.
@@ -342,7 +360,7 @@ class StateStore:
                         piece = self._claim(shelf, missing, n_piece, claim)
                     if piece:
                         began = time.monotonic()
-                        self._read_piece(piece, llm, layers, max_length, bar)
+                        self._read_piece(piece, reading, layers, bar)
                         n_read += len(piece)
                         if time.monotonic() - began < PIECE_SECONDS:
                             n_piece = min(2 * n_piece, n_all)
@@ -382,14 +400,13 @@ class StateStore:
     def _read_piece(
         self,
         piece: dict[bytes, str],
-        llm: FrozenLLM,
+        reading: _Reading,
         layers: list[int],
-        max_length: int,
         bar: tqdm,
     ) -> None:
         """Read texts and keep them, a shard at a time, and what was read when it is stopped."""
         texts = list(piece.values())
-        names = {layer: self._name(llm, layer, max_length) for layer in layers}
+        names = {layer: self._name(reading, layer) for layer in layers}
         keys = {layer: [_key(name, text) for text in texts] for layer, name in names.items()}
         pending: dict[int, list[_Batch]] = {layer: [] for layer in layers}
         with self._contents.lock:
@@ -397,7 +414,10 @@ class StateStore:
             for layer in layers[1:]:
                 self._warn_damaged(shelves[layer].look())
         try:
-            for rows, states, full in llm.read(texts, layers=layers, max_length=max_length):
+            batches = reading.llm.read(
+                texts, layers=layers, max_length=reading.max_length, windows=reading.windows
+            )
+            for rows, states, full in batches:
                 for layer, some in zip(layers, states, strict=True):
                     if all(keys[layer][row] in shelves[layer].entries for row in rows):
                         continue  # of a layer that is kept along, and was there
@@ -410,26 +430,26 @@ class StateStore:
                 bar.update(len(rows))
                 n_bytes = sum(batch.values.nbytes for some in pending.values() for batch in some)
                 if n_bytes >= self._shard_bytes:
-                    self._keep_batches(pending, shelves, llm, max_length)
+                    self._keep_batches(pending, shelves, reading)
         finally:
-            self._keep_batches(pending, shelves, llm, max_length)
+            self._keep_batches(pending, shelves, reading)
 
     def _keep_batches(
         self,
         pending: dict[int, list[_Batch]],
         shelves: dict[int, Shelf],
-        llm: FrozenLLM,
-        max_length: int,
+        reading: _Reading,
     ) -> None:
         """Put what was read of each layer onto its shelf."""
         for layer in reversed(pending):  # the one that is looked for last: then all are there
             if pending[layer]:
                 gathered, pending[layer] = pending[layer], []
+                model = reading.llm.model
                 label = {
-                    "model": os.path.abspath(llm.model) if os.path.exists(llm.model) else llm.model,
+                    "model": os.path.abspath(model) if os.path.exists(model) else model,
                     "layer": str(layer),
-                    "dtype": self._dtype_name(llm),
-                    "max_length": str(max_length),
+                    "dtype": self._dtype_name(reading.llm),
+                    "max_length": str(reading.max_length),
                 }
                 self._keep(shelves[layer], _shard(gathered, label))
 
@@ -546,6 +566,14 @@ def _mark_used(shards: set[Shard]) -> None:
         if shard.path is not None:
             with suppress(OSError):  # gone, or not ours to touch
                 os.utime(shard.path)
+
+
+class _Reading(NamedTuple):
+    """How texts are read: by which model, and what becomes of long ones."""
+
+    llm: FrozenLLM
+    max_length: int
+    windows: bool
 
 
 class _Batch(NamedTuple):

@@ -9,18 +9,20 @@ import copy
 import math
 import threading
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from tqdm.auto import tqdm
 
 from sklearn_relish.batches import BatchLoader
 from sklearn_relish.devices import computes_bfloat16, current_device
 from sklearn_relish.head import RelishEnsemble, RelishHead
+from sklearn_relish.objectives import Objective
 from sklearn_relish.recording import Recorded
 from sklearn_relish.states import TokenStates
 
@@ -28,12 +30,8 @@ GRADIENT_NORM = 1.0  # gradients longer than this are scaled down to it
 AUTO_EPOCHS, AUTO_STEPS = 10, 200  # a training has at least these many of both
 POOL_BATCHES = 16  # batches whose rows are sorted by length together, after a shuffle
 SAMPLED_WEIGHTS = 8  # entries of each weight by which a change of it is seen
+STEP_TOKENS = 65_536  # padded tokens of a batch; one of more is taken in parts, to spare memory
 PREDICT_TOKENS = 16_384  # padded tokens of a batch when the head only answers
-
-LOSSES = {
-    "huber": nn.HuberLoss(reduction="none"),
-    "squared_error": nn.MSELoss(reduction="none"),
-}
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,8 @@ class Examples:
 class Training(NamedTuple):
     """What a training gave: its course, and which epoch's weights the head carries.
 
-    `foretold`, (n, n_outputs), are answers for the validation examples, each of an epoch that was
-    not chosen by that example; None without any.
+    `foretold`, (n, n_outputs * n_answers), are responses for the validation examples, each of an
+    epoch that was not chosen by that example; None without any.
     """
 
     history: list[dict[str, float]]
@@ -104,7 +102,7 @@ def train_head(
     train: Examples,
     validation: Examples | None,
     *,
-    loss: str,
+    objective: Objective,
     learning_rate: float,
     weight_decay: float,
     batch_size: int,
@@ -113,8 +111,9 @@ def train_head(
     seed: int,
     device: torch.device,
     progress: bool,
+    constant_rate: bool = False,
 ) -> Training:
-    """Fit a head's weights in place.
+    """Fit a head's weights in place, from where they are.
 
     AdamW under a one-cycle schedule [1]_, gradients clipped, batches of like length. With
     validation examples, the weights of the epoch with the lowest validation loss are restored,
@@ -126,8 +125,8 @@ def train_head(
         Trained on `device`, left on the CPU.
     train, validation : Examples
         What is learned from, and what is held out; no validation, no early stopping.
-    loss : {"huber", "squared_error"}
-        Loss on the standardized target; Huber's turns linear one standard deviation out.
+    objective : Objective
+        The loss on standardized targets.
     learning_rate : float
         Peak of the schedule.
     weight_decay : float
@@ -144,6 +143,8 @@ def train_head(
         Where the steps run.
     progress : bool
         Whether a bar shows the epochs.
+    constant_rate : bool, default=False
+        Whether the learning rate stays where the schedule would have its peak.
 
     Returns
     -------
@@ -164,21 +165,31 @@ def train_head(
     max_epochs, batch_size = int(max_epochs), int(batch_size)  # torch takes no NumPy integers
     generator = torch.Generator().manual_seed(seed)
     head.to(device).train()
-    loss_function = LOSSES[loss]
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True
     )
     steps = max_epochs * math.ceil(len(train.states) / batch_size)
-    schedule = OneCycleLR(optimizer, max_lr=learning_rate, total_steps=max(steps, 2))
+    if constant_rate:
+        schedule = LambdaLR(optimizer, lambda step: 1.0)
+    else:
+        schedule = OneCycleLR(optimizer, max_lr=learning_rate, total_steps=max(steps, 2))
     on_cuda = device.type == "cuda"
 
     def gradients(states: Tensor, mask: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         """Sum of a batch's losses; the gradients of their mean are left in the parameters."""
         with mixed_precision(device):
             answers = head.answer(states, mask)
-        losses = loss_function(answers.float(), y).mean(dim=1) * weight  # (B,)
+        losses = objective.losses(answers.float(), y).mean(dim=1) * weight  # (B,)
         head.zero_grad(set_to_none=not on_cuda)  # a recording needs them to stay where they are
         losses.mean().backward()
+        return losses.detach().sum()
+
+    def add_gradients(states: Tensor, mask: Tensor, y: Tensor, weight: Tensor, n: int) -> Tensor:
+        """The same for a part of a batch of `n` texts, added to what is there."""
+        with mixed_precision(device):
+            answers = head.answer(states, mask)
+        losses = objective.losses(answers.float(), y).mean(dim=1) * weight
+        (losses.sum() / n).backward()
         return losses.detach().sum()
 
     step = Recorded(gradients, device) if on_cuda else gradients
@@ -194,8 +205,16 @@ def train_head(
         for epoch in range(1, max_epochs + 1):
             total = torch.zeros((), device=device)
             batches = shuffled_batches(train.states.lengths, batch_size, generator)
-            for rows, states, mask in loader.load(batches):
-                total += step(states, mask, y[rows], weight[rows])
+            split = [_parts(batch, train.states.lengths) for batch in batches]
+            loaded = loader.load([part for parts in split for part in parts])
+            for batch, parts in zip(batches, split, strict=True):
+                if len(parts) == 1:
+                    rows, states, mask = next(loaded)
+                    total += step(states, mask, y[rows], weight[rows])
+                else:
+                    head.zero_grad(set_to_none=not on_cuda)
+                    for rows, states, mask in islice(loaded, len(parts)):
+                        total += add_gradients(states, mask, y[rows], weight[rows], len(batch))
                 nn.utils.clip_grad_norm_(head.parameters(), GRADIENT_NORM)
                 optimizer.step()
                 schedule.step()
@@ -212,7 +231,7 @@ def train_head(
             if held_out is not None:
                 with torch.inference_mode():
                     validated.append(_answers(head, held_out))
-                entry |= evaluate(validated[-1], validation, loss_function)
+                entry |= evaluate(validated[-1], validation, objective)
                 bar.set_postfix({"validation R²": f"{entry['validation_r2']:.3f}"})
                 if entry["validation_loss"] < best_loss:
                     best_loss, best_epoch = entry["validation_loss"], epoch
@@ -225,32 +244,33 @@ def train_head(
         head.load_state_dict(best_weights)
     head.zero_grad(set_to_none=True)
     head.to("cpu").eval()
-    foretold = _foretold(torch.stack(validated), validation, loss_function) if validated else None
+    foretold = _foretold(torch.stack(validated), validation, objective) if validated else None
     return Training(history, best_epoch, foretold)
 
 
-def _foretold(validated: Tensor, examples: Examples, loss_function: nn.Module) -> np.ndarray:
-    """Answers for each half of the examples, of the epoch that is best on the other half.
+def _foretold(validated: Tensor, examples: Examples, objective: Objective) -> np.ndarray:
+    """Responses for each half of the examples, of the epoch that is best on the other half.
 
     The lowest of many losses is lower than a fresh text's would be: it is of the luckiest epoch.
     """
-    losses = (loss_function(validated, examples.y.expand_as(validated))).mean(dim=2)
+    losses = torch.stack([objective.losses(raw, examples.y).mean(dim=1) for raw in validated])
     losses = losses * examples.weight  # (n_epochs, n)
     half = torch.arange(validated.shape[1]) % 2 == 0
-    answers = torch.empty_like(validated[0])
+    raw = torch.empty_like(validated[0])
     for chosen, others in ((half, ~half), (~half, half)):
-        answers[chosen] = validated[losses[:, others].sum(dim=1).argmin(), chosen]
-    return answers.double().numpy()
+        raw[chosen] = validated[losses[:, others].sum(dim=1).argmin(), chosen]
+    return objective.respond(raw).double().numpy()
 
 
-def evaluate(predicted: Tensor, examples: Examples, loss_function: nn.Module) -> dict[str, float]:
-    """Validation loss and R² of answers for the examples, both weighted."""
+def evaluate(raw: Tensor, examples: Examples, objective: Objective) -> dict[str, float]:
+    """Validation loss and R² of raw answers for the examples, both weighted."""
     weight = examples.weight[:, None]
+    predicted = objective.point(objective.respond(raw))
     mean = (weight * examples.y).sum(dim=0) / weight.sum()
     residual = (weight * (predicted - examples.y) ** 2).sum(dim=0)
     spread = (weight * (examples.y - mean) ** 2).sum(dim=0)
     r2 = torch.where(spread > 0, 1 - residual / spread, torch.nan).nanmean()
-    loss = (weight * loss_function(predicted, examples.y)).sum() / weight.sum() / predicted.shape[1]
+    loss = (weight * objective.losses(raw, examples.y)).sum() / weight.sum() / examples.y.shape[1]
     return {"validation_loss": float(loss), "validation_r2": float(r2)}
 
 
@@ -258,7 +278,7 @@ def evaluate(predicted: Tensor, examples: Examples, loss_function: nn.Module) ->
 def head_answers(
     head: RelishHead | RelishEnsemble, states: TokenStates, device: torch.device
 ) -> np.ndarray:
-    """Answers of a trained head, or of several, for all texts: float64, (n_texts, n_outputs).
+    """Answers of a trained head, or of several, for all texts: float64, (n_texts, n_answers).
 
     On a CPU the head computes in float64, in which a text's answer does not depend on its batch.
     """
@@ -323,6 +343,12 @@ def mixed_precision(device: torch.device) -> torch.autocast:
     enabled = device.type == "cuda" and computes_bfloat16(device)
     # A cache of cast parameters would outlive the recording that it was made in.
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
+def _parts(batch: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+    """A batch, in so many parts that none has more padded tokens than a step can bear."""
+    n_texts = max(1, STEP_TOKENS // int(lengths[batch].max()))
+    return batch.split(n_texts)
 
 
 def shuffled_batches(lengths: Tensor, batch_size: int, generator: torch.Generator) -> list[Tensor]:

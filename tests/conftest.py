@@ -14,3 +14,9 @@ def fresh_process_state(monkeypatch):
     """Each test finds no shared model and no shared store."""
     monkeypatch.setattr("sklearn_relish.backbone._shared", {})
     monkeypatch.setattr("sklearn_relish.store._known", {})
+
+
+@pytest.fixture(scope="session")
+def model_cache(tmp_path_factory):
+    """A cache folder of this run alone, empty at first, for what is converted."""
+    return tmp_path_factory.mktemp("cache")

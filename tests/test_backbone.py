@@ -354,3 +354,106 @@ def test_a_model_that_changes_under_its_fingerprint_is_refused(tmp_path):
     weights.write_bytes(weights.read_bytes())
     with pytest.raises(RuntimeError, match="have changed since this process first looked"):
         read(llm, TEXTS, layer=1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_long_text_is_read_in_windows_and_each_token_once(kind):
+    llm = FrozenLLM(tiny_model(kind), device="cpu", dtype="float32")
+    special = llm.tokenizer.num_special_tokens_to_add()
+    texts = ["a" * 10, "".join(chr(97 + i % 26) for i in range(1000)), "b" * 70, ""]
+    found = {}
+    for rows, (batch,), full in llm.read(texts, layers=[2], max_length=64, windows=True):
+        for row, states, length in zip(rows, batch, full, strict=True):
+            assert row not in found
+            assert length == len(texts[row]) + special
+            assert len(states) == max(1, length)
+            found[row] = states
+    assert sorted(found) == [0, 1, 2, 3]
+    whole, _ = read(llm, texts, 2, max_length=64)
+    torch.testing.assert_close(found[0], whole[0])  # what fits is read as ever
+    if kind == "llama":  # of an encoder, what comes after the cut has a say in what comes before
+        torch.testing.assert_close(found[1][:64], whole[1])
+
+
+def test_states_of_a_window_are_those_of_the_window_alone():
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    text = "".join(chr(97 + (7 * i) % 26) for i in range(150))
+    ((_, (batch,), _),) = llm.read([text], layers=[2], max_length=64, windows=True)
+    (states,) = batch
+    for begin, first in ((0, 0), (48, 64), (96, 112)):  # windows of 64 that share 16
+        ((_, (window,), _),) = llm.read([text[begin : begin + 64]], layers=[2], max_length=64)
+        expected = next(iter(window))[first - begin :]
+        torch.testing.assert_close(states[first : begin + 64], expected)
+
+
+def test_windows_are_in_order_where_the_tokenizer_cuts_on_the_left():
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    other = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    other.tokenizer.truncation_side = "left"
+    text = "".join(chr(97 + (7 * i) % 26) for i in range(150))
+    found = [
+        next(iter(next(some.read([text], layers=[2], max_length=64, windows=True))[1][0]))
+        for some in (llm, other)
+    ]
+    torch.testing.assert_close(*found)
+
+
+def test_long_texts_are_handed_on_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr("sklearn_relish.backbone.GROUP_BUDGETS", 1)
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    llm.token_budget = 256
+    passes, start = [], FrozenLLM._start_pass
+
+    def counted(self, batch, layers):
+        passes.append(len(batch))
+        return start(self, batch, layers)
+
+    monkeypatch.setattr(FrozenLLM, "_start_pass", counted)
+    reading = llm.read(
+        [chr(97 + i) * 300 for i in range(20)], layers=[2], max_length=64, windows=True
+    )
+    next(reading)
+    assert sum(passes) < 20  # of 120 windows
+    assert len({int(row) for rows, *_ in reading for row in rows}) == 19
+
+
+def test_windows_too_narrow_for_the_special_tokens():
+    llm = FrozenLLM(tiny_model("bert"), device="cpu", dtype="float32")
+    with pytest.raises(ValueError, match=r"no room for a text.*raise max_length"):
+        list(llm.read(["abcdefgh"], layers=[2], max_length=2, windows=True))
+
+
+def test_the_cost_of_windows_is_linear_in_the_length(monkeypatch):
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    start, tokens = FrozenLLM._start_pass, []
+
+    def counted(self, batch, layers):
+        tokens.append(sum(len(ids) for ids in batch))
+        return start(self, batch, layers)
+
+    monkeypatch.setattr(FrozenLLM, "_start_pass", counted)
+    n_read = {}
+    for n in (10_000, 20_000):
+        tokens.clear()
+        list(llm.read(["a" * n], layers=[2], max_length=128, windows=True))
+        n_read[n] = sum(tokens)
+    assert n_read[10_000] < 1.35 * 10_000
+    assert n_read[20_000] == pytest.approx(2 * n_read[10_000], rel=0.02)
+
+
+def test_a_chat_goes_through_the_models_template_and_begins_once():
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    with pytest.raises(ValueError, match="no chat template: name a model that was tuned for chat"):
+        llm.as_chat(["hello"])
+    llm.tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    assert llm.as_chat(["hello", "you"]) == [
+        "<s>[user] hello\n[assistant]",
+        "<s>[user] you\n[assistant]",
+    ]
+    encoder = FrozenLLM(tiny_model("bert"), device="cpu", dtype="float32")
+    encoder.tokenizer.chat_template = llm.tokenizer.chat_template
+    (chat,) = encoder.as_chat(["hello"])  # its tokenizer begins the text itself
+    assert encoder.tokenizer(chat)["input_ids"].count(encoder.tokenizer.bos_token_id) == 1

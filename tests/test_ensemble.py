@@ -8,14 +8,15 @@ from sklearn.preprocessing import StandardScaler
 
 from sklearn_relish.ensemble import fit_ensemble
 from sklearn_relish.head import RelishEnsemble, RelishHead
+from sklearn_relish.objectives import Objective
 from sklearn_relish.pooling import pool
 from sklearn_relish.ridges import PENALTIES, fit_ridges, stack
 from sklearn_relish.states import TokenStates
-from sklearn_relish.training import Examples, head_answers
+from sklearn_relish.training import Examples, head_answers, new_head
 
 SIZES = {"input_size": 6, "latent_size": 8, "n_heads": 2}
 TRAINING = {
-    "loss": "huber",
+    "objective": Objective("huber"),
     "learning_rate": 5e-3,
     "weight_decay": 0.01,
     "batch_size": 16,
@@ -40,10 +41,11 @@ def linear_examples(n_texts, n_outputs=1, noise=0.1, seed=0):
 
 
 def fit(examples, held_out, **changes):
-    settings = {"linear_path": True, "random": np.random.RandomState(0), "sizes": SIZES, **TRAINING}
-    settings["sizes"] = settings["sizes"] | {"n_outputs": examples.y.shape[1]}
+    settings = {"linear_path": True, "random": np.random.RandomState(0), **TRAINING}
+    sizes = SIZES | changes.pop("sizes", {}) | {"n_outputs": examples.y.shape[1]}
+    settings["make_head"] = lambda number, seed: new_head(seed, **sizes)
     text = changes.pop("text", np.arange(len(examples.states)))
-    return fit_ensemble(examples, text, held_out, **settings | changes)
+    return fit_ensemble(examples, text, held_out, **settings | changes)[:2]
 
 
 @pytest.mark.parametrize("n_outputs", [1, 2])

@@ -31,10 +31,10 @@ def gguf_path():
 
 
 @pytest.fixture(scope="module")
-def llm(gguf_path, tmp_path_factory):
-    """Gemma, converted in a cache folder that was empty."""
+def llm(gguf_path, model_cache):
+    """Gemma, converted in a cache folder that was empty when the tests began."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(model_cache))
         llm = FrozenLLM(gguf_path, device="cpu")
         assert (llm.n_layers, llm.hidden_size) == (18, 640)
         yield llm
@@ -88,3 +88,14 @@ def test_learns_how_people_feel_about_words(llm, lexicon):
     predicted = regressor.predict(words[1000:1500])
     assert np.corrcoef(predicted, ratings[1000:1500])[0, 1] > 0.7
     assert regressor.score(words[1000:1500], ratings[1000:1500]) > 0.45
+
+
+def test_intervals_hold_what_they_say(llm, lexicon):
+    words, ratings = lexicon
+    learned, fresh = slice(0, 1500), slice(1500, 5500)
+    for changes in ({}, {"loss": "quantile", "quantile": [0.05, 0.5, 0.95]}):
+        regressor = RelishRegressor(llm, n_estimators=2, random_state=0, **changes)
+        regressor.fit(words[learned], ratings[learned])
+        ends = regressor.predict_interval(words[fresh], coverage=0.9)
+        inside = (ends[:, 0] <= ratings[fresh]) & (ratings[fresh] <= ends[:, 1])
+        assert inside.mean() == pytest.approx(0.9, abs=0.02)

@@ -426,3 +426,188 @@ def test_a_pickle_opens_in_another_process_without_a_gpu_and_predicts_the_same(t
         regressor.predict(["good", "poor"]),
         rtol=1e-6,
     )
+
+
+@pytest.mark.parametrize(
+    ("loss", "quantile"),
+    [
+        ("squared_error", 0.5),
+        ("absolute_error", 0.5),
+        ("quantile", 0.5),
+        ("quantile", [0.1, 0.5, 0.9]),
+        ("poisson", 0.5),
+        ("gamma", 0.5),
+    ],
+)
+@pytest.mark.parametrize("n_outputs", [1, 2])
+def test_every_loss_learns(llm, loss, quantile, n_outputs):
+    texts, y = reviews(300)
+    fresh, truth = reviews(200, seed=1)
+    if n_outputs == 2:
+        y, truth = np.stack([y, 10 * y], axis=1), np.stack([truth, 10 * truth], axis=1)
+    regressor = make(llm, loss=loss, quantile=quantile, max_epochs=20, n_estimators=2).fit(texts, y)
+    assert regressor.score(fresh, truth) > 0.8
+    assert regressor.validation_score_ > 0.7
+    interval = regressor.predict_interval(fresh, coverage=0.8)
+    assert interval.shape == (*truth.shape, 2)
+    assert (interval[..., 0] <= interval[..., 1]).all()
+    if loss == "quantile":
+        quantiles = regressor.predict_quantiles(fresh)
+        assert quantiles.shape == (*truth.shape, np.size(quantile))
+        assert (np.diff(quantiles) >= 0).all()
+        assert (quantiles == regressor.predict(fresh)[..., None]).any(axis=-1).all()
+    else:
+        assert not hasattr(regressor, "predict_quantiles")
+
+
+@pytest.mark.parametrize(
+    ("changes", "y", "message"),
+    [
+        ({"loss": "poisson"}, [1, -1, 0, 2, -3], r"of 0 or more: y is not in rows 1, 4"),
+        ({"loss": "gamma"}, [1, 0, 1, 2, 3], r"above 0: y is not in row 1"),
+        ({"loss": "quantile", "quantile": [0.9, 0.1]}, [1, 2, 3, 4, 5], "in rising order"),
+        ({"loss": "quantile", "quantile": []}, [1, 2, 3, 4, 5], "in rising order"),
+    ],
+)
+def test_targets_and_quantiles_that_a_loss_is_not_for(llm, changes, y, message):
+    with pytest.raises(ValueError, match=message):
+        make(llm, **changes).fit(list("abcde"), y)
+
+
+def test_intervals_need_held_out_rows(llm):
+    texts, y = reviews(60)
+    regressor = make(llm, max_epochs=1, early_stopping=False).fit(texts, y)
+    assert regressor.validation_score_ is None
+    with pytest.raises(ValueError, match="Nothing was held out"):
+        regressor.predict_interval(texts)
+    regressor.set_params(early_stopping=True).fit(texts, y)
+    with pytest.raises(ValueError, match="coverage must be above 0 and below 1, got 90"):
+        regressor.predict_interval(texts, coverage=90)
+    with pytest.raises(ValueError, match=r"coverage=0\.99 needs 99 held-out rows"):
+        regressor.predict_interval(texts, coverage=0.99)
+
+
+def test_a_weight_of_two_acts_as_the_row_given_twice(llm):
+    """Up to the randomness of the batches: both are nearer to each other than to no weights."""
+    texts, y = reviews(200)
+    y = y + np.random.RandomState(0).normal(0, 20, 200)
+    weight = np.where(y > np.median(y), 2, 1)
+    twice = np.repeat(np.arange(200), weight)
+    settings = {"max_epochs": 20, "early_stopping": False}
+    weighted = make(llm, **settings).fit(texts, y, weight).predict(texts)
+    repeated = make(llm, **settings).fit([texts[i] for i in twice], y[twice]).predict(texts)
+    plain = make(llm, **settings).fit(texts, y).predict(texts)
+    assert abs(weighted.mean() - repeated.mean()) < 0.3 * abs(weighted.mean() - plain.mean())
+
+
+def test_warm_start_goes_on_where_the_last_fit_ended(llm):
+    texts, y = reviews(200)
+    regressor = make(llm, max_epochs=4, n_estimators=2, warm_start=True).fit(texts, y)
+    before, mean = regressor.predict(texts), regressor._y_mean
+    assert regressor.validation_score_ is not None
+    regressor.set_params(learning_rate=1e-9).fit(texts, y + 1000.0)
+    # In the same units, from the same weights, beside the same ridges.
+    np.testing.assert_array_equal(regressor._y_mean, mean)
+    np.testing.assert_allclose(regressor.predict(texts), before, rtol=1e-4)
+    # Other texts are held out now, and the heads may have seen them.
+    assert regressor.validation_score_ is None
+    with pytest.raises(ValueError, match="Nothing was held out"):
+        regressor.predict_interval(texts)
+    fresh = make(llm, max_epochs=1).fit(texts, y).history_[0]["train_loss"]
+    regressor.set_params(learning_rate=3e-3, max_epochs=1).fit(texts, y)
+    assert regressor.history_[0]["train_loss"] < fresh / 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latent_size": 16}, "latent_size=32, and 16 is asked for"),
+        ({"n_estimators": 3}, "n_estimators=3, but there are 2 heads"),
+        ({"loss": "poisson"}, "log-link=False, and True"),
+        ({"loss": "quantile", "quantile": [0.1, 0.9]}, "number of quantiles=1, and 2"),
+        ({"loss": "quantile", "quantile": 0.9}, "Ridges stand beside the heads"),
+    ],
+)
+def test_heads_are_not_trained_further_as_others(llm, changes, message):
+    texts, y = reviews(60)
+    settings = {"max_epochs": 1, "n_estimators": 2, "validation_fraction": 0.4}
+    regressor = make(llm, warm_start=True, **settings).fit(texts, y)
+    for fit in (regressor.fit, regressor.partial_fit):
+        regressor.set_params(**changes)
+        with pytest.raises(ValueError, match=message):
+            fit(texts, y)
+    with pytest.raises(ValueError, match=r"2 features, but .* expecting 1 features"):
+        regressor.fit(np.array([texts, texts]).T, y)
+
+
+def test_data_that_arrives_in_pieces(llm):
+    texts, y = reviews(600)
+    fresh, truth = reviews(200, seed=1)
+    regressor = make(llm, n_estimators=2)
+    scores = []
+    for start in range(0, 600, 100):
+        piece = slice(start, start + 100)
+        assert regressor.partial_fit(texts[piece], y[piece]) is regressor
+        scores.append(regressor.score(fresh, truth))
+    assert scores[-1] > 0.9
+    assert scores[-1] > scores[0]
+    assert regressor.n_epochs_ == len(regressor.history_) == 6 * 10 * 2
+    with pytest.raises(ValueError, match="Nothing was held out"):
+        regressor.predict_interval(fresh)
+    kept = pickle.loads(pickle.dumps(regressor))
+    regressor.partial_fit(texts[:1], y[:1])  # a row alone is no constant target
+    regressor = pickle.loads(pickle.dumps(kept))
+    with pytest.raises(ValueError, match="NaN"):
+        regressor.partial_fit(texts[:2], [1.0, np.nan])
+    np.testing.assert_array_equal(regressor.predict(fresh), kept.predict(fresh))
+
+
+def test_long_texts_in_windows(llm):
+    """What tells stands at the end, beyond what is read at once."""
+    texts, y = reviews(300)
+    long = ["x" * 60 + text for text in texts]
+    settings = {"max_length": 32, "max_epochs": 20}
+    with pytest.warns(UserWarning, match="were cut"):
+        blind = make(llm, **settings).fit(long[:200], y[:200])
+    with pytest.warns(UserWarning, match="were cut"):
+        assert blind.score(long[200:], y[200:]) < 0.1
+    regressor = make(llm, long_text="window", **settings).fit(long[:200], y[:200])
+    assert regressor.score(long[200:], y[200:]) > 0.8
+
+
+def test_batches_of_long_texts_are_taken_in_parts(llm, monkeypatch):
+    texts, y = reviews(100)
+    whole = make(llm, max_epochs=2).fit(texts, y)
+    monkeypatch.setattr("sklearn_relish.training.STEP_TOKENS", 40)
+    parts = make(llm, max_epochs=2).fit(texts, y)
+    np.testing.assert_allclose(parts.predict(texts), whole.predict(texts), rtol=1e-4)
+
+
+def test_a_prompt_goes_through_the_chat_template(llm, monkeypatch):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
+    monkeypatch.setattr(llm.tokenizer, "chat_template", template)
+    texts, y = reviews(60)
+    chat = make(llm, chat_template=True, prompt="How good? {text}", max_epochs=2).fit(texts, y)
+    asked = [f"<user>How good? {text}<answer>" for text in texts]
+    plain = make(llm, max_epochs=2).fit(asked, y)
+    np.testing.assert_array_equal(chat.predict(texts), plain.predict(asked))
+
+
+def test_two_quantiles_predict_what_is_between_them(llm):
+    texts, y = reviews(100)
+    regressor = make(llm, loss="quantile", quantile=[0.05, 0.95], max_epochs=2).fit(texts, y)
+    middle = regressor.predict_quantiles(texts).mean(axis=1)
+    np.testing.assert_allclose(regressor.predict(texts), middle)
+
+
+def test_a_constant_column_beside_one_that_is_not(llm):
+    texts, y = reviews(100)
+    both = np.stack([y, np.full(100, 7.0)], axis=1)
+    with pytest.warns(UserWarning, match=r"y is constant in columns \[1\]"):
+        regressor = make(llm, loss="gamma", max_epochs=10).fit(texts, both)
+    assert (regressor.predict(texts)[:, 1] == 7).all()
+    assert np.corrcoef(regressor.predict(texts)[:, 0], y)[0, 1] > 0.5
+    assert regressor.validation_score_ > 0.2  # of the column that varies alone
+    units = regressor._y_mean[0], regressor._y_scale[0]
+    regressor.partial_fit(texts[:20], both[:20] + np.arange(20.0)[:, None])
+    assert (regressor._y_mean[0], regressor._y_scale[0]) == units

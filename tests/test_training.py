@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from sklearn_relish.objectives import Objective
 from sklearn_relish.states import TokenStates
 from sklearn_relish.training import (
     Examples,
@@ -33,7 +34,7 @@ def train(examples, validation=None, seed=0, head=None, **changes):
         seed, input_size=12, latent_size=32, n_heads=4, n_iterations=2, state_norm=None
     )
     settings = {
-        "loss": "huber",
+        "objective": Objective("huber"),
         "learning_rate": 3e-3,
         "weight_decay": 0.01,
         "batch_size": 32,
@@ -126,7 +127,10 @@ def test_gradients_are_clipped(monkeypatch):
 
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", spy)
     examples = task(64)
-    train(Examples(examples.states, 1e6 * examples.y, examples.weight), loss="squared_error")
+    train(
+        Examples(examples.states, 1e6 * examples.y, examples.weight),
+        objective=Objective("squared_error"),
+    )
     assert max(norms) <= 1.0 + 1e-4
 
 
@@ -134,7 +138,7 @@ def test_validation_is_weighted():
     examples = task(64, noise=1.0)
     weight = torch.linspace(0, 2, 64)
     validation = Examples(examples.states, examples.y, weight)
-    head, training = train(task(64), validation, loss="squared_error", max_epochs=1)
+    head, training = train(task(64), validation, objective=Objective("squared_error"), max_epochs=1)
     error = (torch.from_numpy(head_answers(head, examples.states, CPU)) - examples.y)[:, 0] ** 2
     expected = float((weight * error).sum() / weight.sum())
     assert training.history[0]["validation_loss"] == pytest.approx(expected, rel=1e-4)
@@ -159,7 +163,7 @@ def test_weights_count():
 @pytest.mark.parametrize("loss", ["huber", "squared_error"])
 def test_losses(loss):
     examples = task(100)
-    head, training = train(examples, loss=loss, max_epochs=1, learning_rate=1e-12)
+    head, training = train(examples, objective=Objective(loss), max_epochs=1, learning_rate=1e-12)
     residual = (torch.from_numpy(head_answers(head, examples.states, CPU)) - examples.y).abs()
     huber = torch.where(residual < 1, 0.5 * residual**2, residual - 0.5)
     expected = huber if loss == "huber" else residual**2

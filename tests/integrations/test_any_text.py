@@ -1,0 +1,64 @@
+"""Whatever Unicode holds: a finite number, the same alone and in company, in any order."""
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+
+hypothesis = pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+CONTROL = st.text(st.characters(categories=["Cc", "Cf", "Co", "Cn"]), min_size=1, max_size=20)
+SPECIAL = st.sampled_from(["", " ", "\x00", "\n\n", "<s>", "</s><s>", "{text}", "\ufeff", "ﷺ" * 9])
+TEXTS = st.lists(UNICODE | CONTROL | SPECIAL, min_size=1, max_size=6)
+RARELY = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@pytest.fixture(scope="module")
+def fitted(llm, reviews):
+    from sklearn_relish import RelishRegressor
+
+    small = {"latent_size": 16, "n_heads": 2, "max_epochs": 2, "n_estimators": 2}
+    return RelishRegressor(llm, max_length=64, random_state=0, **small).fit(*reviews)
+
+
+@RARELY
+@given(texts=TEXTS, seed=st.integers(0, 99))
+def test_any_text_has_a_number_of_its_own(fitted, texts, seed):
+    together = fitted.predict(texts)
+    assert np.isfinite(together).all()
+    # In float32 a text that is read anew may differ by some millionths.
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    alone = np.concatenate([fitted.predict([text]) for text in texts])
+    np.testing.assert_allclose(alone, together, **close)
+    order = np.random.default_rng(seed).permutation(len(texts))
+    np.testing.assert_allclose(fitted.predict([texts[i] for i in order]), together[order], **close)
+
+
+@RARELY
+@given(texts=TEXTS)
+def test_any_text_can_be_learned_from(fitted, texts):
+    many = [*texts, "one more", "and another"]
+    learned = clone(fitted).set_params(max_epochs=1).fit(many, np.arange(len(many)))
+    assert np.isfinite(learned.predict(many)).all()
+
+
+@RARELY
+@given(before=UNICODE, code=st.integers(0xD800, 0xDFFF))
+def test_a_lone_surrogate_is_a_clear_error(fitted, before, code):
+    with pytest.raises(ValueError, match=r"lone surrogates.* in row 1: clean them"):
+        fitted.predict(["fine", before + chr(code)])
+
+
+def test_a_million_characters(fitted):
+    text = "".join(chr(33 + i * i % 90) for i in range(1_000_000))
+    with pytest.warns(UserWarning, match="1 of 2 texts are longer"):
+        cut = fitted.predict([text, "short"])
+    np.testing.assert_allclose(cut[0], fitted.predict([text[:64]])[0], rtol=1e-5)
+    windows = clone(fitted).set_params(long_text="window", max_length=256)
+    windows = windows.fit(["short", "other"] * 9, [1, 2] * 9).predict([text, "short"])
+    assert np.isfinite(windows).all()
+    assert 0 < windows[0] < 3
+    assert windows[0] != windows[1]

@@ -1,0 +1,141 @@
+"""Inside scikit-learn's own meta-estimators, searches and tools."""
+
+import numpy as np
+import pytest
+from scipy.stats import randint
+from sklearn import config_context
+from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
+from sklearn.ensemble import BaggingRegressor, StackingRegressor, VotingRegressor
+from sklearn.experimental import enable_halving_search_cv  # noqa: F401
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.inspection import permutation_importance
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import (
+    GridSearchCV,
+    HalvingGridSearchCV,
+    RandomizedSearchCV,
+    cross_val_predict,
+    cross_validate,
+    learning_curve,
+)
+from sklearn.multioutput import MultiOutputRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder
+
+from sklearn_relish import LLMEncoder
+
+pd = pytest.importorskip("pandas")
+GRID = {"n_iterations": [1, 2], "latent_size": [8, 16]}
+
+
+@pytest.fixture
+def table(reviews):
+    texts, _ = reviews
+    random = np.random.default_rng(1)
+    kinds = random.choice(["film", "play"], len(texts))
+    return pd.DataFrame({"review": texts, "kind": kinds, "seats": random.integers(9, 99, 120)})
+
+
+def tfidf():
+    return make_pipeline(TfidfVectorizer(), Ridge())
+
+
+def test_pipeline(regressor, reviews):
+    texts, y = reviews
+    lower = FunctionTransformer(lambda texts: [text.lower() for text in texts])
+    pipeline = make_pipeline(lower, regressor).fit(texts, y)
+    np.testing.assert_array_equal(
+        pipeline.predict([text.upper() for text in texts]), pipeline.predict(texts)
+    )
+
+
+def test_column_transformer(llm, table, reviews):
+    columns = ColumnTransformer(
+        [("text", LLMEncoder(llm), ["review"]), ("kind", OneHotEncoder(), ["kind"])]
+    )
+    pipeline = make_pipeline(columns, Ridge()).fit(table, reviews[1])
+    assert pipeline.score(table, reviews[1]) > 0.5
+    assert columns.fit(table).get_feature_names_out()[0] == "text__llmencoder0"
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_set_output(llm, reviews, library):
+    pytest.importorskip(library)
+    frame = LLMEncoder(llm).set_output(transform=library).fit_transform(reviews[0])
+    assert type(frame).__module__.partition(".")[0] == library
+    assert frame.shape == (120, 32)
+    assert list(frame.columns)[:2] == ["llmencoder0", "llmencoder1"]
+
+
+def test_transformed_target(regressor, reviews):
+    texts, y = reviews
+    logarithm = TransformedTargetRegressor(regressor, func=np.log, inverse_func=np.exp)
+    assert logarithm.fit(texts, y).score(texts, y) > 0.5
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        lambda regressor: GridSearchCV(regressor, GRID, cv=2),
+        lambda regressor: HalvingGridSearchCV(regressor, GRID, cv=2, min_resources=40),
+        lambda regressor: RandomizedSearchCV(
+            regressor, {"latent_size": [8, 16], "n_iterations": randint(1, 3)}, n_iter=2, cv=2
+        ),
+    ],
+    ids=["GridSearchCV", "HalvingGridSearchCV", "RandomizedSearchCV"],
+)
+def test_searches(regressor, reviews, search):
+    found = search(regressor.set_params(max_epochs=2, n_estimators=1)).fit(*reviews)
+    assert found.best_params_["n_iterations"] in (1, 2)
+    assert np.isfinite(found.predict(reviews[0])).all()
+
+
+def test_cross_validate_with_several_metrics(regressor, reviews):
+    scoring = ["r2", "neg_mean_absolute_error", "explained_variance"]
+    scores = cross_validate(regressor, *reviews, cv=3, scoring=scoring, return_train_score=True)
+    assert np.mean(scores["test_r2"]) > 0.3
+    assert (scores["test_neg_mean_absolute_error"] < 0).all()
+
+
+def test_stacking_and_voting_beside_tfidf(regressor, reviews):
+    both = [("relish", regressor), ("tfidf", tfidf())]
+    texts, y = reviews
+    for ensemble in (StackingRegressor(both, cv=2), VotingRegressor(both)):
+        assert ensemble.fit(np.array(texts, dtype=object), y).score(texts, y) > 0.5
+
+
+def test_bagging_of_tables(regressor, table, reviews):
+    bagging = BaggingRegressor(regressor, n_estimators=2, random_state=0).fit(table, reviews[1])
+    assert np.isfinite(bagging.predict(table)).all()
+
+
+def test_multi_output(regressor, reviews):
+    texts, y = reviews
+    both = MultiOutputRegressor(regressor).fit(texts, np.stack([y, -y], axis=1)).predict(texts)
+    one = regressor.fit(texts, y).predict(texts)
+    np.testing.assert_allclose(both[:, 0], one)
+
+
+def test_learning_curve(regressor, reviews):
+    sizes, _, scores = learning_curve(regressor, *reviews, train_sizes=[15, 60], cv=2)
+    assert sizes.tolist() == [15, 60]
+    assert scores[1].mean() > scores[0].mean()
+
+
+def test_permutation_importance_of_columns(regressor, table, reviews):
+    regressor.set_params(max_epochs=20).fit(table, reviews[1])
+    found = permutation_importance(regressor, table, reviews[1], n_repeats=2, random_state=0)
+    assert found.importances_mean.argmax() == 0  # the review, of which y was made
+
+
+def test_metadata_routing(regressor, reviews):
+    texts, y = reviews
+    weight = np.tile([0.0, 1.0], 60)
+    with config_context(enable_metadata_routing=True):
+        regressor.set_fit_request(sample_weight=True)
+        pipeline = make_pipeline(FunctionTransformer(), regressor)
+        routed = cross_val_predict(pipeline, texts, y, cv=2, params={"sample_weight": weight})
+        assert np.isfinite(routed).all()
+        pipeline.fit(texts, y, sample_weight=weight)
+    direct = regressor.fit(texts, y, sample_weight=weight).predict(texts)
+    np.testing.assert_array_equal(pipeline.predict(texts), direct)

@@ -99,7 +99,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         distributions, with a log-link, as in scikit-learn: predictions are above 0.
     quantile : float or list of float, default=0.5
         With ``loss="quantile"`` what is asked for; several, in rising order, share each head and
-        never cross. `predict` then gives the one nearest to the median, `predict_quantiles` all.
+        never cross. `predict` then gives the one nearest to the median, or the mean of the two
+        that are, `predict_quantiles` all.
     learning_rate : float, default=5e-4
         Peak of the one-cycle schedule of AdamW.
     weight_decay : float, default=0.01
@@ -158,7 +159,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         RELISH heads, ``head_.linear`` is the linear path or None.
     validation_score_ : float or None
         R² of what was foretold of the held-out rows by heads and ridges that had not seen them.
-        None without held-out rows.
+        None without held-out rows, after a warm start, and after `partial_fit`.
     layer_ : int
         The layer that was read, from 1.
     layer_scores_ : dict of int to float, or None
@@ -515,7 +516,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         Raises
         ------
         ValueError
-            If nothing was held out, or too little for `coverage`.
+            If nothing was held out, or too little for `coverage`; after a warm start and
+            `partial_fit` too, as the heads may have seen any row.
         """
         check_is_fitted(self)
         if not 0 < coverage < 1:

@@ -7,8 +7,8 @@ cells 1,000 rows of train.csv are learned from, and the figure is 100 r on the o
 evaluation.py trains on; no row of the other files is read. The head's settings are varied for a
 single head, without the linear path; what stands beside it, and a few settings of the whole, come
 last. A line of the output for each cell and variant, none of which is run twice, and a table at the
-end: the mean over the cells of the difference from the base, its standard error, and in how many
-cells it is a gain.
+end: the mean over the cells that have both of the difference from the base, or for a setting of the
+whole from the whole, its standard error, and in how many cells it is a gain.
 """
 
 import argparse
@@ -84,12 +84,13 @@ def main() -> None:
                 print(key, f"{results.lines[-1]['r']:.1f}", flush=True)
 
     cells = pd.DataFrame(results.lines).pivot(index="variant", columns=["model", "set"], values="r")
-    gains = (cells - cells.loc["base"]).loc[[name for name in VARIANTS if name in cells.index]]
-    print("| variant | mean r | gain | in cells |\n| --- | --- | --- | --- |")
-    for variant, gain in gains.iterrows():
+    print("| variant | beside | gain | in cells |\n| --- | --- | --- | --- |")
+    for variant in [name for name in VARIANTS if name in cells.index]:
+        beside = "all of it" if variant.startswith("all, ") else "base"
+        gain = (cells.loc[variant] - cells.loc[beside]).dropna()
         error = gain.std() / np.sqrt(len(gain))
         print(
-            f"| {variant} | {cells.loc[variant].mean():.1f} | {gain.mean():+.1f} ± {error:.1f}"
+            f"| {variant} | {beside} | {gain.mean():+.1f} ± {error:.1f}"
             f" | {(gain > 0).sum()} of {len(gain)} |"
         )
 

@@ -395,7 +395,7 @@ def picture(lines: pd.DataFrame, path: Path) -> None:
     seaborn.barplot(cells, x="r", y="method", order=order, errorbar=None, color="0.85", ax=axes)
     seaborn.stripplot(cells, x="r", y="method", hue="set", order=order, jitter=False, ax=axes)
     axes.set(xlabel="100 r (points: sets and models, bars: macro average)", ylabel="")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     seaborn.despine(figure)
     figure.savefig(path)
 

@@ -36,6 +36,7 @@ from sklearn.pipeline import make_pipeline
 from skrub import LLMEncoder as SkrubEncoder
 
 from sklearn_relish import FrozenLLM, LLMEncoder, RelishRegressor, StateStore
+from sklearn_relish.objectives import Objective
 from sklearn_relish.states import TokenStates
 from sklearn_relish.training import Examples, auto_epochs, head_answers, new_head, train_head
 
@@ -78,7 +79,8 @@ def seconds_of_heads(states: TokenStates, y: np.ndarray, llm: FrozenLLM) -> floa
             head,
             examples[learned],
             examples[held_out],
-            **{name: defaults[name] for name in ("loss", "learning_rate", "weight_decay")},
+            objective=Objective(defaults["loss"]),
+            **{name: defaults[name] for name in ("learning_rate", "weight_decay")},
             batch_size=defaults["batch_size"],
             max_epochs=auto_epochs(len(learned), defaults["batch_size"]),
             n_iter_no_change=None,

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from sklearn_relish.head import RMS_EPSILON, RelishHead
+from sklearn_relish.objectives import Objective
 from sklearn_relish.states import TokenStates
 
 
@@ -135,7 +136,7 @@ def textbook_fit(
 def settings(batch_size: int, epochs: int, device: torch.device, seed: int = 0) -> dict:
     """What `train_head` is told beside its data: the estimator's defaults."""
     return {
-        "loss": "huber",
+        "objective": Objective("huber"),
         "learning_rate": 5e-4,
         "weight_decay": 0.01,
         "batch_size": batch_size,

@@ -24,7 +24,7 @@ from sklearn_relish import RelishRegressor
 
 
 def functions_of(path: Path) -> list[tuple[str, int]]:
-    """Source and complexity of each function at a module's top level, of 3 to 40 lines."""
+    """Source and complexity of each function at a module's top level, of 3 to 30 lines."""
     source = path.read_text(encoding="utf-8", errors="ignore")
     tree = ast.parse(source)
     visitor = PathGraphingAstVisitor()
@@ -34,7 +34,7 @@ def functions_of(path: Path) -> list[tuple[str, int]]:
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.lineno in complexity:
             text = ast.get_source_segment(source, node)
-            if 3 <= text.count("\n") + 1 <= 40:
+            if 3 <= text.count("\n") + 1 <= 30:
                 found.append((text, complexity[node.lineno]))
     return found
 

@@ -1,4 +1,4 @@
-"""One language model, several questions: what two sets of critics and the clock say of a film.
+"""One language model, several questions: what critics and the clock say of a film.
 
     python examples/one_backbone.py
 
@@ -20,10 +20,10 @@ from sklearn_relish import FrozenLLM, RelishRegressor, StateStore
 
 QUERY = """
     SELECT Title AS title, Year AS year, Genre AS genre, Director AS director,
-           Meter AS tomatometer, Metacritic AS metacritic, Runtime AS minutes
+           Meter AS tomatometer, Runtime AS minutes
     FROM omdb JOIN tomatoes USING (ID) WHERE Meter IS NOT NULL AND Reviews >= 50
 """
-TARGETS = ["tomatometer", "metacritic", "minutes"]
+TARGETS = ["tomatometer", "minutes"]
 
 
 def main(n_films: int = 1500) -> None:

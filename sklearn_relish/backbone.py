@@ -7,6 +7,7 @@ It knows neither scikit-learn nor the head.
 from __future__ import annotations
 
 import hashlib
+import json
 import numbers
 import os
 import threading
@@ -45,6 +46,7 @@ SHORTEST = {"cpu": 1.0, "mps": 0.875, "cuda": 0.875}
 ENOUGH_TOKENS = {"cpu": 0, "mps": 4_096, "cuda": 4_096}
 TOKENIZE_TEXTS = 256  # texts tokenized at once: a token takes 100 bytes while they are
 WINDOW_TEXTS = 4_096  # texts sorted by length together, while the next so many are tokenized
+GROUP_BUDGETS = 16  # budgets of tokens in windows that are read before their texts are joined
 OVERLAP = 4  # a window of a long text has one in so many of its tokens from the one before
 MODEL_SUFFIXES = {".bin", ".jinja", ".json", ".model", ".py", ".safetensors", ".spm", ".txt"}
 # Keyword arguments that find a model; configuration and tokenizer take them too.
@@ -214,7 +216,8 @@ class FrozenLLM:
             for name, value in (self.model_kwargs or {}).items()
             if name not in NEUTRAL_KWARGS
         }
-        digest.update(repr(sorted(changes.items())).encode())
+        told = json.dumps(changes, sort_keys=True, default=_told) if changes else "[]"
+        digest.update(told.encode())
         return digest.hexdigest()[:32]
 
     @property
@@ -291,9 +294,9 @@ class FrozenLLM:
         turns = [[{"role": "user", "content": text}] for text in texts]
         chats = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         begin = tokenizer.bos_token or ""
-        if begin and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
-            return [chat.removeprefix(begin) for chat in chats]  # it will be put there
-        return chats
+        with self._tokenizing:
+            begins = bool(begin) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+        return [chat.removeprefix(begin) for chat in chats] if begins else chats
 
     def read(
         self, texts: list[str], *, layers: Sequence[int], max_length: int, windows: bool = False
@@ -349,9 +352,10 @@ class FrozenLLM:
                 following = texts[start + WINDOW_TEXTS : start + 2 * WINDOW_TEXTS]
                 if following:
                     waiting = beside.submit(self._tokenize, following, max_length, windows)
-                batches = self._read_tokens([piece.ids for piece in pieces], layers)
-                for rows, states in _joined(batches, pieces):
-                    yield rows + start, states, full_lengths[rows]
+                for group in _grouped(pieces, GROUP_BUDGETS * self.token_budget):
+                    batches = self._read_tokens([piece.ids for piece in group], layers)
+                    for rows, states in _joined(batches, group):
+                        yield rows + start, states, full_lengths[rows]
                 if following:
                     tokenized = waiting.result()
 
@@ -476,10 +480,12 @@ class FrozenLLM:
         with self._tokenizing:  # a tokenizer's truncation is a state that threads would share
             for start in range(0, len(texts), TOKENIZE_TEXTS):
                 some = texts[start : start + TOKENIZE_TEXTS]
-                for row, ids in enumerate(self.tokenizer(some, verbose=False)["input_ids"], start):
+                found = self.tokenizer(some, verbose=False, return_special_tokens_mask=windows)
+                for row, ids in enumerate(found["input_ids"], start):
                     full_lengths[row] = len(ids)
                     if len(ids) > window and windows:
-                        pieces += self._windows(row, texts[row], window)
+                        special = found["special_tokens_mask"][row - start]
+                        pieces += self._windows(row, ids, special, window)
                         continue
                     if len(ids) > window:  # again, so that a closing special token stays
                         ids = self.tokenizer(texts[row], truncation=True, max_length=window)
@@ -489,38 +495,27 @@ class FrozenLLM:
                     pieces.append(_Piece(row, ids, 0, len(ids), 1))
         return pieces, full_lengths
 
-    def _windows(self, row: int, text: str, window: int) -> list[_Piece]:
-        """A long text's windows; each has the special tokens, of which the first and last tell."""
-        overlap = window // OVERLAP
-        if window - overlap <= self.tokenizer.num_special_tokens_to_add():
+    def _windows(self, row: int, ids: list[int], special: list[int], window: int) -> list[_Piece]:
+        """A long text's windows; each has the special tokens, of which the outermost tell."""
+        n_before, n_after = special.index(0), special[::-1].index(0)
+        content = ids[n_before : len(ids) - n_after]
+        n_content, overlap = window - n_before - n_after, window // OVERLAP
+        if n_content <= overlap:
             raise ValueError(
                 f"Windows of {window} tokens have no room for a text beside the special tokens of"
                 f" {self.model!r}: raise max_length."
             )
-        if not self.tokenizer.is_fast:
-            raise ValueError(
-                f"{type(self.tokenizer).__name__} of {self.model!r} can't cut a text into windows:"
-                " only a fast tokenizer can. Pass long_text='truncate'."
-            )
-        found = self.tokenizer(
-            text,
-            truncation=True,
-            max_length=window,
-            stride=overlap,
-            return_overflowing_tokens=True,
-            return_special_tokens_mask=True,
-        )
+        starts = range(0, max(1, len(content) - overlap), n_content - overlap)
         pieces = []
-        n_windows = len(found["input_ids"])
-        for number, (ids, special) in enumerate(
-            zip(found["input_ids"], found["special_tokens_mask"], strict=True)
-        ):
-            begin, end = 0, len(ids)
-            if number > 0:
-                begin = overlap + special.index(0)
-            if number < n_windows - 1:
-                end -= special[::-1].index(0)
-            pieces.append(_Piece(row, np.asarray(ids, dtype=np.int64), begin, end, n_windows))
+        for start in starts:
+            some = [
+                *ids[:n_before],
+                *content[start : start + n_content],
+                *ids[len(ids) - n_after :],
+            ]
+            begin = n_before + overlap if start > 0 else 0
+            end = len(some) if start == starts[-1] else len(some) - n_after
+            pieces.append(_Piece(row, np.array(some, dtype=np.int64), begin, end, len(starts)))
         return pieces
 
     @property
@@ -672,6 +667,11 @@ class FrozenLLM:
             ) from error
 
 
+def _told(value: Any) -> Any:
+    """A value of `model_kwargs` as JSON tells it, the same before and after it has been kept."""
+    return value.to_dict() if hasattr(value, "to_dict") else str(value).removeprefix("torch.")
+
+
 class _Piece(NamedTuple):
     """Tokens that are read together: a text, or one window of a text.
 
@@ -685,26 +685,41 @@ class _Piece(NamedTuple):
     n_pieces: int
 
 
+def _grouped(pieces: list[_Piece], n_tokens: int) -> Iterator[list[_Piece]]:
+    """Texts without windows all together, those in windows a few at a time, up to so many tokens.
+
+    Their states can't be handed on before all windows of a text have been read.
+    """
+    whole = [piece for piece in pieces if piece.n_pieces == 1]
+    if whole:
+        yield whole
+    group: list[_Piece] = []
+    for piece in pieces:
+        if piece.n_pieces > 1:
+            group.append(piece)
+            complete = sum(some.row == piece.row for some in group[-piece.n_pieces :])
+            if complete == piece.n_pieces and sum(len(some.ids) for some in group) >= n_tokens:
+                yield group
+                group = []
+    if group:
+        yield group
+
+
 def _joined(
     batches: Iterator[tuple[np.ndarray, list[TokenStates]]], pieces: list[_Piece]
 ) -> Iterator[tuple[np.ndarray, list[TokenStates]]]:
     """The same by text: those in windows once all of their windows have been read."""
     read: dict[int, dict[int, list[Tensor]]] = {}  # by text, window and layer
     for batch, states in batches:
-        whole = np.array([pieces[number].n_pieces == 1 for number in batch])
-        rows = np.array([pieces[number].row for number in batch])
-        if whole.all():
-            yield rows, states
+        if pieces[batch[0]].n_pieces == 1:
+            yield np.array([pieces[number].row for number in batch]), states
             continue
-        chosen = torch.from_numpy(np.flatnonzero(whole))
-        if len(chosen):
-            there = states[0].device
-            yield rows[whole], [some[chosen].to(there) for some in states]
         values = [list(some) for some in states]
-        for place in np.flatnonzero(~whole):
-            piece = pieces[batch[place]]
+        for place, number in enumerate(batch):
+            piece = pieces[number]
             windows = read.setdefault(piece.row, {})
-            windows[batch[place]] = [some[place][piece.begin : piece.end] for some in values]
+            # A copy: a view would hold the whole batch.
+            windows[number] = [some[place][piece.begin : piece.end].clone() for some in values]
             if len(windows) == piece.n_pieces:
                 parts = zip(*(windows[number] for number in sorted(windows)), strict=True)
                 text = [torch.cat(some) for some in parts]

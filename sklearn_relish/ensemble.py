@@ -78,7 +78,7 @@ def fit_ensemble(
     n_rows = len(examples.states)
     heads, trainings = [], []
     foretold = np.zeros((n_rows, examples.y.shape[1] * objective.n_answers))
-    times = np.zeros(n_rows)
+    known, times = np.zeros_like(foretold), np.zeros(n_rows)
     linear_path = linear_path and objective.of_mean
     for number, rows in enumerate(held_out):
         learned = np.setdiff1d(np.arange(n_rows), rows)
@@ -97,11 +97,12 @@ def fit_ensemble(
             times[rows] += 1
             if linear_path:
                 y, weight = examples.y[learned].numpy(), examples.weight[learned].numpy()
-                foretold[rows] -= np.average(y, axis=0, weights=weight)
+                known[rows] += np.average(y, axis=0, weights=weight)
         heads.append(head)
         trainings.append(course)
     foretold[times == 0] = np.nan
     foretold /= np.maximum(times, 1)[:, None]
+    known /= np.maximum(times, 1)[:, None]
     _, first = np.unique(text, return_index=True)
     chosen = np.sort(random.permutation(len(first))[:RIDGE_TEXTS])
     seen = times[first[chosen]] > 0
@@ -110,7 +111,7 @@ def fit_ensemble(
     if linear_path:
         weighed = np.full((len(first), foretold.shape[1]), np.nan)
         weighed[chosen] = _set_linear_path(
-            ensemble, examples.merged(text)[chosen], seen, foretold[first[chosen]]
+            ensemble, examples.merged(text)[chosen], seen, (foretold - known)[first[chosen]]
         )
         foretold = weighed[text]
     return Fitted(ensemble.eval(), trainings, foretold)
@@ -121,7 +122,8 @@ def _set_linear_path(
 ) -> np.ndarray:
     """Fit the ridges, weigh them and the heads on the texts that were held out, set weights.
 
-    What all of them together foretell of each text is returned.
+    `foretold` is what heads foretold, less the mean that they knew. What all of them together
+    foretell of each text is returned.
     """
     y, weight = texts.y.double().numpy(), texts.weight.double().numpy()
     ridges = fit_ridges(texts.states, ensemble.state_norm, y, weight)

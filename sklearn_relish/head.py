@@ -4,8 +4,10 @@ The network of Su and Lease (arXiv 2604.01206): project the token states, let a 
 attend to them a few times, read the answer off the latent. It knows tensors and nothing else.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -318,6 +320,17 @@ class RelishEnsemble(nn.Module):
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
 
+    @classmethod
+    def beside(
+        cls, known: RelishEnsemble, heads: Iterable[RelishHead], objective: Objective
+    ) -> RelishEnsemble:
+        """Other heads in the place of a known ensemble's, beside its linear path."""
+        ensemble = cls(list(heads), known.linear is not None, objective)
+        ensemble.share.copy_(known.share)
+        if ensemble.linear is not None:
+            ensemble.linear.load_state_dict(known.linear.state_dict())
+        return ensemble.eval()
+
     def __getstate__(self) -> dict[str, Any]:
         """Arrays and plain values alone, which open wherever NumPy does."""
         weights = {name: weight.cpu().numpy() for name, weight in self.state_dict().items()}
@@ -337,7 +350,7 @@ class RelishEnsemble(nn.Module):
         with torch.device("meta"):
             heads = [RelishHead(**state["sizes"]) for _ in range(state["n_heads"])]
             self.__init__(heads, state["linear_path"], objective)
-        weights = {name: torch.from_numpy(array) for name, array in state["weights"].items()}
+        weights = {name: torch.tensor(array) for name, array in state["weights"].items()}
         self.load_state_dict(weights, assign=True)
         self.eval()
 

@@ -62,7 +62,7 @@ class Conformal:
         """
         bound = coverage * (self.weight.sum() + 1)
         if bound > self.weight.sum():
-            needed = math.ceil(coverage / (1 - coverage))
+            needed = math.ceil(coverage / (1 - coverage) - 1e-9)
             raise ValueError(
                 f"coverage={coverage} needs {needed} held-out rows, and there were"
                 f" {len(self.weight)}: fit on more, hold out a larger validation_fraction, or ask"

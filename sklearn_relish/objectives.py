@@ -72,10 +72,13 @@ class Objective:
         return rising.cumsum(2).flatten(1)
 
     def point(self, responses: Tensor) -> Tensor:
-        """One response for each output, (n, n_outputs): of several quantiles the middle one."""
+        """One response for each output, (n, n_outputs): of several quantiles the middle one.
+
+        Where two are as near to the median as each other, their mean.
+        """
         if self.n_answers == 1:
             return responses
-        return responses.unflatten(1, (-1, self.n_answers))[:, :, middle(self.quantiles)]
+        return responses.unflatten(1, (-1, self.n_answers))[:, :, middle(self.quantiles)].mean(2)
 
     def losses(self, raw: Tensor, y: Tensor) -> Tensor:
         """Loss of each output, (n, n_outputs), of raw answers for targets of that shape."""
@@ -97,12 +100,13 @@ class Objective:
         return sum(losses) / len(losses)
 
 
-def middle(quantiles: Sequence[float]) -> int:
-    """The place of the quantile that is nearest to the median.
+def middle(quantiles: Sequence[float]) -> list[int]:
+    """The places of the quantiles that are nearest to the median: one, or two on its sides.
 
     Examples
     --------
-    >>> middle([0.05, 0.5, 0.95])
-    1
+    >>> middle([0.05, 0.5, 0.95]), middle([0.05, 0.95])
+    ([1], [0, 1])
     """
-    return min(range(len(quantiles)), key=lambda place: abs(quantiles[place] - 0.5))
+    far = [abs(quantile - 0.5) for quantile in quantiles]
+    return [place for place, some in enumerate(far) if some < min(far) + 1e-9]

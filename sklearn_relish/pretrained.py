@@ -31,7 +31,9 @@ PLAIN = (
     *("_llm_fingerprint", "_llm_revision"),
 )
 ARRAYS = ("_y_mean", "_y_scale")
-UNSAFE = {"trust_remote_code": False, "use_safetensors": True}  # values that a file may ask for
+# What a file may ask for in `model_kwargs`; anything else could run or write what it likes.
+HARMLESS = {"revision", "subfolder", "quantization_config", "attn_implementation"}
+ATTENTION = {"eager", "sdpa", "flash_attention_2"}
 CARD_TEXT = """---
 {{ card_data }}
 ---
@@ -64,6 +66,11 @@ def save(
     """Write the folder, see `RelishRegressor.save_pretrained`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / CONFIG).exists() and not _is_ours(folder / CONFIG):
+        raise FileExistsError(
+            f"{(folder / CONFIG).absolute()} is not a RelishRegressor's, and would be lost: choose"
+            " another folder."
+        )
     parameters = {
         name: value
         for name, value in regressor.get_params(deep=False).items()
@@ -87,7 +94,9 @@ def save(
         weights["conformal.scores"] = regressor._conformal.scores
         weights["conformal.weight"] = regressor._conformal.weight
     try:
-        config = json.dumps({"parameters": parameters, "fitted": fitted}, indent=2, default=_plain)
+        config = json.dumps(
+            _without_nan({"parameters": parameters, "fitted": fitted}), indent=2, default=_plain
+        )
     except TypeError as error:
         raise TypeError(f"A parameter can't be kept in {CONFIG}: {error}") from None
     save_file(
@@ -128,22 +137,25 @@ def load(
                 f"{folder.absolute()} holds no regressor that save_pretrained has written: it has"
                 f" no {name}."
             )
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    if "fitted" not in config:
+    if not _is_ours(folder / CONFIG):
         raise ValueError(
             f"{(folder / CONFIG).absolute()} is not the configuration of a RelishRegressor."
         )
-    kept, fitted = config["parameters"] | parameters, config["fitted"]
-    if "model_kwargs" not in parameters:
-        for name, safe in UNSAFE.items():
-            if (kept["model_kwargs"] or {}).get(name, safe) != safe:
-                raise ValueError(
-                    f"{CONFIG} asks for {name}={not safe}, which may run foreign code: if you trust"
-                    f" it, pass model_kwargs={kept['model_kwargs']!r} yourself."
-                )
-    regressor = cls(**kept)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    fitted = config["fitted"]
+    kept = {
+        name: value for name, value in config["parameters"].items() if name not in OF_THE_MACHINE
+    }
+    if isinstance(parameters.get("model"), FrozenLLM):  # which has these itself
+        kept |= {"dtype": "auto", "model_kwargs": None}
+    elif "model_kwargs" not in parameters:
+        kept["model_kwargs"] = _checked_kwargs(kept["model_kwargs"])
+        if "model" not in parameters and fitted["_llm_revision"] is not None:
+            pinned = {"revision": fitted["_llm_revision"]}
+            kept["model_kwargs"] = pinned | (kept["model_kwargs"] or {})
+    regressor = cls(**kept | parameters)
     arrays = load_file(folder / WEIGHTS)
-    head = fitted.pop("head")
+    head = fitted["head"]
     head["weights"] = {
         name.removeprefix("head."): array
         for name, array in arrays.items()
@@ -157,14 +169,41 @@ def load(
     if fitted["layer_scores_"] is not None:
         fitted["layer_scores_"] = {int(n): r2 for n, r2 in fitted["layer_scores_"].items()}
     if "feature_names_in_" in fitted:
-        fitted["feature_names_in_"] = np.array(fitted["feature_names_in_"], dtype=object)
-    for name, value in fitted.items():
-        setattr(regressor, name, value)
+        regressor.feature_names_in_ = np.array(fitted["feature_names_in_"], dtype=object)
+    for name in PLAIN:
+        setattr(regressor, name, fitted[name])
     regressor._conformal = None
     if "conformal.scores" in arrays:
         scores, weight = arrays["conformal.scores"], arrays["conformal.weight"]
         regressor._conformal = Conformal(regressor.head_.objective, scores, weight)
     return regressor
+
+
+def _is_ours(config: Path) -> bool:
+    try:
+        return "fitted" in json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+
+
+def _checked_kwargs(kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+    """`model_kwargs` of a file, unless they could run foreign code."""
+    for name, value in (kwargs or {}).items():
+        if name not in HARMLESS or (name == "attn_implementation" and value not in ATTENTION):
+            raise ValueError(
+                f"{CONFIG} asks for {name}={value!r}, which may run foreign code: if you trust it,"
+                f" pass model_kwargs={kwargs!r} yourself."
+            )
+    return kwargs
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with None for NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {name: _without_nan(some) for name, some in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(some) for some in value]
+    return None if isinstance(value, float) and value != value else value
 
 
 def _card(
@@ -214,7 +253,7 @@ def _card(
 
 
 def _plain(value: Any) -> Any:
-    """What JSON knows of a value, for the others that parameters may have."""
+    """What JSON knows of a value that is none of its own."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):

@@ -102,7 +102,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         distributions, with a log-link, as in scikit-learn: predictions are above 0.
     quantile : float or list of float, default=0.5
         With ``loss="quantile"`` what is asked for; several, in rising order, share each head and
-        never cross. `predict` then gives the one nearest to the median, `predict_quantiles` all.
+        never cross. `predict` then gives the one nearest to the median, or the mean of the two
+        that are, `predict_quantiles` all.
     learning_rate : float, default=5e-4
         Peak of the one-cycle schedule of AdamW.
     weight_decay : float, default=0.01
@@ -151,7 +152,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         Above 0, bars show the texts read and the epochs.
     warm_start : bool, default=False
         Whether `fit` goes on from the heads of the fit before, in its units of the target, at its
-        layer and with its columns, instead of from fresh weights.
+        layer and with its columns, instead of from fresh weights. The linear path stays as it is,
+        and there are no intervals: the heads may have seen the rows that are held out now.
 
     Attributes
     ----------
@@ -160,7 +162,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         RELISH heads, ``head_.linear`` is the linear path or None.
     validation_score_ : float or None
         R² of what was foretold of the held-out rows by heads and ridges that had not seen them.
-        None without held-out rows.
+        None without held-out rows, after a warm start, and after `partial_fit`.
     layer_ : int
         The layer that was read, from 1.
     layer_scores_ : dict of int to float, or None
@@ -346,8 +348,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         going_on = self.warm_start and hasattr(self, "head_")
         rows = self._check_rows(X, y, sample_weight, going_on)
         n_estimators = self._n_estimators(len(rows.texts), going_on)
-        numbers: dict[str, int] = {}
-        text = np.array([numbers.setdefault(some, len(numbers)) for some in rows.texts])
+        text = _numbered(rows.texts)
         random = check_random_state(self.random_state)
         held_out = self._held_out(text, n_estimators, random)
         if not going_on:
@@ -362,17 +363,21 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         max_epochs = self.max_epochs
         if max_epochs == "auto":
             max_epochs = auto_epochs(len(text) - len(held_out[0]), self.batch_size)
-        self.head_, trainings, foretold = fit_ensemble(
+        ensemble, trainings, foretold = fit_ensemble(
             Examples.of(states, rows.targets, rows.weight),
             text,
             held_out,
             make_head=make_head,
-            linear_path=self.linear_path,
+            linear_path=self.linear_path and not going_on,
             random=random,
             max_epochs=max_epochs,
             n_iter_no_change=self.n_iter_no_change,
             **self._training(rows.objective),
         )
+        if going_on:  # rows that a head has seen before tell nothing of what it is worth
+            ensemble = RelishEnsemble.beside(self.head_, ensemble.heads, rows.objective)
+            foretold = np.full_like(foretold, np.nan)
+        self.head_ = ensemble
         self._learned_from(rows)
         self.history_ = [
             {"estimator": number, **epoch}
@@ -387,8 +392,11 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             told, targets, weight = foretold[seen], rows.targets[seen], rows.weight[seen]
             self._conformal = Conformal.of(rows.objective, told, targets, weight)
             point = rows.objective.point(torch.from_numpy(told)).numpy()
-            if len(point) > 1:
-                self.validation_score_ = r2_score(targets, point, sample_weight=weight)
+            varied = rows.scale > 0
+            if len(point) > 1 and varied.any():
+                self.validation_score_ = r2_score(
+                    targets[:, varied], point[:, varied], sample_weight=weight
+                )
 
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(
@@ -426,8 +434,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         n_estimators = self._n_estimators(0, going_on)
         random = check_random_state(self.random_state)
         if not going_on:
-            text = np.unique(rows.texts, return_inverse=True)[1]
-            self.layer_, self.layer_scores_ = self._find_layer(rows, text, random)
+            self.layer_, self.layer_scores_ = self._find_layer(rows, _numbered(rows.texts), random)
         states = self._states(rows.texts, self.layer_)
         if not going_on:
             sizes = self._head_sizes(states.hidden_size, rows.targets.shape[1], rows.objective)
@@ -449,7 +456,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
                 **self._training(rows.objective),
             )
             history += [{"estimator": number, **epoch} for epoch in training.history]
-        self.head_ = ensemble
+        self.head_ = RelishEnsemble.beside(self.head_, ensemble.heads, rows.objective)
         self._learned_from(rows)
         self.history_ = self.history_ + history
         self.n_epochs_ = len(self.history_)
@@ -561,7 +568,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         Raises
         ------
         ValueError
-            If nothing was held out, or too little for `coverage`.
+            If nothing was held out, or too little for `coverage`; after a warm start and
+            `partial_fit` too, as the heads may have seen any row.
         """
         check_is_fitted(self)
         if not 0 < coverage < 1:
@@ -684,14 +692,15 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         texts = self._render(table)
         y, weight = y[used], weight[used]
         y_shape, y = y.shape[1:], y.reshape(len(y), -1)
-        mean, scale = _units(y, weight, objective)
         if going_on:
             self._check_going_on(objective, y.shape[1])
-            if (self._y_scale > 0).all():
-                mean, scale = self._y_mean, self._y_scale
+        kept = self._y_scale > 0 if going_on else np.zeros(y.shape[1], dtype=bool)
+        mean, scale = _units(y, weight, objective, kept)
+        if kept.any():
+            mean, scale = np.where(kept, self._y_mean, mean), np.where(kept, self._y_scale, scale)
         return _Rows(
             texts=[texts[row] for row in used],
-            targets=(y - mean) / np.where(scale > 0, scale, 1.0),
+            targets=_standardized(y, mean, scale, objective),
             weight=weight / weight.mean(),
             mean=mean,
             scale=scale,
@@ -727,7 +736,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         before, head = self.head_.objective, self.head_.heads[0]
         known = head.sizes | {"n_outputs": self.n_outputs_, "log-link": before.log_link}
         known |= {"number of quantiles": before.n_answers}
-        wanted = self._head_sizes(head.sizes["input_size"], n_outputs, objective)
+        wanted = self._head_sizes(self._llm().hidden_size, n_outputs, objective)
         wanted |= {"n_outputs": n_outputs, "log-link": objective.log_link}
         wanted |= {"number of quantiles": objective.n_answers}
         for name, value in known.items():
@@ -736,6 +745,11 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
                     f"The heads to go on with have {name}={value}, and {wanted[name]} is asked for:"
                     " keep to that, or fit anew with warm_start=False."
                 )
+        if self.head_.linear is not None and not objective.of_mean:
+            raise ValueError(
+                f"Ridges stand beside the heads to go on with, and loss={self.loss!r} asks for"
+                " something else than their mean: fit anew with warm_start=False."
+            )
 
     def _n_estimators(self, n_rows: int, going_on: bool) -> int:
         """Heads to fit; as many as there are, to go on with them."""
@@ -886,16 +900,32 @@ class _Rows(NamedTuple):
     objective: Objective
 
 
+def _numbered(texts: list[str]) -> np.ndarray:
+    """A number from 0 for each text, the same for equal ones."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int64)
+
+
+def _standardized(
+    y: np.ndarray, mean: np.ndarray, scale: np.ndarray, objective: Objective
+) -> np.ndarray:
+    """Targets in standardized units; of a constant one whatever the loss has its minimum at."""
+    nothing = 1.0 if objective.log_link else 0.0
+    return np.where(scale > 0, (y - mean) / np.where(scale > 0, scale, 1.0), nothing)
+
+
 def _units(
-    y: np.ndarray, weight: np.ndarray, objective: Objective
+    y: np.ndarray, weight: np.ndarray, objective: Objective, kept: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The mean and the scale of targets: 0 and their mean under a log-link.
 
-    A constant target has scale 0, so the head's answer falls away and the constant is left.
+    A constant target has scale 0, so the head's answer falls away and the constant is left. Of
+    the columns that are `kept` other units are known.
     """
     constant = np.ptp(y, axis=0) == 0
-    if constant.any():
-        which = f" in columns {np.flatnonzero(constant).tolist()}" if len(constant) > 1 else ""
+    if (constant & ~kept).any():
+        columns = np.flatnonzero(constant & ~kept).tolist()
+        which = f" in columns {columns}" if len(constant) > 1 else ""
         warnings.warn(
             f"y is constant{which}: the prediction will be that constant.",
             UserWarning,

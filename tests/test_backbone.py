@@ -386,6 +386,37 @@ def test_states_of_a_window_are_those_of_the_window_alone():
         torch.testing.assert_close(states[first : begin + 64], expected)
 
 
+def test_windows_are_in_order_where_the_tokenizer_cuts_on_the_left():
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    other = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    other.tokenizer.truncation_side = "left"
+    text = "".join(chr(97 + (7 * i) % 26) for i in range(150))
+    found = [
+        next(iter(next(some.read([text], layers=[2], max_length=64, windows=True))[1][0]))
+        for some in (llm, other)
+    ]
+    torch.testing.assert_close(*found)
+
+
+def test_long_texts_are_handed_on_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr("sklearn_relish.backbone.GROUP_BUDGETS", 1)
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    llm.token_budget = 256
+    passes, start = [], FrozenLLM._start_pass
+
+    def counted(self, batch, layers):
+        passes.append(len(batch))
+        return start(self, batch, layers)
+
+    monkeypatch.setattr(FrozenLLM, "_start_pass", counted)
+    reading = llm.read(
+        [chr(97 + i) * 300 for i in range(20)], layers=[2], max_length=64, windows=True
+    )
+    next(reading)
+    assert sum(passes) < 20  # of 120 windows
+    assert len({int(row) for rows, *_ in reading for row in rows}) == 19
+
+
 def test_windows_too_narrow_for_the_special_tokens():
     llm = FrozenLLM(tiny_model("bert"), device="cpu", dtype="float32")
     with pytest.raises(ValueError, match=r"no room for a text.*raise max_length"):

@@ -12,12 +12,12 @@ pytest.importorskip("bokeh_sampledata", reason="pip install -e '.[test]'")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SIZES = {
-    "code_complexity": (100, "rank correlation"),
-    "films_columns": (60, "R² of all columns"),
-    "grid_search": (60, "48 films, 48 of them read"),
-    "intervals": (100, "a width for each"),
-    "one_backbone": (60, "minutes"),
-    "sentence_pairs": (60, "the better film is told in"),
+    "code_complexity": (40, "rank correlation"),
+    "films_columns": (40, "R² of all columns"),
+    "grid_search": (40, "32 films, 32 of them read"),
+    "intervals": (40, "a width for each"),
+    "one_backbone": (40, "minutes"),
+    "sentence_pairs": (40, "the better film is told in"),
 }
 
 

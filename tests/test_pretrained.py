@@ -52,6 +52,8 @@ def test_several_targets_and_a_shared_model(tmp_path):
     assert (opened.dtype, opened.memory) == ("float32", tmp_path / "states")
     assert opened.model_kwargs == {"attn_implementation": "eager"}
     np.testing.assert_array_equal(opened.predict(texts), regressor.predict(texts))
+    opened = RelishRegressor.from_pretrained(tmp_path, model=llm)
+    np.testing.assert_array_equal(opened.predict(texts), regressor.predict(texts))
 
 
 def test_the_card_has_the_figures_and_no_pickle_is_there(tmp_path):
@@ -70,14 +72,59 @@ def test_a_secret_is_not_written(tmp_path):
     assert all(b"hf_secret" not in path.read_bytes() for path in tmp_path.iterdir())
 
 
-def test_a_file_may_not_ask_to_run_foreign_code(tmp_path):
+def rewritten(folder, **changes):
+    """The folder with other parts of its configuration."""
+    config = json.loads((folder / "config.json").read_text())
+    for part, values in changes.items():
+        config[part] |= values
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"trust_remote_code": True},
+        {"use_safetensors": False},
+        {"attn_implementation": "someone/kernel", "allow_all_kernels": True},
+        {"attn_implementation": "someone/kernel"},
+    ],
+)
+def test_a_file_may_not_ask_to_run_foreign_code(tmp_path, kwargs):
     RelishRegressor(tiny_model(), **SMALL).fit(FRAME, Y).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["parameters"]["model_kwargs"] = {"trust_remote_code": True}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"asks for trust_remote_code=True.*pass model_kwargs="):
+    rewritten(tmp_path, parameters={"model_kwargs": kwargs})
+    with pytest.raises(ValueError, match=r"asks for .*, which may run foreign code.*model_kwargs="):
         RelishRegressor.from_pretrained(tmp_path)
-    RelishRegressor.from_pretrained(tmp_path, model_kwargs={"trust_remote_code": True})
+    opened = RelishRegressor.from_pretrained(tmp_path, model_kwargs=kwargs)
+    assert opened.model_kwargs == kwargs
+
+
+def test_a_file_sets_nothing_but_what_was_learned(tmp_path):
+    regressor = RelishRegressor(tiny_model(), **SMALL).fit(FRAME, Y)
+    regressor.save_pretrained(tmp_path)
+    evil = {"model": "evil/repo", "model_kwargs": {"trust_remote_code": True}, "predict": "x"}
+    rewritten(tmp_path, fitted=evil, parameters={"memory": "/etc", "device": "meta"})
+    opened = RelishRegressor.from_pretrained(tmp_path)
+    assert (opened.model, opened.model_kwargs) == (str(tiny_model()), None)
+    assert (opened.memory, opened.device) == (None, None)
+    np.testing.assert_array_equal(opened.predict(FRAME), regressor.predict(FRAME))
+
+
+def test_the_language_model_is_opened_at_the_revision_that_was_read(tmp_path):
+    RelishRegressor(tiny_model(), **SMALL).fit(FRAME, Y).save_pretrained(tmp_path)
+    rewritten(tmp_path, fitted={"_llm_revision": "abc123"}, parameters={"model": "some/llm"})
+    assert RelishRegressor.from_pretrained(tmp_path).model_kwargs == {"revision": "abc123"}
+    assert RelishRegressor.from_pretrained(tmp_path, model="other").model_kwargs is None
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    regressor = RelishRegressor(tiny_model(), **SMALL).fit(FRAME, Y)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(FileExistsError, match="not a RelishRegressor's, and would be lost"):
+        regressor.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    regressor.save_pretrained(tmp_path / "new")
+    regressor.save_pretrained(tmp_path / "new")
 
 
 def test_what_is_no_regressor_is_said(tmp_path):

@@ -503,13 +503,16 @@ def test_a_weight_of_two_acts_as_the_row_given_twice(llm):
 def test_warm_start_goes_on_where_the_last_fit_ended(llm):
     texts, y = reviews(200)
     regressor = make(llm, max_epochs=4, n_estimators=2, warm_start=True).fit(texts, y)
-    before, (weight, bias) = regressor.predict(texts), (regressor._y_scale, regressor._y_mean)
+    before, mean = regressor.predict(texts), regressor._y_mean
+    assert regressor.validation_score_ is not None
     regressor.set_params(learning_rate=1e-9).fit(texts, y + 1000.0)
-    # In the same units, from the same weights; only what stands beside the heads is fitted anew.
-    np.testing.assert_array_equal(regressor._y_scale, weight)
-    np.testing.assert_array_equal(regressor._y_mean, bias)
-    regressor.set_params(linear_path=False).fit(texts, y)
-    np.testing.assert_allclose(regressor.predict(texts), before, rtol=0.2)
+    # In the same units, from the same weights, beside the same ridges.
+    np.testing.assert_array_equal(regressor._y_mean, mean)
+    np.testing.assert_allclose(regressor.predict(texts), before, rtol=1e-4)
+    # Other texts are held out now, and the heads may have seen them.
+    assert regressor.validation_score_ is None
+    with pytest.raises(ValueError, match="Nothing was held out"):
+        regressor.predict_interval(texts)
     fresh = make(llm, max_epochs=1).fit(texts, y).history_[0]["train_loss"]
     regressor.set_params(learning_rate=3e-3, max_epochs=1).fit(texts, y)
     assert regressor.history_[0]["train_loss"] < fresh / 5
@@ -522,11 +525,13 @@ def test_warm_start_goes_on_where_the_last_fit_ended(llm):
         ({"n_estimators": 3}, "n_estimators=3, but there are 2 heads"),
         ({"loss": "poisson"}, "log-link=False, and True"),
         ({"loss": "quantile", "quantile": [0.1, 0.9]}, "number of quantiles=1, and 2"),
+        ({"loss": "quantile", "quantile": 0.9}, "Ridges stand beside the heads"),
     ],
 )
 def test_heads_are_not_trained_further_as_others(llm, changes, message):
     texts, y = reviews(60)
-    regressor = make(llm, max_epochs=1, n_estimators=2, warm_start=True).fit(texts, y)
+    settings = {"max_epochs": 1, "n_estimators": 2, "validation_fraction": 0.4}
+    regressor = make(llm, warm_start=True, **settings).fit(texts, y)
     for fit in (regressor.fit, regressor.partial_fit):
         regressor.set_params(**changes)
         with pytest.raises(ValueError, match=message):
@@ -550,6 +555,8 @@ def test_data_that_arrives_in_pieces(llm):
     with pytest.raises(ValueError, match="Nothing was held out"):
         regressor.predict_interval(fresh)
     kept = pickle.loads(pickle.dumps(regressor))
+    regressor.partial_fit(texts[:1], y[:1])  # a row alone is no constant target
+    regressor = pickle.loads(pickle.dumps(kept))
     with pytest.raises(ValueError, match="NaN"):
         regressor.partial_fit(texts[:2], [1.0, np.nan])
     np.testing.assert_array_equal(regressor.predict(fresh), kept.predict(fresh))
@@ -584,3 +591,23 @@ def test_a_prompt_goes_through_the_chat_template(llm, monkeypatch):
     asked = [f"<user>How good? {text}<answer>" for text in texts]
     plain = make(llm, max_epochs=2).fit(asked, y)
     np.testing.assert_array_equal(chat.predict(texts), plain.predict(asked))
+
+
+def test_two_quantiles_predict_what_is_between_them(llm):
+    texts, y = reviews(100)
+    regressor = make(llm, loss="quantile", quantile=[0.05, 0.95], max_epochs=2).fit(texts, y)
+    middle = regressor.predict_quantiles(texts).mean(axis=1)
+    np.testing.assert_allclose(regressor.predict(texts), middle)
+
+
+def test_a_constant_column_beside_one_that_is_not(llm):
+    texts, y = reviews(100)
+    both = np.stack([y, np.full(100, 7.0)], axis=1)
+    with pytest.warns(UserWarning, match=r"y is constant in columns \[1\]"):
+        regressor = make(llm, loss="gamma", max_epochs=10).fit(texts, both)
+    assert (regressor.predict(texts)[:, 1] == 7).all()
+    assert np.corrcoef(regressor.predict(texts)[:, 0], y)[0, 1] > 0.5
+    assert regressor.validation_score_ > 0.2  # of the column that varies alone
+    units = regressor._y_mean[0], regressor._y_scale[0]
+    regressor.partial_fit(texts[:20], both[:20] + np.arange(20.0)[:, None])
+    assert (regressor._y_mean[0], regressor._y_scale[0]) == units

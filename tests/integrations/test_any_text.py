@@ -61,3 +61,4 @@ def test_a_million_characters(fitted):
     windows = windows.fit(["short", "other"] * 9, [1, 2] * 9).predict([text, "short"])
     assert np.isfinite(windows).all()
     assert 0 < windows[0] < 3
+    assert windows[0] != windows[1]

@@ -57,13 +57,13 @@ def test_shap_text_explainer(regressor, reviews):
 def test_mapie_intervals(regressor, reviews):
     mapie = pytest.importorskip("mapie.regression")
     texts, y = np.array(reviews[0], dtype=object), reviews[1]
-    regressor.fit(texts[:60], y[:60])
+    regressor.fit(texts[:40], y[:40])
     conformal = mapie.SplitConformalRegressor(regressor, confidence_level=0.8, prefit=True)
-    conformal.conformalize(texts[60:], y[60:])
+    conformal.conformalize(texts[40:80], y[40:80])
     predicted, intervals = conformal.predict_interval(texts)
     np.testing.assert_array_equal(predicted, regressor.predict(texts))
     inside = (intervals[:, 0, 0] <= y) & (y <= intervals[:, 1, 0])
-    assert inside[60:].mean() >= 0.8
+    assert 0.6 <= inside[80:].mean() <= 0.95  # of 40 fresh rows
 
 
 def test_cloudpickle(regressor, reviews):

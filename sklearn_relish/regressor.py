@@ -104,6 +104,10 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         With ``loss="quantile"`` what is asked for; several, in rising order, share each head and
         never cross. `predict` then gives the one nearest to the median, or the mean of the two
         that are, `predict_quantiles` all.
+    deep_supervision : float, default=0.3
+        Share of the loss that falls on the answers after the iterations before the last [2]_: each
+        of them is then an answer of its own, see `staged_predict`. 0, the published choice, asks
+        the last one alone to be right.
     learning_rate : float, default=5e-4
         Peak of the one-cycle schedule of AdamW.
     weight_decay : float, default=0.01
@@ -204,6 +208,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     References
     ----------
     .. [1] Su and Lease, "RELISH: REgression with a Latent Iterative State Head", arXiv 2604.01206.
+    .. [2] Lee et al., "Deeply-Supervised Nets", arXiv 1409.5185.
 
     Examples
     --------
@@ -224,6 +229,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         "share_weights": ["boolean"],
         "loss": [StrOptions(set(LOSSES))],
         "quantile": [Interval(Real, 0, 1, closed="neither"), list, tuple, np.ndarray],
+        "deep_supervision": [Interval(Real, 0, 1, closed="left")],
         "learning_rate": [Interval(Real, 0, None, closed="neither")],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
@@ -253,6 +259,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         share_weights: bool = False,
         loss: str = "huber",
         quantile: float | Sequence[float] = 0.5,
+        deep_supervision: float = 0.3,
         learning_rate: float = 5e-4,
         weight_decay: float = 0.01,
         batch_size: int = 32,
@@ -283,6 +290,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         self.share_weights = share_weights
         self.loss = loss
         self.quantile = quantile
+        self.deep_supervision = deep_supervision
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.batch_size = batch_size
@@ -783,6 +791,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             "learning_rate": self.learning_rate,
             "weight_decay": self.weight_decay,
             "batch_size": self.batch_size,
+            "deep_supervision": self.deep_supervision,
             "device": self._llm().torch_device,
             "progress": bool(self.verbose),
         }

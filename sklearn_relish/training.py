@@ -112,11 +112,13 @@ def train_head(
     seed: int,
     device: torch.device,
     progress: bool,
+    deep_supervision: float = 0.0,
     constant_rate: bool = False,
 ) -> Training:
     """Fit a head's weights in place, from where they are.
 
-    AdamW under a one-cycle schedule [1]_, gradients clipped, batches of like length. With
+    AdamW under a one-cycle schedule [1]_, gradients clipped, batches of like length. A share of
+    the loss may fall on the answers of earlier iterations [2]_. With
     validation examples, the weights of the epoch with the lowest validation loss are restored,
     and training stops once `n_iter_no_change` epochs in a row, unless None, brought no lower one.
 
@@ -144,6 +146,9 @@ def train_head(
         Where the steps run.
     progress : bool
         Whether a bar shows the epochs.
+    deep_supervision : float, default=0.0
+        Share of the loss that falls, in equal parts, on the answers after the iterations before
+        the last.
     constant_rate : bool, default=False
         Whether the learning rate stays where the schedule would have its peak.
 
@@ -152,7 +157,7 @@ def train_head(
     Training
         Its `history` has an entry an epoch with the keys ``epoch``, ``learning_rate``,
         ``train_loss`` and, where something is held out, ``validation_loss`` and
-        ``validation_r2``.
+        ``validation_r2``, all of the last iteration's answers.
 
     Raises
     ------
@@ -162,6 +167,7 @@ def train_head(
     References
     ----------
     .. [1] Smith and Topin, "Super-Convergence", arXiv 1708.07120.
+    .. [2] Lee et al., "Deeply-Supervised Nets", arXiv 1409.5185.
     """
     max_epochs, batch_size = int(max_epochs), int(batch_size)  # torch takes no NumPy integers
     generator = torch.Generator().manual_seed(seed)
@@ -176,21 +182,31 @@ def train_head(
         schedule = OneCycleLR(optimizer, max_lr=learning_rate, total_steps=max(steps, 2))
     on_cuda = device.type == "cuda"
 
+    n_earlier = head.n_iterations - 1 if deep_supervision else 0
+    shares = torch.full((n_earlier,), deep_supervision / max(n_earlier, 1), device=device)
+
+    def losses_of(states: Tensor, mask: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What is minimized, and the loss of the last answers, of each text, (B,)."""
+        with mixed_precision(device):
+            stages = head.staged(states, mask) if n_earlier else head.answer(states, mask)[None]
+        *earlier, last = (
+            objective.losses(answers.float(), y).mean(dim=1) * weight for answers in stages
+        )
+        if not earlier:
+            return last, last
+        return (1 - deep_supervision) * last + shares @ torch.stack(earlier), last
+
     def gradients(states: Tensor, mask: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         """Sum of a batch's losses; the gradients of their mean are left in the parameters."""
-        with mixed_precision(device):
-            answers = head.answer(states, mask)
-        losses = objective.losses(answers.float(), y).mean(dim=1) * weight  # (B,)
+        minimized, losses = losses_of(states, mask, y, weight)
         head.zero_grad(set_to_none=not on_cuda)  # a recording needs them to stay where they are
-        losses.mean().backward()
+        minimized.mean().backward()
         return losses.detach().sum()
 
     def add_gradients(states: Tensor, mask: Tensor, y: Tensor, weight: Tensor, n: int) -> Tensor:
         """The same for a part of a batch of `n` texts, added to what is there."""
-        with mixed_precision(device):
-            answers = head.answer(states, mask)
-        losses = objective.losses(answers.float(), y).mean(dim=1) * weight
-        (losses.sum() / n).backward()
+        minimized, losses = losses_of(states, mask, y, weight)
+        (minimized.sum() / n).backward()
         return losses.detach().sum()
 
     step = Recorded(gradients, device) if on_cuda else gradients

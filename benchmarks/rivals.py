@@ -83,12 +83,12 @@ def pooled_mlp(model: Any, random_state: int = 0, **reading: Any) -> Any:
 
 
 def published_relish(model: Any, **parameters: Any) -> RelishRegressor:
-    """RELISH as published: the last layer, its states as they are, one head, its last answer alone."""
+    """RELISH as published: the last layer, its states as they are, one head, one loss."""
     return RelishRegressor(
         model,
         layer=-1,
         state_norm=None,
-        deep_supervision=0.0,
+        deep_supervision=False,
         n_estimators=1,
         validation_fraction=0.1,
         linear_path=False,

@@ -104,10 +104,10 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         With ``loss="quantile"`` what is asked for; several, in rising order, share each head and
         never cross. `predict` then gives the one nearest to the median, or the mean of the two
         that are, `predict_quantiles` all.
-    deep_supervision : float, default=0.3
-        Share of the loss that falls on the answers after the iterations before the last [2]_: each
-        of them is then an answer of its own, see `staged_predict`. 0, the published choice, asks
-        the last one alone to be right.
+    deep_supervision : bool, default=True
+        Whether the loss is the mean over the answers after each iteration [2]_, so that each of
+        them means something, see `staged_predict`. False, the published choice, asks the last one
+        alone to be right.
     learning_rate : float, default=5e-4
         Peak of the one-cycle schedule of AdamW.
     weight_decay : float, default=0.01
@@ -229,7 +229,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         "share_weights": ["boolean"],
         "loss": [StrOptions(set(LOSSES))],
         "quantile": [Interval(Real, 0, 1, closed="neither"), list, tuple, np.ndarray],
-        "deep_supervision": [Interval(Real, 0, 1, closed="left")],
+        "deep_supervision": ["boolean"],
         "learning_rate": [Interval(Real, 0, None, closed="neither")],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
@@ -259,7 +259,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         share_weights: bool = False,
         loss: str = "huber",
         quantile: float | Sequence[float] = 0.5,
-        deep_supervision: float = 0.3,
+        deep_supervision: bool = True,
         learning_rate: float = 5e-4,
         weight_decay: float = 0.01,
         batch_size: int = 32,

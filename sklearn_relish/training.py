@@ -112,13 +112,13 @@ def train_head(
     seed: int,
     device: torch.device,
     progress: bool,
-    deep_supervision: float = 0.0,
+    deep_supervision: bool = False,
     constant_rate: bool = False,
 ) -> Training:
     """Fit a head's weights in place, from where they are.
 
-    AdamW under a one-cycle schedule [1]_, gradients clipped, batches of like length. A share of
-    the loss may fall on the answers of earlier iterations [2]_. With
+    AdamW under a one-cycle schedule [1]_, gradients clipped, batches of like length. Every
+    iteration's answers may be asked to be right [2]_. With
     validation examples, the weights of the epoch with the lowest validation loss are restored,
     and training stops once `n_iter_no_change` epochs in a row, unless None, brought no lower one.
 
@@ -146,9 +146,8 @@ def train_head(
         Where the steps run.
     progress : bool
         Whether a bar shows the epochs.
-    deep_supervision : float, default=0.0
-        Share of the loss that falls, in equal parts, on the answers after the iterations before
-        the last.
+    deep_supervision : bool, default=False
+        Whether the mean of the losses after each iteration is minimized, not the last one alone.
     constant_rate : bool, default=False
         Whether the learning rate stays where the schedule would have its peak.
 
@@ -182,19 +181,12 @@ def train_head(
         schedule = OneCycleLR(optimizer, max_lr=learning_rate, total_steps=max(steps, 2))
     on_cuda = device.type == "cuda"
 
-    n_earlier = head.n_iterations - 1 if deep_supervision else 0
-    shares = torch.full((n_earlier,), deep_supervision / max(n_earlier, 1), device=device)
-
     def losses_of(states: Tensor, mask: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """What is minimized, and the loss of the last answers, of each text, (B,)."""
         with mixed_precision(device):
-            stages = head.staged(states, mask) if n_earlier else head.answer(states, mask)[None]
-        *earlier, last = (
-            objective.losses(answers.float(), y).mean(dim=1) * weight for answers in stages
-        )
-        if not earlier:
-            return last, last
-        return (1 - deep_supervision) * last + shares @ torch.stack(earlier), last
+            stages = head.staged(states, mask) if deep_supervision else [head.answer(states, mask)]
+        losses = [objective.losses(raw.float(), y).mean(dim=1) * weight for raw in stages]
+        return torch.stack(losses).mean(dim=0), losses[-1]
 
     def gradients(states: Tensor, mask: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         """Sum of a batch's losses; the gradients of their mean are left in the parameters."""

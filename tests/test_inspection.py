@@ -1,11 +1,13 @@
 """What the iterations do: each step's answer, and the tokens that it looks at."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_model
 
-from sklearn_relish import FrozenLLM, RelishRegressor
+from sklearn_relish import FrozenLLM, RefinementDisplay, RelishRegressor
 from sklearn_relish.head import RelishHead
 
 TEXTS = [f"{word} {i}" for i in range(12) for word in ("good", "bad", "ünïcode 🙂")]
@@ -94,3 +96,74 @@ def test_tokens_of_texts_that_are_cut_or_read_in_windows():
     assert len(next(iter(batch))) == len(whole)
     ((nothing, spans),) = FrozenLLM(tiny_model()).tokens([""], max_length=12)
     assert (len(nothing), spans.tolist()) == (1, [[0, 0]])
+
+
+@pytest.fixture
+def pyplot():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    yield pyplot
+    pyplot.close("all")
+
+
+def shown(axes):
+    """The pieces of text on an axes, in rows from the top, each from the left."""
+    rows: dict[float, list[tuple[float, str]]] = {}
+    for piece in axes.texts:
+        column, row = piece.get_position()
+        if column >= 0:
+            rows.setdefault(row, []).append((column, piece.get_text()))
+    return ["".join(piece for _, piece in sorted(rows[row])) for row in sorted(rows)]
+
+
+def test_display_of_a_text(llm, pyplot):
+    regressor = RelishRegressor(llm, **SMALL).fit(TEXTS, Y)
+    text = "good enough"
+    display = RefinementDisplay.from_estimator(regressor, text, y=1.5)
+    words, path = display.axes_
+    assert shown(words) == [text] * 3  # a row an iteration
+    (line,) = [line for line in path.lines if len(line.get_xdata()) == 3]
+    stages = [float(stage[0]) for stage in regressor.staged_predict([text])]
+    np.testing.assert_allclose(line.get_xdata(), stages)
+    assert "true 1.5" in [some.get_text() for some in path.texts]
+    # The darkest token of an iteration is looked at most, the lightest least, up to a shade.
+    (attention,) = regressor.attention([text])
+    weights = attention.weights.mean(axis=(0, 2))  # (n_iterations, n_tokens)
+    darkness = -np.array([sum(patch.get_facecolor()[:3]) for patch in words.patches]).reshape(3, -1)
+    rows = np.arange(3)
+    assert (weights[rows, darkness.argmax(axis=1)] > 0.98 * weights.max(axis=1)).all()
+    assert (weights[rows, darkness.argmin(axis=1)] < 1.02 * weights.min(axis=1)).all()
+    display.figure_.canvas.draw()
+
+
+def test_display_of_a_long_text_shows_the_lines_that_are_looked_at_most(llm, pyplot):
+    regressor = RelishRegressor(llm, **SMALL).fit(TEXTS, Y)
+    text = "\n".join(f"${line} lines^ of {line}$" for line in range(20))
+    display = RefinementDisplay.from_estimator(regressor, text)
+    display.plot(width=30, max_lines=4)
+    rows = shown(display.axes_[0])
+    assert len(rows) == 3 * 4
+    assert rows[:4] == rows[4:8] == rows[8:]
+    assert all(row.rstrip("⏎") in text.split("\n") for row in rows)
+    display.figure_.canvas.draw()
+
+
+def test_display_of_many_texts(llm, pyplot):
+    regressor = RelishRegressor(llm, **SMALL).fit(TEXTS, Y)
+    display = RefinementDisplay.from_estimator(regressor, TEXTS, Y)
+    (axes,) = display.axes_
+    errors = [np.abs(stage - Y).mean() for stage in regressor.staged_predict(TEXTS)]
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), errors)
+    with pytest.raises(ValueError, match="pass their numbers as y"):
+        RefinementDisplay.from_estimator(regressor, TEXTS)
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        RefinementDisplay.from_estimator(regressor, TEXTS, Y[:-1])
+    several = RelishRegressor(llm, **SMALL).fit(TEXTS, np.stack([Y, Y], axis=1))
+    with pytest.raises(ValueError, match="has 2 outputs"):
+        RefinementDisplay.from_estimator(several, TEXTS, Y)
+
+
+def test_display_says_what_is_missing(llm, monkeypatch):
+    regressor = RelishRegressor(llm, **SMALL).fit(TEXTS, Y)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"sklearn-relish\[plot\]"):
+        RefinementDisplay.from_estimator(regressor, TEXTS, Y)

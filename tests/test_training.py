@@ -58,7 +58,7 @@ def test_deep_supervision_asks_every_iteration_to_be_right():
     fresh = task(300, seed=1)
 
     def losses(**changes):
-        head, training = train(task(1500), fresh, max_epochs=20, **changes)
+        head, training = train(task(800), fresh, max_epochs=12, **changes)
         states, mask = fresh.states.batch(torch.arange(300))
         stages = head.staged(states, mask).detach()
         assert len(stages) == 2

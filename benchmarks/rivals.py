@@ -72,7 +72,12 @@ def pooled_linear(model: Any, **reading: Any) -> Any:
 
 def pooled_mlp(model: Any, random_state: int = 0, **reading: Any) -> Any:
     """An MLP on pooled states, early stopped, its penalty chosen by cross-validation."""
-    mlp = MLPRegressor((256,), early_stopping=True, n_iter_no_change=10, random_state=random_state)
+    mlp = MLPRegressor(
+        hidden_layer_sizes=(256,),
+        early_stopping=True,
+        n_iter_no_change=10,
+        random_state=random_state,
+    )
     search = GridSearchCV(
         TransformedTargetRegressor(mlp, transformer=StandardScaler()),
         {"regressor__alpha": [0.1, 10.0, 100.0]},

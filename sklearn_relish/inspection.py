@@ -135,7 +135,7 @@ class RefinementDisplay:
             self._plot_errors(axes)
         else:
             lines = _lines(self.attention, width, max_lines)
-            self.figure_, self.axes_ = self._plot_text(pyplot, lines, width, fontsize)
+            self.figure_, self.axes_ = self._plot_text(pyplot, lines, fontsize)
         return self
 
     def _plot_errors(self, axes: Axes) -> None:
@@ -148,8 +148,9 @@ class RefinementDisplay:
         axes.legend(frameon=False)
 
     def _plot_text(
-        self, pyplot: Any, lines: list[_Line], width: int, fontsize: float
+        self, pyplot: Any, lines: list[_Line], fontsize: float
     ) -> tuple[Figure, np.ndarray]:
+        width = max(sum(token.width for token in line.tokens) for line in lines)
         n_iterations = len(self.stages)
         row = len(lines) + 1  # lines of text an iteration takes, with a gap
         inch = fontsize / 72
@@ -199,9 +200,9 @@ class RefinementDisplay:
             path.annotate(
                 f"{stage:.3g}",
                 (stage, place),
-                (0, 6),
+                (7, 0),
                 textcoords="offset points",
-                ha="center",
+                va="center",
                 fontsize=fontsize,
             )
         if self.y is not None:
@@ -217,7 +218,7 @@ class RefinementDisplay:
                 color="0.4",
             )
         path.set(ylim=(n_iterations * row - 0.5, -0.5), xlabel="prediction", yticks=[])
-        path.margins(x=0.2)
+        path.margins(x=0.25)
         path.spines[["left", "right", "top"]].set_visible(False)
         path.tick_params(labelsize=fontsize)
         return figure, np.array([text, path])

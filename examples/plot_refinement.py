@@ -25,11 +25,9 @@ def main(n_functions: int = 2000) -> None:
     for stage, predicted in enumerate(regressor.staged_predict(texts[test]), 1):
         error = np.abs(predicted - y[test]).mean()
         print(f"after iteration {stage}: mean absolute error {error:.3f}")
-    one = max(
-        (row for row in range(len(texts))[test] if texts[row].count("\n") < 10),
-        key=lambda row: y[row],
-    )
-    display = RefinementDisplay.from_estimator(regressor, texts[one], y[one], max_lines=10)
+    short = [row for row in range(len(texts))[test] if len(texts[row]) < 300]
+    one = max(short, key=lambda row: y[row])
+    display = RefinementDisplay.from_estimator(regressor, texts[one], y[one], max_lines=12)
     display.figure_.savefig("refinement_text.svg")
     display = RefinementDisplay.from_estimator(regressor, texts[test], y[test])
     display.figure_.savefig("refinement_error.svg")

@@ -87,6 +87,7 @@ def seconds_of_heads(states: TokenStates, y: np.ndarray, llm: FrozenLLM) -> floa
             seed=0,
             device=llm.torch_device,
             progress=False,
+            deep_supervision=defaults["deep_supervision"],
         )
         if len(test):
             head_answers(head, states[torch.from_numpy(test)], llm.torch_device)

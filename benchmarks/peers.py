@@ -134,7 +134,7 @@ def textbook_fit(
 
 
 def settings(batch_size: int, epochs: int, device: torch.device, seed: int = 0) -> dict:
-    """What `train_head` is told beside its data: the estimator's defaults."""
+    """What `train_head` is told beside its data: the estimator's defaults, the published loss."""
     return {
         "objective": Objective("huber"),
         "learning_rate": 5e-4,

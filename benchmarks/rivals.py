@@ -72,7 +72,12 @@ def pooled_linear(model: Any, **reading: Any) -> Any:
 
 def pooled_mlp(model: Any, random_state: int = 0, **reading: Any) -> Any:
     """An MLP on pooled states, early stopped, its penalty chosen by cross-validation."""
-    mlp = MLPRegressor((256,), early_stopping=True, n_iter_no_change=10, random_state=random_state)
+    mlp = MLPRegressor(
+        hidden_layer_sizes=(256,),
+        early_stopping=True,
+        n_iter_no_change=10,
+        random_state=random_state,
+    )
     search = GridSearchCV(
         TransformedTargetRegressor(mlp, transformer=StandardScaler()),
         {"regressor__alpha": [0.1, 10.0, 100.0]},
@@ -83,11 +88,12 @@ def pooled_mlp(model: Any, random_state: int = 0, **reading: Any) -> Any:
 
 
 def published_relish(model: Any, **parameters: Any) -> RelishRegressor:
-    """RELISH as published: the last layer, its states as they are, one head."""
+    """RELISH as published: the last layer, its states as they are, one head, one loss."""
     return RelishRegressor(
         model,
         layer=-1,
         state_norm=None,
+        deep_supervision=False,
         n_estimators=1,
         validation_fraction=0.1,
         linear_path=False,

@@ -22,6 +22,8 @@ from sklearn.metrics import mean_poisson_deviance
 
 from sklearn_relish import RelishRegressor
 
+NOT_MEANT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+
 
 def functions_of(path: Path) -> list[tuple[str, int]]:
     """Source and complexity of each function at a module's top level, of 3 to 30 lines."""
@@ -39,12 +41,22 @@ def functions_of(path: Path) -> list[tuple[str, int]]:
     return found
 
 
-def main(n_functions: int = 1500) -> None:
-    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+def standard_library(n_functions: int) -> tuple[list[str], np.ndarray]:
+    """Functions, and the complexity of each, a module after the other."""
+    library = Path(sysconfig.get_path("stdlib"))
+    modules = [
+        path
+        for path in sorted(library.rglob("*.py"))
+        if NOT_MEANT.isdisjoint(path.relative_to(library).parts)
+    ]
     np.random.RandomState(0).shuffle(modules)
     functions = [function for module in modules for function in functions_of(module)]
     texts, y = zip(*functions[:n_functions], strict=True)
-    texts, y = list(texts), np.array(y)
+    return list(texts), np.array(y)
+
+
+def main(n_functions: int = 2000) -> None:
+    texts, y = standard_library(n_functions)
     train, test = slice(0, n_functions * 4 // 5), slice(n_functions * 4 // 5, None)
     lines = np.log([[text.count("\n") + 1] for text in texts])
 

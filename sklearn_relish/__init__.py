@@ -2,8 +2,9 @@
 
 from sklearn_relish.backbone import FrozenLLM
 from sklearn_relish.encoder import LLMEncoder
+from sklearn_relish.inspection import RefinementDisplay
 from sklearn_relish.regressor import RelishRegressor
 from sklearn_relish.store import StateStore
 
-__all__ = ["FrozenLLM", "LLMEncoder", "RelishRegressor", "StateStore"]
+__all__ = ["FrozenLLM", "LLMEncoder", "RefinementDisplay", "RelishRegressor", "StateStore"]
 __version__ = "0.1.0"

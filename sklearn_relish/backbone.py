@@ -359,6 +359,64 @@ class FrozenLLM:
                 if following:
                     tokenized = waiting.result()
 
+    def tokens(
+        self, texts: list[str], *, max_length: int, windows: bool = False
+    ) -> list[tuple[list[str], np.ndarray]]:
+        """The tokens whose states `read` gives, as pieces of the text.
+
+        Parameters
+        ----------
+        texts : list of str
+        max_length : int
+        windows : bool, default=False
+            As of `read`.
+
+        Returns
+        -------
+        list of (list of str, int64 ndarray of shape (n_tokens, 2))
+            For each text its tokens' pieces of it, and where they begin and end in it. A special
+            token, which is no piece of the text, goes by its name and has an empty span; tokens
+            that make a character together each have all of it.
+
+        Raises
+        ------
+        ValueError
+            If the model's tokenizer can't tell: only a fast tokenizer can.
+        """
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} of {self.model!r} can't tell which piece of the"
+                " text a token is: only a fast tokenizer can."
+            )
+        found = []
+        with self._tokenizing:
+            for text in texts:
+                whole = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
+                ids, spans = whole["input_ids"], whole["offset_mapping"]
+                window = self._window(max_length)
+                if len(ids) > window and not windows:
+                    cut = self.tokenizer(
+                        text, return_offsets_mapping=True, truncation=True, max_length=window
+                    )
+                    ids, spans = cut["input_ids"][:window], cut["offset_mapping"][:window]
+                if not ids:
+                    ids, spans = [self._filler_id], [(0, 0)]
+                names = self.tokenizer.convert_ids_to_tokens(ids)
+                pieces = [
+                    text[begin:end] or name for (begin, end), name in zip(spans, names, strict=True)
+                ]
+                found.append((pieces, np.array(spans, dtype=np.int64)))
+        return found
+
+    def _window(self, max_length: int) -> int:
+        """Tokens that are read at once."""
+        limits = (
+            self.tokenizer.model_max_length,
+            getattr(self._text_config, "max_position_embeddings", None),
+        )
+        # A model without positions of its own says None or -1.
+        return min([max_length, *(limit for limit in limits if limit and limit > 0)])
+
     def _read_tokens(
         self, tokens: list[np.ndarray], layers: Sequence[int]
     ) -> Iterator[tuple[np.ndarray, list[TokenStates]]]:
@@ -416,12 +474,7 @@ class FrozenLLM:
         self, texts: list[str], max_length: int, windows: bool
     ) -> tuple[list[_Piece], np.ndarray]:
         """Token ids of each text, cut or in windows, and how many there are without that."""
-        limits = (
-            self.tokenizer.model_max_length,
-            getattr(self._text_config, "max_position_embeddings", None),
-        )
-        # A model without positions of its own says None or -1.
-        window = min([max_length, *(limit for limit in limits if limit and limit > 0)])
+        window = self._window(max_length)
         pieces: list[_Piece] = []
         full_lengths = np.empty(len(texts), dtype=np.int64)
         with self._tokenizing:  # a tokenizer's truncation is a state that threads would share

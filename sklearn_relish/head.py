@@ -7,7 +7,7 @@ attend to them a few times, read the answer off the latent. It knows tensors and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +46,13 @@ class Context(NamedTuple):
     padding: Tensor
 
 
+class Step(NamedTuple):
+    """An iteration: the latent states after it, (B, d), and its attention, (B, n_heads, S)."""
+
+    latent: Tensor
+    attention: Tensor
+
+
 class LatentAttention(nn.Module):
     """Multi-head attention from one latent state to the tokens of its text.
 
@@ -76,8 +83,11 @@ class LatentAttention(nn.Module):
         for part in (self.query, self.key, self.value):
             nn.init.xavier_uniform_(part.weight, gain=math.sqrt(0.5))
 
-    def forward(self, latent: Tensor, context: Context) -> Tensor:
-        """What latent states, (B, d), or (1, d) for all texts, gather from the real tokens."""
+    def forward(self, latent: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """What latent states, (B, d), or (1, d) for all texts, gather from the real tokens.
+
+        With it the weights of the tokens, (B, n_heads, S).
+        """
         head_size = latent.shape[1] // self.n_heads
         key, value = self.key.weight, self.value.weight  # (d, d)
         if context.folded is not None:
@@ -92,11 +102,10 @@ class LatentAttention(nn.Module):
         if context.scale is not None:
             scores = scores * context.scale
         weights = (scores + context.padding).softmax(dim=-1)  # (B, nh, S), of sum 1
-        if context.scale is not None:
-            weights = weights * context.scale
-        attended = torch.einsum("bhc,hsc->bhs", weights @ context.tokens, value).flatten(1)
+        scaled = weights if context.scale is None else weights * context.scale
+        attended = torch.einsum("bhc,hsc->bhs", scaled @ context.tokens, value).flatten(1)
         bias = linear(context.bias, self.value.weight, self.value.bias)  # (d,)
-        return self.output(attended + bias)  # (B, d)
+        return self.output(attended + bias), weights  # (B, d), (B, nh, S)
 
 
 class RefinementBlock(nn.Module):
@@ -121,10 +130,11 @@ class RefinementBlock(nn.Module):
         )
         self.mlp_norm = nn.LayerNorm(latent_size)
 
-    def forward(self, latent: Tensor, context: Context) -> Tensor:
+    def forward(self, latent: Tensor, context: Context) -> Step:
         """The latent state, refined once."""
-        latent = self.attention_norm(latent + self.attention(latent, context))  # (B, d)
-        return self.mlp_norm(latent + self.mlp(latent))  # (B, d)
+        attended, weights = self.attention(latent, context)
+        latent = self.attention_norm(latent + attended)  # (B, d)
+        return Step(self.mlp_norm(latent + self.mlp(latent)), weights)
 
 
 class RelishHead(nn.Module):
@@ -226,11 +236,21 @@ class RelishHead(nn.Module):
 
     def answer(self, states: Tensor, mask: Tensor) -> Tensor:
         """The same as `forward`, faster, for states whose padding holds finite numbers."""
+        *_, last = self.steps(states, mask)
+        return self.readout(last.latent)  # (B, n_outputs)
+
+    def staged(self, states: Tensor, mask: Tensor) -> Tensor:
+        """The answer after each iteration, (n_iterations, B, n_outputs); the last is `answer`'s."""
+        return torch.stack([self.readout(step.latent) for step in self.steps(states, mask)])
+
+    def steps(self, states: Tensor, mask: Tensor) -> Iterator[Step]:
+        """The iterations, one by one, of states whose padding holds finite numbers."""
         context = self._context(states, mask)
         latent = self.latent[None]  # (1, d), the same for all texts until they are attended to
         for iteration in range(self.n_iterations):
-            latent = self.blocks[iteration % len(self.blocks)](latent, context)  # (B, d)
-        return self.readout(latent)  # (B, n_outputs)
+            step = self.blocks[iteration % len(self.blocks)](latent, context)
+            latent = step.latent  # (B, d)
+            yield step
 
     def _context(self, states: Tensor, mask: Tensor) -> Context:
         """The tokens, projected, or as they are where it is cheaper to fold the projection."""
@@ -345,6 +365,33 @@ class RelishEnsemble(nn.Module):
         answers = sum(respond(head.answer(states, mask)) for head in self.heads) / len(self.heads)
         if self.linear is None:
             return answers  # (B, n_outputs)
+        return self.share * answers + self.linear(self._pooled(states, mask))
+
+    def attention(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Weights of the tokens, (n_estimators, n_iterations, B, n_heads, S), of sum 1."""
+        states = states.to(self.share.dtype)
+        return torch.stack(
+            [
+                torch.stack([step.attention for step in head.steps(states, mask)])
+                for head in self.heads
+            ]
+        )
+
+    def staged(self, states: Tensor, mask: Tensor) -> Tensor:
+        """The answer after each iteration of the heads, (n_iterations, B, n_outputs)."""
+        states = states.to(self.share.dtype)
+        respond = self.objective.respond
+        answers = torch.stack(
+            [
+                sum(
+                    respond(head.readout(step.latent))
+                    for head, step in zip(self.heads, steps, strict=True)
+                )
+                for steps in zip(*(head.steps(states, mask) for head in self.heads), strict=True)
+            ]
+        ) / len(self.heads)
+        if self.linear is None:
+            return answers
         return self.share * answers + self.linear(self._pooled(states, mask))
 
     def _pooled(self, states: Tensor, mask: Tensor) -> Tensor:

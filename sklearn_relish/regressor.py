@@ -9,7 +9,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple
 
@@ -33,13 +33,16 @@ from sklearn_relish.layers import SHARES, choose_layer, sample_texts
 from sklearn_relish.objectives import LOSSES, Objective
 from sklearn_relish.prompts import name_rows
 from sklearn_relish.reader import LLMReader
+from sklearn_relish.states import TokenStates
 from sklearn_relish.store import StateStore
 from sklearn_relish.training import (
     AUTO_EPOCHS,
     Examples,
+    attention_weights,
     auto_epochs,
     head_answers,
     new_head,
+    staged_answers,
     train_head,
 )
 
@@ -101,6 +104,10 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         With ``loss="quantile"`` what is asked for; several, in rising order, share each head and
         never cross. `predict` then gives the one nearest to the median, or the mean of the two
         that are, `predict_quantiles` all.
+    deep_supervision : bool, default=True
+        Whether the loss is the mean over the answers after each iteration [2]_, so that each of
+        them means something, see `staged_predict`. False, the published choice, asks the last one
+        alone to be right.
     learning_rate : float, default=5e-4
         Peak of the one-cycle schedule of AdamW.
     weight_decay : float, default=0.01
@@ -201,6 +208,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     References
     ----------
     .. [1] Su and Lease, "RELISH: REgression with a Latent Iterative State Head", arXiv 2604.01206.
+    .. [2] Lee et al., "Deeply-Supervised Nets", arXiv 1409.5185.
 
     Examples
     --------
@@ -221,6 +229,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         "share_weights": ["boolean"],
         "loss": [StrOptions(set(LOSSES))],
         "quantile": [Interval(Real, 0, 1, closed="neither"), list, tuple, np.ndarray],
+        "deep_supervision": ["boolean"],
         "learning_rate": [Interval(Real, 0, None, closed="neither")],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
@@ -250,6 +259,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         share_weights: bool = False,
         loss: str = "huber",
         quantile: float | Sequence[float] = 0.5,
+        deep_supervision: bool = True,
         learning_rate: float = 5e-4,
         weight_decay: float = 0.01,
         batch_size: int = 32,
@@ -280,6 +290,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         self.share_weights = share_weights
         self.loss = loss
         self.quantile = quantile
+        self.deep_supervision = deep_supervision
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.batch_size = batch_size
@@ -472,9 +483,58 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         -------
         y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
         """
-        responses = self._responses(X)
-        point = self.head_.objective.point(torch.from_numpy(responses)).numpy()
-        return self._in_units(point[:, :, None])[..., 0]
+        return self._point_in_units(self._responses(X))
+
+    def staged_predict(self, X: ArrayLike) -> Iterator[np.ndarray]:
+        """Numbers for texts after each iteration of the heads.
+
+        Parameters
+        ----------
+        X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
+
+        Yields
+        ------
+        y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
+            `n_iterations` of them; the last is that of `predict`.
+        """
+        states = self._states_of(X)
+        for responses in staged_answers(self.head_, states, self._llm().torch_device):
+            yield self._point_in_units(responses)
+
+    def attention(self, X: ArrayLike) -> list[TextAttention]:
+        """Where the heads look: the weight of each token in each iteration.
+
+        They are the very weights of the prediction. The linear path, which attends to nothing, has
+        no part in them.
+
+        Parameters
+        ----------
+        X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
+
+        Returns
+        -------
+        list of TextAttention
+            For each text what was read, ``text``, its ``tokens`` as pieces of it, their ``spans``
+            in it, of shape (n_tokens, 2), and their ``weights``, of shape (n_estimators,
+            n_iterations, n_heads, n_tokens), whose sum over the tokens is 1.
+
+        Raises
+        ------
+        ValueError
+            If the tokenizer can't tell which piece of the text a token is.
+        """
+        check_is_fitted(self)
+        texts = self._render(self._read_table(X, reset=False))
+        self._check_model()
+        tokens = self._llm().tokens(
+            texts, max_length=self.max_length, windows=self.long_text == "window"
+        )
+        states = self._states(texts, self.layer_)
+        weights = attention_weights(self.head_, states, self._llm().torch_device)
+        return [
+            TextAttention(text, pieces, spans, some)
+            for text, (pieces, spans), some in zip(texts, tokens, weights, strict=True)
+        ]
 
     @available_if(lambda self: self.loss == "quantile")
     def predict_quantiles(self, X: ArrayLike) -> np.ndarray:
@@ -594,11 +654,18 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
 
     def _responses(self, X: ArrayLike) -> np.ndarray:
         """The ensemble's responses in standardized units, (n_samples, n_outputs * n_answers)."""
+        return head_answers(self.head_, self._states_of(X), self._llm().torch_device)
+
+    def _states_of(self, X: ArrayLike) -> TokenStates:
         check_is_fitted(self)
         texts = self._render(self._read_table(X, reset=False))
         self._check_model()
-        states = self._states(texts, self.layer_)
-        return head_answers(self.head_, states, self._llm().torch_device)
+        return self._states(texts, self.layer_)
+
+    def _point_in_units(self, responses: np.ndarray) -> np.ndarray:
+        """One number for each output, of the target's shape."""
+        point = self.head_.objective.point(torch.from_numpy(responses)).numpy()
+        return self._in_units(point[:, :, None])[..., 0]
 
     def _in_units(self, responses: np.ndarray) -> np.ndarray:
         """Responses, (n, n_outputs, k), in the target's units, of its shape and k."""
@@ -615,7 +682,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
                 " the weights are the same, the predictions are wrong. Fit again, or bring the"
                 " fitted one back.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _check_rows(
@@ -724,6 +791,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             "learning_rate": self.learning_rate,
             "weight_decay": self.weight_decay,
             "batch_size": self.batch_size,
+            "deep_supervision": self.deep_supervision,
             "device": self._llm().torch_device,
             "progress": bool(self.verbose),
         }
@@ -815,6 +883,15 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             )
             for i in range(n_estimators)
         ]
+
+
+class TextAttention(NamedTuple):
+    """Where the heads look in a text, see `RelishRegressor.attention`."""
+
+    text: str
+    tokens: list[str]
+    spans: np.ndarray
+    weights: np.ndarray
 
 
 class _Rows(NamedTuple):

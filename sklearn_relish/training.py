@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -111,11 +112,13 @@ def train_head(
     seed: int,
     device: torch.device,
     progress: bool,
+    deep_supervision: bool = False,
     constant_rate: bool = False,
 ) -> Training:
     """Fit a head's weights in place, from where they are.
 
-    AdamW under a one-cycle schedule [1]_, gradients clipped, batches of like length. With
+    AdamW under a one-cycle schedule [1]_, gradients clipped, batches of like length. Every
+    iteration's answers may be asked to be right [2]_. With
     validation examples, the weights of the epoch with the lowest validation loss are restored,
     and training stops once `n_iter_no_change` epochs in a row, unless None, brought no lower one.
 
@@ -143,6 +146,8 @@ def train_head(
         Where the steps run.
     progress : bool
         Whether a bar shows the epochs.
+    deep_supervision : bool, default=False
+        Whether the mean of the losses after each iteration is minimized, not the last one alone.
     constant_rate : bool, default=False
         Whether the learning rate stays where the schedule would have its peak.
 
@@ -151,7 +156,7 @@ def train_head(
     Training
         Its `history` has an entry an epoch with the keys ``epoch``, ``learning_rate``,
         ``train_loss`` and, where something is held out, ``validation_loss`` and
-        ``validation_r2``.
+        ``validation_r2``, all of the last iteration's answers.
 
     Raises
     ------
@@ -161,6 +166,7 @@ def train_head(
     References
     ----------
     .. [1] Smith and Topin, "Super-Convergence", arXiv 1708.07120.
+    .. [2] Lee et al., "Deeply-Supervised Nets", arXiv 1409.5185.
     """
     max_epochs, batch_size = int(max_epochs), int(batch_size)  # torch takes no NumPy integers
     generator = torch.Generator().manual_seed(seed)
@@ -175,21 +181,24 @@ def train_head(
         schedule = OneCycleLR(optimizer, max_lr=learning_rate, total_steps=max(steps, 2))
     on_cuda = device.type == "cuda"
 
+    def losses_of(states: Tensor, mask: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What is minimized, and the loss of the last answers, of each text, (B,)."""
+        with mixed_precision(device):
+            stages = head.staged(states, mask) if deep_supervision else [head.answer(states, mask)]
+        losses = [objective.losses(raw.float(), y).mean(dim=1) * weight for raw in stages]
+        return torch.stack(losses).mean(dim=0), losses[-1]
+
     def gradients(states: Tensor, mask: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         """Sum of a batch's losses; the gradients of their mean are left in the parameters."""
-        with mixed_precision(device):
-            answers = head.answer(states, mask)
-        losses = objective.losses(answers.float(), y).mean(dim=1) * weight  # (B,)
+        minimized, losses = losses_of(states, mask, y, weight)
         head.zero_grad(set_to_none=not on_cuda)  # a recording needs them to stay where they are
-        losses.mean().backward()
+        minimized.mean().backward()
         return losses.detach().sum()
 
     def add_gradients(states: Tensor, mask: Tensor, y: Tensor, weight: Tensor, n: int) -> Tensor:
         """The same for a part of a batch of `n` texts, added to what is there."""
-        with mixed_precision(device):
-            answers = head.answer(states, mask)
-        losses = objective.losses(answers.float(), y).mean(dim=1) * weight
-        (losses.sum() / n).backward()
+        minimized, losses = losses_of(states, mask, y, weight)
+        (minimized.sum() / n).backward()
         return losses.detach().sum()
 
     step = Recorded(gradients, device) if on_cuda else gradients
@@ -230,7 +239,7 @@ def train_head(
             }
             if held_out is not None:
                 with torch.inference_mode():
-                    validated.append(_answers(head, held_out))
+                    validated.append(_answers(head.answer, held_out))
                 entry |= evaluate(validated[-1], validation, objective)
                 bar.set_postfix({"validation R²": f"{entry['validation_r2']:.3f}"})
                 if entry["validation_loss"] < best_loss:
@@ -285,7 +294,36 @@ def head_answers(
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     with current_device(device):
         loader = BatchLoader(states, device, dtype)
-        return _answers(_placed(head, device, dtype), loader).double().numpy()
+        return _answers(_placed(head, device, dtype).answer, loader).double().numpy()
+
+
+@torch.inference_mode()
+def staged_answers(head: RelishEnsemble, states: TokenStates, device: torch.device) -> np.ndarray:
+    """The same after each iteration, (n_iterations, n_texts, n_answers)."""
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    with current_device(device):
+        placed = _placed(head, device, dtype)
+        loader = BatchLoader(states, device, dtype)
+        staged = _answers(lambda *batch: placed.staged(*batch).transpose(0, 1), loader)
+        return staged.transpose(0, 1).double().numpy()
+
+
+@torch.inference_mode()
+def attention_weights(
+    head: RelishEnsemble, states: TokenStates, device: torch.device
+) -> list[np.ndarray]:
+    """For each text the weights by which its answer came to be.
+
+    Each is (n_estimators, n_iterations, n_heads, n_tokens).
+    """
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    with current_device(device):
+        placed = _placed(head, device, dtype)
+        loader = BatchLoader(states, device, dtype)
+        return [
+            placed.attention(batch, mask)[:, :, 0].double().cpu().numpy()[..., mask[0].cpu()]
+            for _, batch, mask in loader.load(list(torch.arange(len(states)).split(1)))
+        ]
 
 
 class _Placed(NamedTuple):
@@ -322,7 +360,7 @@ def _placed(
     return known.head
 
 
-def _answers(head: RelishHead, loader: BatchLoader) -> Tensor:
+def _answers(answer: Callable[[Tensor, Tensor], Tensor], loader: BatchLoader) -> Tensor:
     """Answers for all texts of a loader, on the CPU, in the order of the texts."""
     order = loader.lengths.argsort(stable=True)
     batches = []
@@ -334,7 +372,7 @@ def _answers(head: RelishHead, loader: BatchLoader) -> Tensor:
             rows = rows[: len(rows) // 2]
         batches.append(rows)
         start += len(rows)
-    answers = [head.answer(batch, mask) for _, batch, mask in loader.load(batches)]
+    answers = [answer(batch, mask) for _, batch, mask in loader.load(batches)]
     return torch.cat(answers).cpu()[order.argsort()]
 
 

@@ -1,6 +1,7 @@
 """Each example runs alone, at a small size, and says something."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ SIZES = {
     "grid_search": (40, "32 films, 32 of them read"),
     "intervals": (40, "a width for each"),
     "one_backbone": (40, "minutes"),
+    "plot_refinement": (40, "after iteration 3"),
     "sentence_pairs": (40, "the better film is told in"),
 }
 
@@ -39,5 +41,5 @@ def test_example(name, tmp_path, model_cache):
     )
     assert done.returncode == 0, done.stderr
     assert said in done.stdout
-    if f"{name}.svg" in (EXAMPLES / f"{name}.py").read_text():
-        assert (tmp_path / f"{name}.svg").stat().st_size > 1000
+    for picture in re.findall(r'"(\w+\.svg)"', (EXAMPLES / f"{name}.py").read_text()):
+        assert (tmp_path / picture).stat().st_size > 1000

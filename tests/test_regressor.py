@@ -445,7 +445,7 @@ def test_every_loss_learns(llm, loss, quantile, n_outputs):
     fresh, truth = reviews(200, seed=1)
     if n_outputs == 2:
         y, truth = np.stack([y, 10 * y], axis=1), np.stack([truth, 10 * truth], axis=1)
-    regressor = make(llm, loss=loss, quantile=quantile, max_epochs=20, n_estimators=2).fit(texts, y)
+    regressor = make(llm, loss=loss, quantile=quantile, max_epochs=40, n_estimators=2).fit(texts, y)
     assert regressor.score(fresh, truth) > 0.8
     assert regressor.validation_score_ > 0.7
     interval = regressor.predict_interval(fresh, coverage=0.8)
@@ -502,7 +502,7 @@ def test_a_weight_of_two_acts_as_the_row_given_twice(llm):
 
 def test_warm_start_goes_on_where_the_last_fit_ended(llm):
     texts, y = reviews(200)
-    regressor = make(llm, max_epochs=4, n_estimators=2, warm_start=True).fit(texts, y)
+    regressor = make(llm, max_epochs=8, n_estimators=2, warm_start=True).fit(texts, y)
     before, mean = regressor.predict(texts), regressor._y_mean
     assert regressor.validation_score_ is not None
     regressor.set_params(learning_rate=1e-9).fit(texts, y + 1000.0)

@@ -54,6 +54,25 @@ def test_learns_what_pooling_cannot():
     assert np.corrcoef(predicted, fresh.y[:, 0])[0, 1] > 0.9
 
 
+def test_deep_supervision_asks_every_iteration_to_be_right():
+    fresh = task(300, seed=1)
+
+    def losses(**changes):
+        head, training = train(task(800), fresh, max_epochs=12, **changes)
+        states, mask = fresh.states.batch(torch.arange(300))
+        stages = head.staged(states, mask).detach()
+        assert len(stages) == 2
+        last = training.history[training.best_epoch - 1]["validation_loss"]
+        found = [float(Objective("huber").losses(raw, fresh.y).mean()) for raw in stages]
+        assert found[-1] == pytest.approx(last, rel=1e-4)  # what is told is of the last answer
+        return found
+
+    first, last = losses(deep_supervision=True)
+    alone_first, alone_last = losses()
+    assert first < 0.5 * alone_first
+    assert last < 1.25 * alone_last
+
+
 def test_same_seed_same_weights_to_the_last_bit_and_the_global_state_untouched():
     torch.manual_seed(123)
     np.random.seed(123)  # noqa: NPY002, it is the global state that must stay

@@ -5,6 +5,7 @@ import pytest
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
+from tiny import tiny_model
 
 from sklearn_relish import LLMEncoder
 
@@ -84,6 +85,12 @@ def test_skops_trusts_this_package_and_no_more(regressor, reviews, tmp_path):
     np.testing.assert_array_equal(
         opened.predict_interval(reviews[0]), regressor.predict_interval(reviews[0])
     )
+    pipeline = make_pipeline(LLMEncoder(str(tiny_model()), device="cpu"), Ridge()).fit(*reviews)
+    skops.dump(pipeline, tmp_path / "pipeline.skops")
+    untrusted = skops.get_untrusted_types(file=tmp_path / "pipeline.skops")
+    assert untrusted == ["sklearn_relish.encoder.LLMEncoder"]
+    opened = skops.load(tmp_path / "pipeline.skops", trusted=untrusted)
+    np.testing.assert_array_equal(opened.predict(reviews[0]), pipeline.predict(reviews[0]))
 
 
 @pytest.mark.filterwarnings("ignore:.*type hint is inferred as AnyType:UserWarning")  # its own

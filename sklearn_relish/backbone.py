@@ -388,24 +388,24 @@ class FrozenLLM:
                 f"{type(self.tokenizer).__name__} of {self.model!r} can't tell which piece of the"
                 " text a token is: only a fast tokenizer can."
             )
-        found = []
-        with self._tokenizing:
-            for text in texts:
+        found, window = [], self._window(max_length)
+        for text in texts:
+            with self._tokenizing:
                 whole = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
-                ids, spans = whole["input_ids"], whole["offset_mapping"]
-                window = self._window(max_length)
-                if len(ids) > window and not windows:
-                    cut = self.tokenizer(
+                if len(whole["input_ids"]) > window and not windows:
+                    whole = self.tokenizer(
                         text, return_offsets_mapping=True, truncation=True, max_length=window
                     )
-                    ids, spans = cut["input_ids"][:window], cut["offset_mapping"][:window]
-                if not ids:
-                    ids, spans = [self._filler_id], [(0, 0)]
-                names = self.tokenizer.convert_ids_to_tokens(ids)
-                pieces = [
-                    text[begin:end] or name for (begin, end), name in zip(spans, names, strict=True)
-                ]
-                found.append((pieces, np.array(spans, dtype=np.int64)))
+            ids, spans = whole["input_ids"], whole["offset_mapping"]
+            if not windows:
+                ids, spans = ids[:window], spans[:window]
+            if not ids:
+                ids, spans = [self._filler_id], [(0, 0)]
+            names = self.tokenizer.convert_ids_to_tokens(ids)
+            pieces = [
+                text[begin:end] or name for (begin, end), name in zip(spans, names, strict=True)
+            ]
+            found.append((pieces, np.array(spans, dtype=np.int64)))
         return found
 
     def _window(self, max_length: int) -> int:

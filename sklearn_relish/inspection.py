@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
 
 CHARACTER = 0.602  # width of a monospaced character, in font sizes
 LINE = 1.45  # height of a line, in font sizes
+PATH_INCHES = 2.2  # width of the path of a prediction
 
 
 class RefinementDisplay:
@@ -25,6 +30,10 @@ class RefinementDisplay:
     the path of the prediction. For several, whose numbers are known: the error by iteration. Make
     it with `from_estimator`.
 
+    A token's shade is its weight, the mean of all heads and estimators, beside the largest of the
+    text in any iteration. The path is that of the whole prediction, linear path and all, which
+    attends to nothing.
+
     Parameters
     ----------
     stages : ndarray of shape (n_iterations, n_texts)
@@ -32,7 +41,7 @@ class RefinementDisplay:
     attention : TextAttention, default=None
         Of the text, if it is one: see `RelishRegressor.attention`.
     y : ndarray of shape (n_texts,), default=None
-        The true numbers.
+        The true numbers; needed without `attention`.
 
     Attributes
     ----------
@@ -40,6 +49,18 @@ class RefinementDisplay:
         Once it is plotted.
     axes_ : ndarray of matplotlib.axes.Axes
         Of one text, the text and the path; of several, the error.
+    line_ : matplotlib.lines.Line2D
+        The path of the prediction, or the mean error.
+
+    Raises
+    ------
+    ValueError
+        If there are neither `attention` nor `y`.
+
+    See Also
+    --------
+    RelishRegressor.staged_predict : The predictions after each iteration.
+    RelishRegressor.attention : The weights of the tokens.
 
     Examples
     --------
@@ -54,13 +75,23 @@ class RefinementDisplay:
         attention: TextAttention | None = None,
         y: np.ndarray | None = None,
     ) -> None:
+        if attention is None and y is None:
+            raise ValueError("Several texts are shown by their error: pass their numbers as y.")
         self.stages = stages
         self.attention = attention
         self.y = y
 
     @classmethod
     def from_estimator(
-        cls, estimator: RelishRegressor, X: ArrayLike, y: ArrayLike | None = None, **plotting: Any
+        cls,
+        estimator: RelishRegressor,
+        X: ArrayLike,
+        y: ArrayLike | None = None,
+        *,
+        ax: Axes | Sequence[Axes] | None = None,
+        width: int = 72,
+        max_lines: int = 6,
+        fontsize: float = 9.0,
     ) -> RefinementDisplay:
         """Make a display of a fitted regressor, and plot it.
 
@@ -72,8 +103,8 @@ class RefinementDisplay:
             A text, a row, or several.
         y : float or array-like of shape (n_texts,), default=None
             The true numbers; needed for several.
-        **plotting
-            Arguments of `plot`.
+        ax, width, max_lines, fontsize
+            As of `plot`.
 
         Returns
         -------
@@ -86,31 +117,45 @@ class RefinementDisplay:
         ImportError
             If matplotlib is not installed.
         """
+        _pyplot()
         X = [X] if isinstance(X, str) else X
         if getattr(estimator, "n_outputs_", 1) != 1:
             raise ValueError(
                 f"The regressor has {estimator.n_outputs_} outputs: a display is of one."
             )
-        stages = np.stack([stage.reshape(-1) for stage in estimator.staged_predict(X)])
         if y is not None:
             y = np.asarray(y, dtype=float).reshape(-1)
-            check_consistent_length(stages[0], y)
-        if stages.shape[1] == 1:
+            check_consistent_length(X, y)
+        if len(X) == 1:
             (attention,) = estimator.attention(X)
-            return cls(stages, attention=attention, y=y).plot(**plotting)
-        if y is None:
-            raise ValueError("Several texts are shown by their error: pass their numbers as y.")
-        return cls(stages, y=y).plot(**plotting)
+        else:
+            attention = None
+            if y is None:
+                raise ValueError("Several texts are shown by their error: pass their numbers as y.")
+        stages = np.stack([stage.reshape(-1) for stage in estimator.staged_predict(X)])
+        display = cls(stages, attention=attention, y=y)
+        return display.plot(ax=ax, width=width, max_lines=max_lines, fontsize=fontsize)
 
-    def plot(self, *, width: int = 72, max_lines: int = 6, fontsize: float = 9.0) -> Any:
-        """Draw it on a new figure.
+    def plot(
+        self,
+        *,
+        ax: Axes | Sequence[Axes] | None = None,
+        width: int = 72,
+        max_lines: int = 6,
+        fontsize: float = 9.0,
+    ) -> RefinementDisplay:
+        """Draw it.
 
         Parameters
         ----------
+        ax : matplotlib.axes.Axes, or two of them, default=None
+            Of one text two, for the text and for the path; of several one. None: a new figure, of
+            the size that the text takes.
         width : int, default=72
             Characters of a line of text.
         max_lines : int, default=6
-            Lines of the text that are shown: of a longer one those that are looked at most.
+            Lines of the text that are shown: of a longer one those that are looked at most, with
+            ⋮ where others are left out.
         fontsize : float, default=9
             Of the text, in points.
 
@@ -120,22 +165,30 @@ class RefinementDisplay:
 
         Raises
         ------
+        ValueError
+            If `width` or `max_lines` is below 1.
         ImportError
             If matplotlib is not installed.
         """
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise ImportError(
-                "A RefinementDisplay needs matplotlib: pip install 'sklearn-relish[plot]'."
-            ) from error
+        pyplot = _pyplot()
+        if min(width, max_lines) < 1:
+            raise ValueError(
+                f"width and max_lines must be 1 or more, got {width} and {max_lines}: nothing would"
+                " be shown."
+            )
         if self.attention is None:
-            self.figure_, axes = pyplot.subplots(figsize=(4.5, 3), layout="constrained")
-            self.axes_ = np.array([axes])
-            self._plot_errors(axes)
+            if ax is None:
+                _, ax = pyplot.subplots(figsize=(4.5, 3), layout="constrained")
+            self.axes_ = np.array([ax])
+            self._plot_errors(ax)
         else:
             lines = _lines(self.attention, width, max_lines)
-            self.figure_, self.axes_ = self._plot_text(pyplot, lines, fontsize)
+            if ax is None:
+                ax = _new_axes(pyplot, lines, len(self.stages), fontsize)
+            self.axes_ = np.array(ax)
+            self._plot_text(self.axes_[0], lines, fontsize)
+            self._plot_path(self.axes_[1], len(lines), fontsize)
+        self.figure_ = self.axes_[0].figure
         return self
 
     def _plot_errors(self, axes: Axes) -> None:
@@ -143,72 +196,70 @@ class RefinementDisplay:
         iterations = np.arange(1, len(error) + 1)
         low, high = np.quantile(error, [0.25, 0.75], axis=1)
         axes.fill_between(iterations, low, high, alpha=0.2, linewidth=0, label="middle half")
-        axes.plot(iterations, error.mean(axis=1), "o-", label="mean")
+        (self.line_,) = axes.plot(iterations, error.mean(axis=1), "o-", label="mean")
         axes.set(xlabel="iteration", ylabel="absolute error", xticks=iterations, ylim=(0, None))
         axes.legend(frameon=False)
 
-    def _plot_text(
-        self, pyplot: Any, lines: list[_Line], fontsize: float
-    ) -> tuple[Figure, np.ndarray]:
-        width = max(sum(token.width for token in line.tokens) for line in lines)
-        n_iterations = len(self.stages)
-        row = len(lines) + 1  # lines of text an iteration takes, with a gap
-        inch = fontsize / 72
-        height = n_iterations * row * LINE * inch + 0.75
-        text_width, path_width = width * CHARACTER * inch, 2.2
-        total = text_width + path_width + 1.1
-        figure = pyplot.figure(figsize=(total, height))
-        bottom, tall = 0.5 / height, (height - 0.75) / height
-        text = figure.add_axes((0.7 / total, bottom, text_width / total, tall))
-        path = figure.add_axes((1 - (path_width + 0.1) / total, bottom, path_width / total, tall))
-        text.set(xlim=(0, width), ylim=(n_iterations * row - 0.5, -0.5))
-        text.set_axis_off()
-        shades = pyplot.get_cmap("Blues")
-        for iteration in range(n_iterations):
+    def _plot_text(self, axes: Axes, lines: list[_Line], fontsize: float) -> None:
+        from matplotlib import colormaps, rcParams
+        from matplotlib.patches import Rectangle
+
+        row = len(lines) + 1  # lines that an iteration takes, with a gap
+        axes.set(
+            xlim=(0, max(line.columns for line in lines)),
+            ylim=(len(self.stages) * row - 0.5, -0.5),
+        )
+        axes.set_axis_off()
+        most = self.attention.weights.mean(axis=(0, 2)).max()
+        family = ["monospace", *rcParams["font.family"]]  # the others for what it has not
+        beside = {"ha": "right", "va": "center", "fontsize": fontsize}
+        for iteration in range(len(self.stages)):
             top = iteration * row
-            most = max(token.weights[iteration] for line in lines for token in line.tokens)
-            text.text(-1, top, f"{iteration + 1}", ha="right", va="center", fontsize=fontsize)
-            for number, line in enumerate(lines):
-                y = top + number
-                if line.after_gap:
-                    text.text(-1, y - 0.5, "⋮", ha="right", va="center", fontsize=fontsize)
-                for token in line.tokens:
-                    shade = token.weights[iteration] / most
-                    text.add_patch(
-                        pyplot.Rectangle(
-                            (token.column, y - 0.5),
-                            token.width,
-                            1,
-                            facecolor=shades(0.85 * shade),
-                            linewidth=0,
-                        )
+            axes.text(-1, top, f"{iteration + 1}", **beside)
+            if lines[-1].left_out_after:
+                axes.text(-1, top + len(lines) - 0.5, "⋮", **beside)
+            for y, line in enumerate(lines, top):
+                if line.left_out_before:
+                    axes.text(-1, y - 0.5, "⋮", **beside)
+                for piece in line.pieces:
+                    shade = min(1.0, piece.weights[iteration] / most)
+                    corner = (piece.column, y - 0.5)
+                    color = colormaps["Blues"](0.85 * shade)
+                    axes.add_patch(
+                        Rectangle(corner, piece.columns, 1, facecolor=color, linewidth=0)
                     )
-                    text.text(
-                        token.column,
+                    axes.text(
+                        piece.column,
                         y,
-                        token.shown,
+                        piece.shown,
                         va="center_baseline",
-                        family="monospace",
+                        family=family,
                         fontsize=fontsize,
-                        style="italic" if token.special else "normal",
-                        color="white" if shade > 0.7 else "0.45" if token.special else "black",
+                        style="italic" if piece.special else "normal",
+                        color="white" if shade > 0.7 else "0.45" if piece.special else "black",
                         parse_math=False,
                     )
-        middles = np.arange(n_iterations) * row + (row - 2) / 2
-        path.plot(self.stages[:, 0], middles, "o-")
-        for place, stage in zip(middles, self.stages[:, 0], strict=True):
-            path.annotate(
-                f"{stage:.3g}",
+
+    def _plot_path(self, axes: Axes, n_lines: int, fontsize: float) -> None:
+        stages = self.stages[:, 0]
+        row = n_lines + 1
+        middles = np.arange(len(stages)) * row + (n_lines - 1) / 2
+        (self.line_,) = axes.plot(stages, middles, "o-")
+        for place, stage in zip(middles, stages, strict=True):
+            axes.annotate(
+                f"{stage:.{_decimals(stages)}f}",
                 (stage, place),
                 (7, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=fontsize,
             )
+        known = [*stages]
         if self.y is not None:
-            path.axvline(self.y[0], color="0.4", linestyle="--", linewidth=1)
-            path.annotate(
-                f"true {self.y[0]:.3g}",
+            known.append(self.y[0])
+            axes.axvline(self.y[0], color="0.4", linestyle="--", linewidth=1, zorder=0)
+            axes.annotate(
+                f"true {self.y[0]:g}",
                 (self.y[0], 1),
                 (0, 2),
                 textcoords="offset points",
@@ -217,62 +268,139 @@ class RefinementDisplay:
                 fontsize=fontsize,
                 color="0.4",
             )
-        path.set(ylim=(n_iterations * row - 0.5, -0.5), xlabel="prediction", yticks=[])
-        path.margins(x=0.25)
-        path.spines[["left", "right", "top"]].set_visible(False)
-        path.tick_params(labelsize=fontsize)
-        return figure, np.array([text, path])
+        low, high = min(known), max(known)
+        room = (high - low) or abs(high) or 1.0
+        axes.set(
+            xlim=(low - 0.15 * room, high + 0.5 * room),
+            ylim=(len(stages) * row - 0.5, -0.5),
+            xlabel="prediction",
+            yticks=[],
+        )
+        axes.spines[["left", "right", "top"]].set_visible(False)
+        axes.tick_params(labelsize=fontsize)
 
 
-class _Token:
-    """A piece of the text in its place, and its weight in each iteration."""
+def _pyplot() -> Any:
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(
+            "A RefinementDisplay needs matplotlib: pip install 'sklearn-relish[plot]'."
+        ) from error
+    return pyplot
 
-    def __init__(self, shown: str, special: bool, weights: np.ndarray) -> None:
-        self.shown = shown
-        self.special = special
-        self.weights = weights
-        self.column = 0
+
+def _new_axes(
+    pyplot: Any, lines: list[_Line], n_iterations: int, fontsize: float
+) -> tuple[Axes, Axes]:
+    """Axes for a text and its path, on a figure in which a character has the room it takes."""
+    inch = fontsize / 72
+    below, above, left, between = 0.5, 0.25, 0.4, 0.4  # inches
+    tall = n_iterations * (len(lines) + 1) * LINE * inch
+    wide = max(line.columns for line in lines) * CHARACTER * inch
+    height, width = below + tall + above, left + wide + between + PATH_INCHES + 0.1
+    figure: Figure = pyplot.figure(figsize=(width, height))
+    text = figure.add_axes((left / width, below / height, wide / width, tall / height))
+    start = (left + wide + between) / width
+    path = figure.add_axes((start, below / height, PATH_INCHES / width, tall / height))
+    return text, path
+
+
+def _decimals(stages: np.ndarray) -> int:
+    """Digits behind the point that tell stages apart."""
+    spread = float(np.ptp(stages)) or float(np.abs(stages).max()) or 1.0
+    return min(max(0, 1 - math.floor(math.log10(spread))), 12)
+
+
+@dataclass
+class _Piece:
+    """A piece of the text in its line, and its weight in each iteration."""
+
+    shown: str
+    weights: np.ndarray
+    special: bool
+    column: int = 0
 
     @property
-    def width(self) -> int:
-        return max(1, len(self.shown))
+    def columns(self) -> int:
+        return sum(_columns(character) for character in self.shown)
 
 
+@dataclass
 class _Line:
-    """Tokens beside each other."""
+    """Pieces beside each other."""
 
-    def __init__(self) -> None:
-        self.tokens: list[_Token] = []
-        self.number = 0
-        self.after_gap = False
+    pieces: list[_Piece]
+    left_out_before: bool = False
+    left_out_after: bool = False
+
+    @property
+    def columns(self) -> int:
+        return sum(piece.columns for piece in self.pieces)
+
+
+def _columns(character: str) -> int:
+    """Room of a character, in those of a letter."""
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _shown(text: str) -> str:
+    """A text whose every character can be seen."""
+    return "".join(
+        "⏎" if character == "\n" else " " if character.isspace() else character
+        for character in text
+        if character != "\r" and unicodedata.category(character) != "Cs"
+    )
+
+
+def _pieces(attention: TextAttention) -> list[_Piece]:
+    """The text from its first token to its last, each character once.
+
+    A character that several tokens share stands in the first of them, to whose weight theirs are
+    added; what lies between tokens has none.
+    """
+    text, pieces, end_of_last = attention.text, [], None
+    weights = attention.weights.mean(axis=(0, 2)).T  # (n_tokens, n_iterations)
+    for name, (begin, end), weight in zip(attention.tokens, attention.spans, weights, strict=True):
+        if begin == end:
+            pieces.append(_Piece(name, weight, special=True))
+            continue
+        if end_of_last is not None and begin > end_of_last:
+            pieces.append(_Piece(text[end_of_last:begin], np.zeros_like(weight), special=False))
+        new = max(begin, end_of_last or 0)
+        if end > new:
+            pieces.append(_Piece(text[new:end], weight, special=False))
+        else:
+            pieces[-1].weights = pieces[-1].weights + weight
+        end_of_last = max(end, end_of_last or 0)
+    return pieces
 
 
 def _lines(attention: TextAttention, width: int, max_lines: int) -> list[_Line]:
     """The text's lines, as many as are shown: those with the largest weights in any iteration."""
-    weights = attention.weights.mean(axis=(0, 2)).T  # (n_tokens, n_iterations)
-    lines, before = [_Line()], (0, 0)
-    for piece, span, weight in zip(attention.tokens, attention.spans, weights, strict=True):
-        begin, end = (int(place) for place in span)
-        special = begin == end
-        if not special and (begin, end) == before:  # another part of the same character
-            lines[-1].tokens[-1].weights = lines[-1].tokens[-1].weights + weight
-            continue
-        before = (begin, end)
-        shown = piece.replace("\n", "⏎").replace("\t", " ")
-        used = sum(token.width for token in lines[-1].tokens)
-        if lines[-1].tokens and used + len(shown) > width:
-            lines.append(_Line())
-            used = 0
-        token = _Token(shown[:width], special, weight)
-        token.column = used
-        lines[-1].tokens.append(token)
-        if "\n" in piece:
-            lines.append(_Line())
-    lines = [line for line in lines if line.tokens]
-    for number, line in enumerate(lines):
-        line.number = number
-    peaks = [max(token.weights.max() for token in line.tokens) for line in lines]
-    chosen = sorted(np.argsort(peaks)[::-1][:max_lines].tolist())
-    for before_it, number in zip([-1, *chosen], chosen, strict=False):
-        lines[number].after_gap = number > before_it + 1
+    lines = [_Line([])]
+    for piece in _pieces(attention):
+        for part in piece.shown.splitlines(keepends=True) or [""]:
+            for start in range(0, len(part), width):
+                chunk = _shown(part[start : start + width])
+                line = lines[-1]
+                laid = _Piece(chunk, piece.weights, piece.special, line.columns)
+                if line.pieces and line.columns + laid.columns > width:
+                    lines.append(_Line([]))
+                    laid.column = 0
+                lines[-1].pieces.append(laid)
+            if part.endswith("\n"):
+                lines.append(_Line([]))
+    lines = [line for line in lines if line.pieces]
+    peaks = np.array([max(piece.weights.max() for piece in line.pieces) for line in lines])
+    chosen = np.sort(np.argsort(-peaks, kind="stable")[:max_lines])
+    spans = attention.spans[attention.spans[:, 0] < attention.spans[:, 1]]
+    cut_before = len(spans) > 0 and bool(attention.text[: spans[0, 0]].strip())
+    cut_after = len(spans) > 0 and bool(attention.text[spans[-1, 1] :].strip())
+    for before, number in zip([-1, *chosen], chosen, strict=False):
+        lines[number].left_out_before = bool(number > before + 1)
+    lines[chosen[0]].left_out_before |= cut_before
+    lines[chosen[-1]].left_out_after = bool(chosen[-1] < len(lines) - 1) or cut_after
     return [lines[number] for number in chosen]

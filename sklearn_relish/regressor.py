@@ -9,7 +9,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple
 
@@ -33,7 +33,6 @@ from sklearn_relish.layers import SHARES, choose_layer, sample_texts
 from sklearn_relish.objectives import LOSSES, Objective
 from sklearn_relish.prompts import name_rows
 from sklearn_relish.reader import LLMReader
-from sklearn_relish.states import TokenStates
 from sklearn_relish.store import StateStore
 from sklearn_relish.training import (
     AUTO_EPOCHS,
@@ -488,6 +487,9 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     def staged_predict(self, X: ArrayLike) -> Iterator[np.ndarray]:
         """Numbers for texts after each iteration of the heads.
 
+        The linear path, where there is one, stands beside each of them as it does beside the last.
+        With ``deep_supervision=False`` no answer but the last was asked to be right.
+
         Parameters
         ----------
         X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
@@ -497,9 +499,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
             `n_iterations` of them; the last is that of `predict`.
         """
-        states = self._states_of(X)
-        for responses in staged_answers(self.head_, states, self._llm().torch_device):
-            yield self._point_in_units(responses)
+        return map(self._point_in_units, self._responses(X, staged_answers))
 
     def attention(self, X: ArrayLike) -> list[TextAttention]:
         """Where the heads look: the weight of each token in each iteration.
@@ -514,9 +514,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         Returns
         -------
         list of TextAttention
-            For each text what was read, ``text``, its ``tokens`` as pieces of it, their ``spans``
-            in it, of shape (n_tokens, 2), and their ``weights``, of shape (n_estimators,
-            n_iterations, n_heads, n_tokens), whose sum over the tokens is 1.
+            For each text what was read, its tokens, where they stand in it, and their weights.
 
         Raises
         ------
@@ -525,12 +523,10 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         """
         check_is_fitted(self)
         texts = self._render(self._read_table(X, reset=False))
-        self._check_model()
         tokens = self._llm().tokens(
             texts, max_length=self.max_length, windows=self.long_text == "window"
         )
-        states = self._states(texts, self.layer_)
-        weights = attention_weights(self.head_, states, self._llm().torch_device)
+        weights = self._responses(X, attention_weights)
         return [
             TextAttention(text, pieces, spans, some)
             for text, (pieces, spans), some in zip(texts, tokens, weights, strict=True)
@@ -652,15 +648,15 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         """
         return pretrained.load(cls, source, revision, token, parameters)
 
-    def _responses(self, X: ArrayLike) -> np.ndarray:
-        """The ensemble's responses in standardized units, (n_samples, n_outputs * n_answers)."""
-        return head_answers(self.head_, self._states_of(X), self._llm().torch_device)
+    def _responses(self, X: ArrayLike, answers: Callable[..., Any] = head_answers) -> Any:
+        """The ensemble's responses in standardized units, (n_samples, n_outputs * n_answers).
 
-    def _states_of(self, X: ArrayLike) -> TokenStates:
+        Or what another function of it and the texts' states gives.
+        """
         check_is_fitted(self)
         texts = self._render(self._read_table(X, reset=False))
         self._check_model()
-        return self._states(texts, self.layer_)
+        return answers(self.head_, self._states(texts, self.layer_), self._llm().torch_device)
 
     def _point_in_units(self, responses: np.ndarray) -> np.ndarray:
         """One number for each output, of the target's shape."""
@@ -682,7 +678,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
                 " the weights are the same, the predictions are wrong. Fit again, or bring the"
                 " fitted one back.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
 
     def _check_rows(
@@ -886,7 +882,21 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
 
 
 class TextAttention(NamedTuple):
-    """Where the heads look in a text, see `RelishRegressor.attention`."""
+    """Where the heads look in a text, see `RelishRegressor.attention`.
+
+    Parameters
+    ----------
+    text : str
+        What was read: a row rendered by the prompt, in the chat's form where there is one.
+    tokens : list of str
+        The pieces of the text whose states are attended to; of a special token, which is no piece
+        of it, the name.
+    spans : int64 ndarray of shape (n_tokens, 2)
+        Where each begins and ends in the text, in characters. A special token's span is empty;
+        tokens that make a character together each have all of it.
+    weights : float64 ndarray of shape (n_estimators, n_iterations, n_heads, n_tokens)
+        Of each token; the sum over the tokens is 1.
+    """
 
     text: str
     tokens: list[str]

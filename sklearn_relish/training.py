@@ -118,9 +118,9 @@ def train_head(
     """Fit a head's weights in place, from where they are.
 
     AdamW under a one-cycle schedule [1]_, gradients clipped, batches of like length. Every
-    iteration's answers may be asked to be right [2]_. With
-    validation examples, the weights of the epoch with the lowest validation loss are restored,
-    and training stops once `n_iter_no_change` epochs in a row, unless None, brought no lower one.
+    iteration's answers may be asked to be right [2]_. With validation examples, the weights of the
+    epoch with the lowest validation loss are restored, and training stops once `n_iter_no_change`
+    epochs in a row, unless None, brought no lower one.
 
     Parameters
     ----------

@@ -1,6 +1,8 @@
 """What the iterations do: each step's answer, and the tokens that it looks at."""
 
+import copy
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -9,6 +11,9 @@ from tiny import tiny_model
 
 from sklearn_relish import FrozenLLM, RefinementDisplay, RelishRegressor
 from sklearn_relish.head import RelishHead
+from sklearn_relish.regressor import TextAttention
+
+pd = pytest.importorskip("pandas")
 
 TEXTS = [f"{word} {i}" for i in range(12) for word in ("good", "bad", "ünïcode 🙂")]
 Y = np.tile([2.0, -2.0, 0.0], 12) + np.arange(36) / 36
@@ -77,7 +82,11 @@ def test_weights_are_of_the_tokens_of_the_text(llm):
         assert weights.shape == (2, 3, 2, len(tokens))
         assert spans.shape == (len(tokens), 2)
         np.testing.assert_allclose(weights.sum(axis=-1), 1)
-        assert (weights >= 0).all()
+        ((_, (states,), _),) = llm.read([text], layers=[regressor.layer_], max_length=512)
+        batch, mask = states.batch(torch.tensor([0]))
+        with torch.no_grad():
+            of_head = copy.deepcopy(regressor.head_).double().attention(batch, mask)[:, :, 0]
+        np.testing.assert_allclose(weights, of_head, atol=1e-5)  # token by token
         assert [text[begin:end] for begin, end in spans] == tokens
         assert spans[-1, 1] == len(text)  # nothing of it is left out
     alone = regressor.attention(TEXTS[1:2])[0]
@@ -141,10 +150,68 @@ def test_display_of_a_long_text_shows_the_lines_that_are_looked_at_most(llm, pyp
     display = RefinementDisplay.from_estimator(regressor, text)
     display.plot(width=30, max_lines=4)
     rows = shown(display.axes_[0])
-    assert len(rows) == 3 * 4
-    assert rows[:4] == rows[4:8] == rows[8:]
-    assert all(row.rstrip("⏎") in text.split("\n") for row in rows)
+    (attention,) = regressor.attention([text])
+    peaks = attention.weights.mean(axis=(0, 2)).max(axis=0)  # (n_tokens,)
+    lines = text.split("\n")
+    line = np.array([text[:begin].count("\n") for begin, _ in attention.spans])
+    best = np.argsort([-peaks[line == number].max() for number in range(len(lines))])[:4]
+    assert [row.rstrip("⏎") for row in rows] == [lines[number] for number in sorted(best)] * 3
+    assert "⋮" in [piece.get_text() for piece in display.axes_[0].texts]
     display.figure_.canvas.draw()
+
+
+def test_every_character_is_drawn_once(pyplot):
+    """Whatever a tokenizer's spans are: shared characters, gaps, newlines, wide and bare marks."""
+    text = " Это film.\n   Not $bad^: हि 日本\tnow\r\n"
+    spans = [(0, 0), (0, 2), (1, 2), (2, 4), (5, 9), (9, 10), (10, 14), (14, len(text)), (0, 0)]
+    tokens = [text[begin:end] or "<s>" for begin, end in spans]
+    weights = np.full((1, 2, 1, len(spans)), 0.5 / (len(spans) - 1))
+    weights[..., 2] = 0.5
+    attention = TextAttention(text, tokens, np.array(spans), weights)
+    display = RefinementDisplay(np.array([[251234.0], [252999.0]]), attention=attention)
+    display.plot()
+    first, second, third = shown(display.axes_[0])[:3]
+    assert (first, third) == ("<s> Это film.⏎", "<s>")
+    assert second == "   Not $bad^: हि 日本 now⏎"
+    shades = {piece.get_facecolor() for piece in display.axes_[0].patches[:4]}
+    dark = display.axes_[0].patches[1]  # the second half of Э counts for where Э stands
+    assert sum(dark.get_facecolor()) == min(map(sum, shades))
+    wide = display.axes_[0].get_xlim()[1]
+    assert wide == len(second) + 2  # two characters of double width
+    assert [label.get_text() for label in display.axes_[1].texts] == ["251234", "252999"]
+    assert "⋮" not in [piece.get_text() for piece in display.axes_[0].texts]
+
+
+def test_tokens_are_those_of_the_states():
+    """However a row becomes a text, and a text what is read."""
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    llm.tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}!"
+    frame = pd.DataFrame({"title": TEXTS, "kind": ["a", None] * 18})
+
+    def check(X, shown, side="right", **changes):
+        llm.tokenizer.truncation_side = side
+        regressor = RelishRegressor(llm, **SMALL | changes)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*were cut", UserWarning)
+            regressor.fit(X, Y)
+            found = regressor.attention(X[:3])
+            states = list(regressor._states([one.text for one in found], regressor.layer_))
+        for one, some in zip(found, states, strict=True):
+            assert one.weights.shape[-1] == len(one.tokens) == len(one.spans) == len(some)
+        assert "".join(found[0].tokens) == shown
+
+    check(frame, "title: good 0\nkind: a")
+    check(TEXTS, "<s>good 0</s>!", chat_template=True)
+    check(TEXTS, "good 0", max_length=4, long_text="window")
+    check(TEXTS, "good", max_length=4)
+    check(TEXTS, "od 0", side="left", max_length=4)
+
+
+def test_a_slow_tokenizer_is_refused(llm, monkeypatch):
+    regressor = RelishRegressor(llm, **SMALL).fit(TEXTS, Y)
+    monkeypatch.setattr(type(llm.tokenizer), "is_fast", False)
+    with pytest.raises(ValueError, match="only a fast tokenizer can"):
+        regressor.attention(TEXTS)
 
 
 def test_display_of_many_texts(llm, pyplot):
@@ -153,8 +220,16 @@ def test_display_of_many_texts(llm, pyplot):
     (axes,) = display.axes_
     errors = [np.abs(stage - Y).mean() for stage in regressor.staged_predict(TEXTS)]
     np.testing.assert_allclose(axes.lines[0].get_ydata(), errors)
+    figure, mine = pyplot.subplots()
+    display = RefinementDisplay.from_estimator(regressor, TEXTS, Y, ax=mine)
+    assert display.figure_ is figure
+    assert display.line_ in mine.lines
     with pytest.raises(ValueError, match="pass their numbers as y"):
         RefinementDisplay.from_estimator(regressor, TEXTS)
+    with pytest.raises(ValueError, match="pass their numbers as y"):
+        RefinementDisplay(display.stages)
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        display.plot(max_lines=0)
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         RefinementDisplay.from_estimator(regressor, TEXTS, Y[:-1])
     several = RelishRegressor(llm, **SMALL).fit(TEXTS, np.stack([Y, Y], axis=1))

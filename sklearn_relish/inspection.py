@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 CHARACTER = 0.602  # width of a monospaced character, in font sizes
 LINE = 1.45  # height of a line, in font sizes
 PATH_INCHES = 2.2  # width of the path of a prediction
+NO_NUMBERS = "Several texts are shown by their error: pass their numbers as y."
 
 
 class RefinementDisplay:
@@ -76,7 +77,7 @@ class RefinementDisplay:
         y: np.ndarray | None = None,
     ) -> None:
         if attention is None and y is None:
-            raise ValueError("Several texts are shown by their error: pass their numbers as y.")
+            raise ValueError(NO_NUMBERS)
         self.stages = stages
         self.attention = attention
         self.y = y
@@ -131,7 +132,7 @@ class RefinementDisplay:
         else:
             attention = None
             if y is None:
-                raise ValueError("Several texts are shown by their error: pass their numbers as y.")
+                raise ValueError(NO_NUMBERS)
         stages = np.stack([stage.reshape(-1) for stage in estimator.staged_predict(X)])
         display = cls(stages, attention=attention, y=y)
         return display.plot(ax=ax, width=width, max_lines=max_lines, fontsize=fontsize)

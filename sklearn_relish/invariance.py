@@ -1,0 +1,263 @@
+"""Forward passes on a CPU in which the states of a text do not depend on the rest of its batch.
+
+A matrix product chooses its kernel by the number of rows, and two kernels round differently. Here a
+product runs only at numbers of rows that give equal bits on this machine; others are filled up.
+Attention works on one text, or on texts of one length, at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
+from torch.overrides import TorchFunctionMode
+
+ROW_STEP = 16  # products run at multiples of it
+REFERENCE_ROWS = 256  # the number of rows that all others are compared with
+MOST_ROWS = 1024  # more rows are split
+CALL_ROWS = 24  # what a call costs in itself, in rows of a product
+JOINT_TOKENS = 64  # shorter texts share a call of attention, for which torch packs no keys then
+GRAIN = 32_768  # elements below which torch gives an elementwise operation to one thread
+VECTOR = 64  # elements, a multiple of any vector register's
+ELEMENTWISE = {silu, gelu, torch.sigmoid, torch.tanh, torch.exp, torch.erf}
+MATRIX_PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm}
+
+
+class BatchInvariant(TorchFunctionMode):
+    """In this context each text of a batch gets the same bits as in any other batch.
+
+    It covers the operations of Transformers' models whose rounding depends on the batch: linear
+    layers, attention, products of batches of matrices, and elementwise functions, of which torch
+    computes the last few elements of a thread's part in another way. All others work row by row.
+
+    Parameters
+    ----------
+    lengths : sequence of int, default=None
+        The lengths of the texts that are packed one after the other in a single row. None: each
+        row of the batch is a text, and all have one length.
+
+    Examples
+    --------
+    >>> import torch
+    >>> layer, x = torch.nn.Linear(32, 32), torch.randn(100, 32)
+    >>> with torch.inference_mode(), BatchInvariant():
+    ...     together, alone = layer(x), layer(x[7:8])
+    >>> torch.equal(together[7:8], alone)
+    True
+    """
+
+    def __init__(self, lengths: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.lengths = lengths
+        self.n_attentions = 0
+        self._causal: dict[tuple[int, int], bool] = {}  # by mask and length
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replace the functions that depend on the batch."""
+        kwargs = kwargs or {}
+        if func is linear and not kwargs:
+            return _linear(*args)
+        if func is scaled_dot_product_attention:
+            self.n_attentions += 1
+            if self.lengths is not None:
+                return self._packed_attention(*args, **kwargs)
+            if args[0].shape[2] >= JOINT_TOKENS:
+                return _text_by_text(func, args, kwargs)
+        elif func in ELEMENTWISE and not kwargs.get("inplace"):
+            return _aligned(func, *args, **kwargs)
+        elif func in MATRIX_PRODUCTS:
+            left, right = args[:2]
+            if right.ndim == 2 and left.ndim >= 2:
+                return _linear(left, right.t())
+            if left.ndim >= 3 and right.ndim >= 3:
+                return _text_by_text(func, args, kwargs)
+        elif func is torch.addmm and not kwargs:
+            bias, rows, weight = args
+            return _linear(rows, weight.t(), bias)
+        return func(*args, **kwargs)
+
+    def _packed_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attention within each text of a packed row; shapes are (1, heads, tokens, size)."""
+        n_heads, n_tokens = query.shape[1:3]
+        result = query.new_empty(1, n_tokens, n_heads, value.shape[3])
+        start = 0
+        for length, group in itertools.groupby(self.lengths):
+            n_texts = len(list(group))
+            step = n_texts if length < JOINT_TOKENS else 1
+            mask, causal = attn_mask, is_causal
+            if attn_mask is not None:  # it is the same for all texts of a length
+                mask = attn_mask[:, :, start : start + length, start : start + length]
+                causal = self._is_causal(attn_mask, mask, length)
+                mask = None if causal else mask
+            for _ in range(0, n_texts, step):
+                end = start + step * length
+                parts = [
+                    states[0, :, start:end].unflatten(1, (step, length)).transpose(0, 1)
+                    for states in (query, key, value)  # (step, heads, length, size)
+                ]
+                attended = scaled_dot_product_attention(
+                    *parts, attn_mask=mask, is_causal=causal, **kwargs
+                )
+                result[0, start:end] = attended.transpose(1, 2).flatten(0, 1)
+                start = end
+        return result.transpose(1, 2)
+
+    def _is_causal(self, whole: Tensor, mask: Tensor, length: int) -> bool:
+        """Whether a mask says that each token sees itself and those before, for the fast path."""
+        known = id(whole), length
+        if known not in self._causal:
+            is_bool = mask.dtype == torch.bool and mask.shape[:2] == (1, 1)
+            causal = torch.ones(length, length, dtype=torch.bool).tril()
+            self._causal[known] = is_bool and torch.equal(mask[0, 0], causal)
+        return self._causal[known]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A product of rows (..., K) and a weight (N, K), at numbers of rows that give equal bits."""
+    rows = x.reshape(-1, x.shape[-1])  # (M, K)
+    counts = _row_counts(len(rows), weight, x.dtype)
+    if counts == (len(rows),):
+        return linear(x, weight, bias)
+    results = []
+    for part, count in zip(rows.split(_real_rows(len(rows), counts)), counts, strict=True):
+        if len(part) < count:
+            filled = part.new_zeros(count, part.shape[1])
+            filled[: len(part)] = part
+            results.append(linear(filled, weight, bias)[: len(part)])
+        else:
+            results.append(linear(part, weight, bias))
+    return torch.cat(results).view(*x.shape[:-1], len(weight))
+
+
+def _real_rows(n_rows: int, counts: tuple[int, ...]) -> list[int]:
+    return [*counts[:-1], n_rows - sum(counts[:-1])]
+
+
+def _row_counts(n_rows: int, weight: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
+    """Rows of each call that a product of `n_rows` is split into; the last may be filled up."""
+    rest = (n_rows - 1) % MOST_ROWS + 1
+    first = (MOST_ROWS,) * ((n_rows - rest) // MOST_ROWS)
+    count = math.ceil(rest / ROW_STEP) * ROW_STEP
+    equal = _equality(weight, dtype)
+    if equal(count) and (not first or equal(MOST_ROWS)):
+        return (*first, count)
+    return split_rows(n_rows, tuple(n for n in equal.ladder if equal(n)))
+
+
+@lru_cache(maxsize=4096)
+def split_rows(n_rows: int, counts: tuple[int, ...]) -> tuple[int, ...]:
+    """The numbers of rows of a product's calls, of the least cost; the last may be filled up.
+
+    Parameters
+    ----------
+    n_rows : int
+    counts : tuple of int
+        Allowed numbers of rows, rising.
+
+    Examples
+    --------
+    >>> split_rows(1000, (64, 256, 1024)), split_rows(300, (64, 256, 1024))
+    ((1024,), (256, 64))
+    """
+    if n_rows > counts[-1]:
+        n_whole = (n_rows - 1) // counts[-1]
+        return (counts[-1],) * n_whole + split_rows(n_rows - n_whole * counts[-1], counts)
+    best = (next(count for count in counts if count >= n_rows),)
+    below = max((count for count in counts if count < n_rows), default=0)
+    if below:
+        split = (below, *split_rows(n_rows - below, counts))
+        if sum(split) + CALL_ROWS * (len(split) - 1) < best[0]:
+            best = split
+    return best
+
+
+class _Equality:
+    """Which numbers of rows give equal bits in products with weights of one shape.
+
+    Measured on random numbers, for each number of rows once, when it is first asked for.
+    """
+
+    ladder = (16, 32, 64, 128, 256, 512, 1024)
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._rows = torch.randn(MOST_ROWS, weight.shape[1], generator=generator).to(dtype)
+        self._weight = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+        if weight.stride(0) == 1:  # the layout decides on the kernel too
+            self._weight = self._weight.t().contiguous().t()
+        parts = self._rows.split(REFERENCE_ROWS)
+        self._reference = torch.cat([linear(part, self._weight) for part in parts])
+        self._known = {REFERENCE_ROWS: True}
+
+    def __call__(self, count: int) -> bool:
+        """Whether products of `count` rows have the bits of those of REFERENCE_ROWS."""
+        if count not in self._known:
+            first = linear(self._rows[:count], self._weight)
+            last = linear(self._rows[-count:], self._weight)
+            self._known[count] = torch.equal(first, self._reference[:count]) and torch.equal(
+                last, self._reference[-count:]
+            )
+        return self._known[count]
+
+
+_equalities: dict[tuple[Any, ...], _Equality] = {}
+_making = threading.Lock()
+
+
+def _equality(weight: Tensor, dtype: torch.dtype) -> _Equality:
+    key = (weight.shape, weight.stride(), weight.dtype, dtype, torch.get_num_threads())
+    known = _equalities.get(key)
+    if known is None:
+        with _making:
+            known = _equalities.setdefault(key, _Equality(weight, dtype))
+    return known
+
+
+def _text_by_text(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A function of batches, called for one row of them at a time."""
+    n_texts = max(len(value) for value in args if isinstance(value, Tensor) and value.ndim >= 3)
+    if n_texts == 1:
+        return func(*args, **kwargs)
+
+    def one(value: Any, text: int) -> Any:
+        is_batch = isinstance(value, Tensor) and value.ndim >= 3 and len(value) == n_texts
+        return value[text : text + 1] if is_batch else value
+
+    return torch.cat(
+        [
+            func(
+                *(one(value, text) for value in args),
+                **{name: one(value, text) for name, value in kwargs.items()},
+            )
+            for text in range(n_texts)
+        ]
+    )
+
+
+def _aligned(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """An elementwise function, the part of each thread being whole vectors."""
+    n_threads = min(torch.get_num_threads(), math.ceil(x.numel() / GRAIN))
+    step = VECTOR * max(1, n_threads)
+    if x.numel() % step == 0 or not x.is_contiguous():
+        return func(x, *args, **kwargs)
+    filled = x.new_zeros(math.ceil(x.numel() / step) * step)
+    filled[: x.numel()] = x.flatten()
+    return func(filled, *args, **kwargs)[: x.numel()].view(x.shape)

@@ -7,14 +7,15 @@ It knows neither scikit-learn nor the head.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import numbers
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,16 +36,20 @@ from transformers.utils import logging
 from sklearn_relish.devices import computes_bfloat16, resolve_device
 from sklearn_relish.files import file_digest, file_stamp
 from sklearn_relish.gguf import converted_gguf
+from sklearn_relish.invariance import JOINT_TOKENS, ROW_STEP, BatchInvariant
+from sklearn_relish.locks import FairLock, renew_in_forked_child
 from sklearn_relish.states import TokenStates
 
-# Padded tokens of a batch. On a CPU more is no faster; the others are not measured yet. Where one
-# is too much for the memory it is halved.
+# Tokens of a batch, padding included. On a CPU more is no faster; the others are not measured yet.
+# It is halved where a batch is too much for the memory.
 TOKEN_BUDGET = {"cpu": 1_024, "mps": 8_192, "cuda": 16_384}
-# How short a text may be beside the longest of its batch, and the padded tokens up to which that
-# does not count. On a CPU batches of one length are as fast, without padding; elsewhere unmeasured.
+# The shortest text of a padded batch, as a part of the longest, and the padded tokens up to which
+# this does not matter. On a CPU there is no padding; the others are not measured.
 SHORTEST = {"cpu": 1.0, "mps": 0.875, "cuda": 0.875}
 ENOUGH_TOKENS = {"cpu": 0, "mps": 4_096, "cuda": 4_096}
-TOKENIZE_TEXTS = 256  # texts tokenized at once: a token takes 100 bytes while they are
+TOKENIZE_TEXTS = 256  # texts tokenized at once, each token of which takes 100 bytes then
+TOKEN_CHARACTERS = 16  # characters of a long text that are tokenized for each token wanted
+CUT_TOKENS = 32  # tokens before the end of a cut text that may differ from those of the whole text
 WINDOW_TEXTS = 4_096  # texts sorted by length together, while the next so many are tokenized
 GROUP_BUDGETS = 16  # budgets of tokens in windows that are read before their texts are joined
 OVERLAP = 4  # a window of a long text has one in so many of its tokens from the one before
@@ -55,6 +60,28 @@ ACCESS_KWARGS = frozenset(
 )
 # Keyword arguments that leave the states as they are: they find a model, or place it.
 NEUTRAL_KWARGS = ACCESS_KWARGS - {"subfolder"} | {"device_map", "max_memory", "offload_folder"}
+
+
+class _LoadedOnce:
+    """A property that is computed once for an object, under the object's own lock.
+
+    `functools.cached_property` has one lock for all objects, or none, depending on the Python.
+    """
+
+    def __init__(self, load: Callable[[Any], Any]) -> None:
+        self.load = load
+        self.__doc__ = load.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        with instance._loading:
+            if self.name not in vars(instance):
+                vars(instance)[self.name] = self.load(instance)
+            return vars(instance)[self.name]
 
 
 class FrozenLLM:
@@ -107,8 +134,14 @@ class FrozenLLM:
         self.device = device
         self.dtype = dtype
         self.model_kwargs = model_kwargs
-        self._lock = threading.RLock()
-        self._tokenizing = threading.Lock()
+        self._packing: dict[int, str | None] = {}  # by layer, see `_packs`
+        self._renew_locks()
+        renew_in_forked_child(self, FrozenLLM._renew_locks)
+
+    def _renew_locks(self) -> None:
+        self._loading = threading.RLock()
+        self._passing = FairLock()  # one batch at a time goes through the network
+        self._tokenizing = FairLock()  # for tokenizers that are not thread-safe
 
     def __repr__(self) -> str:
         given = "".join(
@@ -201,7 +234,7 @@ class FrozenLLM:
             )
         return int(number)
 
-    @cached_property
+    @_LoadedOnce
     def fingerprint(self) -> str:
         """What identifies weights and tokenizer: the Hub's commit, or a digest of the files."""
         digest = hashlib.sha256()
@@ -241,22 +274,24 @@ class FrozenLLM:
         """What changes when one of the files does."""
         return [file_stamp(path) for path in self.files]
 
-    @cached_property
+    @_LoadedOnce
     def config(self) -> PretrainedConfig:
         """The model's configuration."""
-        with self._lock:
-            return self._from_pretrained(AutoConfig, **self._access_kwargs)
+        return self._from_pretrained(AutoConfig, **self._access_kwargs)
 
-    @cached_property
+    @_LoadedOnce
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded on first use."""
-        with self._lock:
-            return self._from_pretrained(AutoTokenizer, **self._pinned_kwargs)
+        tokenizer = self._from_pretrained(AutoTokenizer, **self._pinned_kwargs)
+        if tokenizer.is_fast:  # a state that calls would change, each for all threads
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
+        return tokenizer
 
-    @cached_property
+    @_LoadedOnce
     def network(self) -> PreTrainedModel:
         """The model itself, loaded on first use: its text layers, without a head."""
-        with self._lock, _quiet_loading():
+        with _quiet_loading():
             defaults = {"use_safetensors": True, "dtype": self.torch_dtype}
             kwargs = defaults | (self.model_kwargs or {}) | self._pinned_kwargs
             if kwargs.get("quantization_config") is not None:
@@ -294,7 +329,7 @@ class FrozenLLM:
         turns = [[{"role": "user", "content": text}] for text in texts]
         chats = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         begin = tokenizer.bos_token or ""
-        with self._tokenizing:
+        with self._tokenizer_lock:
             begins = bool(begin) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
         return [chat.removeprefix(begin) for chat in chats] if begins else chats
 
@@ -305,9 +340,11 @@ class FrozenLLM:
 
         One pass gives the states at all layers that are asked for; none above them is computed.
 
-        On a CPU a batch holds texts of one length, which is as fast there, and no padding: in
-        bfloat16, padding would move a text's states by some thousandths, so that they depended on
-        its company. Elsewhere it holds texts of like length.
+        On a CPU the states of a text are the same to the last bit in any batch, see
+        `sklearn_relish.invariance`: texts are packed one after the other, without padding, if the
+        model computes the same for them as for each alone, and batches have texts of one length
+        otherwise. Other devices pad texts of similar length; there the states of a text depend on
+        its batch, by the rounding of the dtype.
 
         Parameters
         ----------
@@ -329,7 +366,7 @@ class FrozenLLM:
         states : list of TokenStates
             Their states at each of `layers`, on the CPU, in the model's dtype.
         full_lengths : int64 array of shape (B,)
-            Tokens of each text before it was cut.
+            Tokens of each text before it was cut; of a very long one that is cut, at least so many.
 
         Raises
         ------
@@ -390,15 +427,11 @@ class FrozenLLM:
             )
         found, window = [], self._window(max_length)
         for text in texts:
-            with self._tokenizing:
-                whole = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
-                if len(whole["input_ids"]) > window and not windows:
-                    whole = self.tokenizer(
-                        text, return_offsets_mapping=True, truncation=True, max_length=window
-                    )
-            ids, spans = whole["input_ids"], whole["offset_mapping"]
-            if not windows:
-                ids, spans = ids[:window], spans[:window]
+            ((ids, special, spans, shift),) = self._encode([text], None if windows else window)
+            if not windows and len(ids) > window:
+                kept = self._cut(special, window)
+                ids, spans = [ids[i] for i in kept], [spans[i] for i in kept]
+            spans = [(a + shift, b + shift) if b > a else (a, b) for a, b in spans]
             if not ids:
                 ids, spans = [self._filler_id], [(0, 0)]
             names = self.tokenizer.convert_ids_to_tokens(ids)
@@ -427,15 +460,21 @@ class FrozenLLM:
         lengths = np.array([len(ids) for ids in tokens])
         longest_first = np.argsort(-lengths, kind="stable")
         shortest, enough = SHORTEST[self._kind], ENOUGH_TOKENS[self._kind]
+        packs = len(tokens) > 1 and self._packs(max(layers)) is not None
         start, before = 0, None  # `before` has been started and not been finished
         while start < len(tokens) or before is not None:
             started = None
             if start < len(tokens):
                 longest = int(lengths[longest_first[start]])
-                rows = longest_first[start : start + max(1, self.token_budget // longest)]
-                like = lengths[rows] >= shortest * longest
-                like[: enough // longest] = True
-                rows = rows[like]
+                rows = longest_first[start : start + max(1, self.token_budget)]
+                if packs:
+                    fits = lengths[rows].cumsum() <= self.token_budget
+                else:
+                    rows = rows[: max(1, self.token_budget // longest)]
+                    fits = lengths[rows] >= shortest * longest
+                    fits[: enough // longest] = True
+                fits[0] = True
+                rows = rows[fits]
                 try:
                     started = rows, self._start_pass([tokens[row] for row in rows], layers)
                     start += len(rows)
@@ -477,27 +516,76 @@ class FrozenLLM:
         window = self._window(max_length)
         pieces: list[_Piece] = []
         full_lengths = np.empty(len(texts), dtype=np.int64)
-        with self._tokenizing:  # a tokenizer's truncation is a state that threads would share
-            for start in range(0, len(texts), TOKENIZE_TEXTS):
-                some = texts[start : start + TOKENIZE_TEXTS]
-                found = self.tokenizer(some, verbose=False, return_special_tokens_mask=windows)
-                for row, ids in enumerate(found["input_ids"], start):
-                    full_lengths[row] = len(ids)
-                    if len(ids) > window and windows:
-                        special = found["special_tokens_mask"][row - start]
-                        pieces += self._windows(row, ids, special, window)
-                        continue
-                    if len(ids) > window:  # again, so that a closing special token stays
-                        ids = self.tokenizer(texts[row], truncation=True, max_length=window)
-                        # A window narrower than the special tokens is not kept.
-                        ids = ids["input_ids"][:window]
-                    ids = np.asarray(ids or [self._filler_id], dtype=np.int64)
-                    pieces.append(_Piece(row, ids, 0, len(ids), 1))
+        for start in range(0, len(texts), TOKENIZE_TEXTS):
+            encoded = self._encode(
+                texts[start : start + TOKENIZE_TEXTS], None if windows else window
+            )
+            for row, (ids, special, _, _) in enumerate(encoded, start):
+                full_lengths[row] = len(ids)
+                if len(ids) > window and windows:
+                    pieces += self._windows(row, ids, special, window)
+                    continue
+                if len(ids) > window:
+                    ids = [ids[i] for i in self._cut(special, window)]
+                ids = np.asarray(ids or [self._filler_id], dtype=np.int64)
+                pieces.append(_Piece(row, ids, 0, len(ids), 1))
         return pieces, full_lengths
+
+    def _encode(self, texts: list[str], window: int | None) -> list[_Encoded]:
+        """Tokens of texts; of a text that is cut to a window, only of a part that is long enough.
+
+        A tokenizer takes 0.3 KB and 2.5 microseconds a character, so 5 MB of text would take 12 s.
+        """
+        tokenizer, left = self.tokenizer, self._truncates_left
+        parts, n_characters = list(texts), None if window is None else TOKEN_CHARACTERS * window
+        encoded: list[_Encoded | None] = [None] * len(texts)
+        pending = list(range(len(texts)))
+        while pending:
+            if n_characters is not None:
+                for i in pending:
+                    text = texts[i]
+                    parts[i] = text[-n_characters:] if left else text[:n_characters]
+            with self._tokenizer_lock:
+                found = tokenizer(
+                    [parts[i] for i in pending],
+                    verbose=False,
+                    return_special_tokens_mask=True,
+                    return_offsets_mapping=tokenizer.is_fast,
+                )
+            for place, i in enumerate(pending):
+                ids = found["input_ids"][place]
+                spans = found["offset_mapping"][place] if tokenizer.is_fast else []
+                whole = len(parts[i]) == len(texts[i])
+                if whole or len(ids) >= window + CUT_TOKENS:
+                    shift = len(texts[i]) - len(parts[i]) if left else 0
+                    special = found["special_tokens_mask"][place]
+                    encoded[i] = _Encoded(ids, special, spans, shift)
+            pending = [i for i in pending if encoded[i] is None]
+            if n_characters is not None:
+                n_characters *= 4
+        return encoded
+
+    def _cut(self, special: list[int], window: int) -> list[int]:
+        """Which tokens of a text stay in a window: the special ones around it, and what fits in."""
+        n_before, n_after = _special_ends(special)
+        places = range(len(special))
+        content = places[n_before : len(places) - n_after]
+        room = max(0, window - n_before - n_after)
+        content = content[len(content) - room :] if self._truncates_left else content[:room]
+        return [*places[:n_before], *content, *places[len(places) - n_after :]][:window]
+
+    @property
+    def _truncates_left(self) -> bool:
+        return getattr(self.tokenizer, "truncation_side", "right") == "left"
+
+    @property
+    def _tokenizer_lock(self) -> AbstractContextManager:
+        """A fast tokenizer whose truncation and padding stay off is thread-safe."""
+        return nullcontext() if self.tokenizer.is_fast else self._tokenizing
 
     def _windows(self, row: int, ids: list[int], special: list[int], window: int) -> list[_Piece]:
         """A long text's windows; each has the special tokens, of which the outermost tell."""
-        n_before, n_after = special.index(0), special[::-1].index(0)
+        n_before, n_after = _special_ends(special)
         content = ids[n_before : len(ids) - n_after]
         n_content, overlap = window - n_before - n_after, window // OVERLAP
         if n_content <= overlap:
@@ -532,9 +620,14 @@ class FrozenLLM:
         lengths = torch.tensor([len(ids) for ids in tokens])
         n_texts, longest = len(lengths), int(lengths.max())
         inputs: dict[str, Tensor] = {}
-        real = None
-        if int(lengths.min()) == longest:
+        real, context = None, nullcontext()
+        packed = self._packs(max(layers)) if n_texts > 1 else None
+        if packed:
+            inputs, context = self._packed(tokens, packed)
+        elif int(lengths.min()) == longest:
             inputs["input_ids"] = torch.from_numpy(np.stack(tokens))  # (B, S)
+            if self._kind == "cpu":
+                context = BatchInvariant()
         else:  # padding stands on the right, where a causal model does not look back at it
             padding = self.tokenizer.pad_token_id
             mask = torch.arange(longest) < lengths[:, None]  # (B, S)
@@ -542,7 +635,7 @@ class FrozenLLM:
             ids[mask] = torch.from_numpy(np.concatenate(tokens))
             inputs = {"input_ids": ids, "attention_mask": mask.long()}
             real = mask.flatten().nonzero()[:, 0]  # (n_tokens,)
-        with self._lock, torch.inference_mode():
+        with self._passing, torch.inference_mode(), context:
             device = self.network.device
             found = self._states_at(
                 layers, **{name: _sent(tensor, device) for name, tensor in inputs.items()}
@@ -550,7 +643,10 @@ class FrozenLLM:
             values, finite, done = [], [], []
             for states in found:
                 # Some models pad further, to a multiple of their attention window.
-                some = states[:, :longest].reshape(n_texts * longest, -1)
+                if packed:
+                    some = states[0, : int(lengths.sum())]  # without what fills it up
+                else:
+                    some = states[:, :longest].reshape(n_texts * longest, -1)
                 if real is not None:
                     some = some[_sent(real, some.device)]  # (n_tokens, D)
                 # From a CUDA device to pinned memory: the device need not stop for it.
@@ -560,14 +656,70 @@ class FrozenLLM:
                     done.append(torch.cuda.current_stream(some.device).record_event())
             return _Pass(values, lengths, finite, done)
 
+    def _packed(
+        self, tokens: list[np.ndarray], attention: str
+    ) -> tuple[dict[str, Tensor], BatchInvariant]:
+        """Inputs of texts packed in one row, filled up to a multiple of ROW_STEP tokens."""
+        lengths = [len(ids) for ids in tokens]
+        n_filling = -sum(lengths) % ROW_STEP
+        if n_filling:
+            tokens = [*tokens, np.full(n_filling, self._filler_id)]
+            lengths.append(n_filling)
+        inputs = {
+            "input_ids": torch.from_numpy(np.concatenate(tokens))[None],  # (1, S)
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        }
+        return inputs, BatchInvariant(lengths, joint=attention == "joint")
+
+    def _packs(self, layer: int) -> str | None:
+        """How attention treats packed texts, so that each gets the bits at a layer of it alone.
+
+        ``"joint"`` or ``"separate"``; None if texts must not be packed. This is measured, once for
+        a layer: a model with convolutions or recurrent layers, without position ids, or with an
+        attention of its own would mix the texts.
+        """
+        if self._kind != "cpu" or self.network.device.type != "cpu":
+            return None
+        if layer not in self._packing:
+            ways = ["separate"] if self.torch_dtype == torch.float32 else ["joint", "separate"]
+            self._packing[layer] = next((way for way in ways if self._packs_as(way, layer)), None)
+        return self._packing[layer]
+
+    def _packs_as(self, attention: str, layer: int) -> bool:
+        """Whether packed texts have the bits at a layer that each has alone."""
+        generator = np.random.default_rng(0)
+        longest = min(JOINT_TOKENS + 6, self._window(2 * JOINT_TOKENS))
+        texts = [
+            generator.integers(self._text_config.vocab_size, size=min(length, longest))
+            for length in (longest, 33, 33, 9, 9, 9, 3)
+        ]
+        with self._passing, torch.inference_mode():
+            try:
+                inputs, context = self._packed(texts, attention)
+                with context:
+                    (packed,) = self._states_at([layer], **inputs)
+                alone = []
+                for ids in texts:
+                    with BatchInvariant():
+                        alone += self._states_at([layer], input_ids=torch.from_numpy(ids)[None])
+                alone = torch.cat(alone, dim=1)[0]
+                return context.n_attentions > 0 and torch.equal(packed[0, : len(alone)], alone)
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+                return False  # it does not take these inputs
+
     def _finish_pass(self, unfinished: _Pass, layers: Sequence[int]) -> list[TokenStates]:
         for event in unfinished.done:
             event.synchronize()
         for layer, finite in zip(layers, unfinished.finite, strict=True):
             if not finite:
+                advice = (
+                    "the weights are damaged, or the model is broken at this layer: try another one"
+                    if self.torch_dtype == torch.float32
+                    else "pass dtype='float32'"
+                )
                 raise FloatingPointError(
-                    f"{self!r} gives infinite states at layer {layer} in {self.torch_dtype}: pass"
-                    " dtype='bfloat16' or dtype='float32'."
+                    f"{self!r} gives states that are not finite at layer {layer} in"
+                    f" {self.torch_dtype}: {advice}."
                 )
         lengths = unfinished.lengths
         return [TokenStates.from_lengths(values, lengths) for values in unfinished.values]
@@ -672,6 +824,22 @@ def _told(value: Any) -> Any:
     return value.to_dict() if hasattr(value, "to_dict") else str(value).removeprefix("torch.")
 
 
+class _Encoded(NamedTuple):
+    """Tokens of a text: ids, which of them are special, and spans in the text from `shift` on."""
+
+    ids: list[int]
+    special: list[int]
+    spans: list[tuple[int, int]]
+    shift: int
+
+
+def _special_ends(special: list[int]) -> tuple[int, int]:
+    """How many special tokens stand before a text, and how many after it."""
+    n_before = len(list(itertools.takewhile(bool, special)))
+    n_after = len(list(itertools.takewhile(bool, reversed(special[n_before:]))))
+    return n_before, n_after
+
+
 class _Piece(NamedTuple):
     """Tokens that are read together: a text, or one window of a text.
 
@@ -750,8 +918,8 @@ class _DeepestReached(Exception):  # noqa: N818, it is the way out and no error
     """Ends a forward pass that need not go on."""
 
 
-_shared: dict[tuple[str, ...], FrozenLLM] = {}
-_shared_lock = threading.Lock()
+_shared: dict[tuple[str, str], tuple[list[tuple[int, ...]], FrozenLLM]] = {}
+_sharing = threading.Lock()
 
 
 def shared_llm(
@@ -760,14 +928,25 @@ def shared_llm(
     dtype: str | torch.dtype = "auto",
     model_kwargs: dict[str, Any] | None = None,
 ) -> FrozenLLM:
-    """The process's one `FrozenLLM` of these arguments."""
+    """The process's one `FrozenLLM` of these arguments; a new one if its files have changed."""
     name = os.fspath(model)
     name = os.path.abspath(name) if os.path.exists(name) else name
     llm = FrozenLLM(name, device=device, dtype=dtype, model_kwargs=model_kwargs)
-    settings = (llm.torch_device, llm.torch_dtype, sorted((model_kwargs or {}).items()))
-    key = (name, repr(settings), repr(llm.stamps))
-    with _shared_lock:
-        return _shared.setdefault(key, llm)
+    key = name, repr((llm.torch_device, llm.torch_dtype, sorted((model_kwargs or {}).items())))
+    stamps = llm.stamps
+    with _sharing:
+        known = _shared.get(key)
+        if known is None or known[0] != stamps:
+            _shared[key] = known = stamps, llm
+        return known[1]
+
+
+def _renew_sharing(function: Any) -> None:
+    global _sharing
+    _sharing = threading.Lock()
+
+
+renew_in_forked_child(shared_llm, _renew_sharing)
 
 
 @contextmanager

@@ -16,17 +16,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+
+from sklearn_relish.locks import renew_in_forked_child
 
 ROW_STEP = 16  # products run at multiples of it
 REFERENCE_ROWS = 256  # the number of rows that all others are compared with
 MOST_ROWS = 1024  # more rows are split
 CALL_ROWS = 24  # what a call costs in itself, in rows of a product
-JOINT_TOKENS = 64  # shorter texts share a call of attention, for which torch packs no keys then
+JOINT_TOKENS = 64  # shorter texts may share a call of attention, where torch packs no keys
 GRAIN = 32_768  # elements below which torch gives an elementwise operation to one thread
 VECTOR = 64  # elements, a multiple of any vector register's
-ELEMENTWISE = {silu, gelu, torch.sigmoid, torch.tanh, torch.exp, torch.erf}
+ELEMENTWISE = {
+    getattr(module, name)
+    for module in (torch, Tensor, torch.nn.functional)
+    for name in (
+        *("cos", "elu", "erf", "exp", "expm1", "gelu", "hardswish", "log", "log1p", "logsigmoid"),
+        *("mish", "pow", "rsqrt", "selu", "sigmoid", "silu", "sin", "softplus", "sqrt", "tanh"),
+    )
+    if hasattr(module, name)
+}
 MATRIX_PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm}
 
 
@@ -42,6 +52,9 @@ class BatchInvariant(TorchFunctionMode):
     lengths : sequence of int, default=None
         The lengths of the texts that are packed one after the other in a single row. None: each
         row of the batch is a text, and all have one length.
+    joint : bool, default=False
+        Whether short packed texts of one length share a call of attention, which is faster. Their
+        bits may then depend on the thread that works on them: in float32 they do.
 
     Examples
     --------
@@ -53,34 +66,38 @@ class BatchInvariant(TorchFunctionMode):
     True
     """
 
-    def __init__(self, lengths: Sequence[int] | None = None) -> None:
+    def __init__(self, lengths: Sequence[int] | None = None, *, joint: bool = False) -> None:
         super().__init__()
         self.lengths = lengths
+        self.joint = joint
         self.n_attentions = 0
         self._causal: dict[tuple[int, int], bool] = {}  # by mask and length
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Replace the functions that depend on the batch."""
         kwargs = kwargs or {}
-        if func is linear and not kwargs:
+        if func is torch.nn.functional.linear and not kwargs:
             return _linear(*args)
         if func is scaled_dot_product_attention:
             self.n_attentions += 1
             if self.lengths is not None:
                 return self._packed_attention(*args, **kwargs)
-            if args[0].shape[2] >= JOINT_TOKENS:
-                return _text_by_text(func, args, kwargs)
-        elif func in ELEMENTWISE and not kwargs.get("inplace"):
+            return _text_by_text(func, args, kwargs)
+        if func in ELEMENTWISE and isinstance(args[0], Tensor) and not kwargs.get("inplace"):
             return _aligned(func, *args, **kwargs)
-        elif func in MATRIX_PRODUCTS:
+        if func in MATRIX_PRODUCTS:
             left, right = args[:2]
             if right.ndim == 2 and left.ndim >= 2:
                 return _linear(left, right.t())
             if left.ndim >= 3 and right.ndim >= 3:
                 return _text_by_text(func, args, kwargs)
-        elif func is torch.addmm and not kwargs:
+        if func is torch.addmm and not kwargs:
             bias, rows, weight = args
             return _linear(rows, weight.t(), bias)
         return func(*args, **kwargs)
@@ -101,7 +118,7 @@ class BatchInvariant(TorchFunctionMode):
         start = 0
         for length, group in itertools.groupby(self.lengths):
             n_texts = len(list(group))
-            step = n_texts if length < JOINT_TOKENS else 1
+            step = n_texts if self.joint and length < JOINT_TOKENS else 1
             mask, causal = attn_mask, is_causal
             if attn_mask is not None:  # it is the same for all texts of a length
                 mask = attn_mask[:, :, start : start + length, start : start + length]
@@ -231,6 +248,14 @@ def _equality(weight: Tensor, dtype: torch.dtype) -> _Equality:
     return known
 
 
+def _renew_making(function: Any) -> None:
+    global _making
+    _making = threading.Lock()
+
+
+renew_in_forked_child(_equality, _renew_making)
+
+
 def _text_by_text(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """A function of batches, called for one row of them at a time."""
     n_texts = max(len(value) for value in args if isinstance(value, Tensor) and value.ndim >= 3)
@@ -256,7 +281,7 @@ def _aligned(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """An elementwise function, the part of each thread being whole vectors."""
     n_threads = min(torch.get_num_threads(), math.ceil(x.numel() / GRAIN))
     step = VECTOR * max(1, n_threads)
-    if x.numel() % step == 0 or not x.is_contiguous():
+    if x.numel() % step == 0 and x.is_contiguous():
         return func(x, *args, **kwargs)
     filled = x.new_zeros(math.ceil(x.numel() / step) * step)
     filled[: x.numel()] = x.flatten()

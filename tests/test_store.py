@@ -878,7 +878,7 @@ def test_a_folder_that_cannot_be_read_is_said(llm, tmp_path, monkeypatch, how):
             assert len(caught) == 1
             assert same(states, reference(TEXTS))
         else:
-            with pytest.raises(PermissionError, match="can't be read .*Pass the path"):
+            with pytest.raises(PermissionError, match=r"can't be read .*Pass the path"):
                 getattr(store, how)()
 
 

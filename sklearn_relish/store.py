@@ -33,7 +33,7 @@ from sklearn_relish.backbone import FrozenLLM
 from sklearn_relish.locks import renew_in_forked_child
 from sklearn_relish.recent import RecentStates, RecentText
 from sklearn_relish.shards import KEY_BYTES, Entry, Shard
-from sklearn_relish.shelf import Shelf, gather
+from sklearn_relish.shelf import SHELF_NAME, Shelf, gather
 from sklearn_relish.states import TokenStates, pack_states
 from sklearn_relish.temporary import made_temporary_folder, temporary_folder
 
@@ -517,6 +517,7 @@ class StateStore:
             with suppress(FileNotFoundError):
                 os.scandir(self.folder).close()
             found = sorted(self.folder.glob(SHELVES))
+            found = [path for path in found if SHELF_NAME.fullmatch(path.name)]
             return [path for path in found if not (path.is_symlink() or path.parent.is_symlink())]
         except OSError as error:
             raise type(error)(error.errno, _unreadable(self.folder, error)) from error
@@ -846,7 +847,8 @@ class StateStore:
                     error,
                     shelf.folder,
                     "they stay in memory as far as max_memory allows, and are lost with this"
-                    " process",
+                    " process. Pass the path of a folder that you may write to, on a disk with"
+                    " room",
                     call,
                 )
         with contents.lock:

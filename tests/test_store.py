@@ -266,6 +266,7 @@ def test_other_files_in_the_folder_are_left_alone(llm, tmp_path):
     theirs = tmp_path / "models" / "mine" / "model.safetensors"
     theirs.parent.mkdir(parents=True)
     theirs.write_bytes(b"precious")
+    (tmp_path / ("0" * 32) / "layer2-of-mine").mkdir(parents=True)
     store = StateStore(tmp_path)
     fetch(store, TEXTS, llm)
     assert len(store.info()) == 1

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from sklearn_relish.files import check_no_links, open_regular
 from sklearn_relish.shards import split_keys
 
 
@@ -37,21 +38,31 @@ class Claims:
         OSError
             If the folder can't be written to, or knows no locks.
         """
+        check_no_links(self.folder, n_parents=2)
         self.folder.mkdir(parents=True, exist_ok=True)
         with _file_lock(self.folder / "lock"):
             yield
 
     def taken(self) -> set[bytes]:
-        """Keys that running processes have claimed; claims left behind are removed."""
+        """Keys that running processes have claimed; claims left behind are removed.
+
+        Raises
+        ------
+        OSError
+            If the folder is a link, or knows no locks.
+        """
         keys: set[bytes] = set()
+        check_no_links(self.folder, n_parents=2)
         for path in self.folder.glob("*.claim"):
-            holder = _file_lock(path.with_suffix(".holder"))
+            holder = path.with_suffix(".holder")
+            if any(p.is_symlink() or (p.exists() and not p.is_file()) for p in (path, holder)):
+                continue  # not made by this package: no process claims anything with it
             try:
-                with holder.acquire(timeout=0):
+                with _file_lock(holder).acquire(timeout=0):
                     _remove(path)
             except Timeout:
-                with suppress(FileNotFoundError):  # let go of just now
-                    keys.update(split_keys(path.read_bytes()))
+                with suppress(FileNotFoundError), open_regular(path) as file:
+                    keys.update(split_keys(file.read()))
         return keys
 
     @contextmanager

@@ -1,12 +1,15 @@
-"""Digests of large files, remembered from one process to the next."""
+"""Files: digests remembered between processes, and reading where others may write."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from platformdirs import user_cache_path
 
@@ -53,6 +56,49 @@ def file_stamp(path: Path) -> tuple[int, ...]:
     """What changes when a file is written or replaced: inode, size, both times of change."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to read it; no link is followed, and no pipe is waited for.
+
+    Parameters
+    ----------
+    path : Path
+
+    Raises
+    ------
+    OSError
+        If it can't be opened, or is a link, a pipe, a folder or a device.
+    """
+    flags = os.O_RDONLY
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
+        flags |= getattr(os, name, 0)
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
+    descriptor = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was replaced just now
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
+    return open(descriptor, "rb")
+
+
+def check_no_links(folder: Path, n_parents: int) -> None:
+    """Refuse a folder that is a symbolic link, or one of whose nearest parents is.
+
+    Parameters
+    ----------
+    folder : Path
+    n_parents : int
+        Parents that are looked at.
+
+    Raises
+    ------
+    OSError
+        If there is a link, which may point anywhere.
+    """
+    for path in (folder, *list(folder.parents)[:n_parents]):
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, "a symbolic link inside a store is not followed", str(path))
 
 
 def _digest(path: Path) -> str:

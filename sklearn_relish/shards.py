@@ -8,11 +8,11 @@ in `benchmarks/storage.py`; unlike those, it serves on a network folder too.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
 import time
-import uuid
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,7 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sklearn_relish.files import check_no_links, open_regular
+from sklearn_relish.states import unpack_states
+
 KEY_BYTES = 16
+HEADER_BYTES = 2**20  # a safetensors header of this package has less than a thousand
+MAX_TEXTS = 2**23  # in a file: the index of more is not read into memory
+CHECK_BYTES = 16 * 2**20  # states that are checked at once
 SMALL_BYTES = 4 * 2**20  # files of less are read, not mapped
 INDEX = ("keys", "lengths", "full_lengths")
 LABEL = ("model", "layer", "dtype", "max_length")
@@ -91,7 +97,7 @@ class Shard:
             If it can't be read.
         """
         try:
-            path.open("rb").close()  # what hinders reading is said better here
+            _check_header(path)
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in ("states", *INDEX)}
@@ -116,8 +122,8 @@ class Shard:
             last_used=status.st_mtime,
         )
 
-    def save(self, folder: Path, *, map_small: bool = False) -> Shard:
-        """The same shard in a file of a folder, where it is whole or absent at any moment.
+    def save(self, path: Path, *, map_small: bool = False) -> Shard:
+        """The same shard in a file, which is complete or absent at any moment.
 
         It is opened as by `open`.
 
@@ -126,11 +132,12 @@ class Shard:
         OSError
             If it can't be written; nothing is left of it then.
         """
+        folder = path.parent
         index = {name: getattr(self, name) for name in INDEX}
         metadata = self.label | {"states_checksum": checksum({"states": self.states})}
         metadata["index_checksum"] = checksum(index, metadata)
-        path = folder / f"{uuid.uuid4().hex}.safetensors"
         partial = folder / f".{path.stem}.partial"  # a folder, for save_file leaves files if killed
+        check_no_links(folder, n_parents=1)
         try:
             partial.mkdir(parents=True)
             save_file(index | {"states": self.states}, partial / path.name, metadata)
@@ -176,33 +183,69 @@ class Shard:
         """Whether the states are those that were written.
 
         Their checksum is looked at once, and the size of a file each time, since a mapped file
-        that was cut short ends the process that reads on.
+        that was cut short ends the process that reads on. States that are not finite, or zeros
+        throughout as in a sparse file, are none that a model gave.
 
         Raises
         ------
         FileNotFoundError
             If the file is gone.
         """
-        if self.path is not None and self.path.stat().st_size != self.file_bytes:
-            return False
-        if self.states_checksum is not None:
-            if checksum({"states": self.states}) != self.states_checksum:
+        if self.path is not None:
+            status = self.path.lstat()
+            if not stat.S_ISREG(status.st_mode) or status.st_size != self.file_bytes:
+                return False
+        expected = self.states_checksum
+        if expected is not None:
+            if not all(map(_is_plausible, self._parts())):
+                return False
+            if checksum({"states": self.states}) != expected:
                 return False
             self.states_checksum = None
         return True
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        """The states in parts of some MiB."""
+        row_bytes = self.states.shape[1] * self.states.element_size()
+        return self.states.split(max(1, CHECK_BYTES // row_bytes))
+
+
+def _check_header(path: Path) -> None:
+    """Refuse what is no regular file, or too large in places to be a shard, before it is mapped."""
+    with open_regular(path) as file:
+        n_bytes = os.fstat(file.fileno()).st_size
+        n_header = int.from_bytes(file.read(8), "little")
+        if not 0 < n_header <= min(HEADER_BYTES, n_bytes - 8):
+            raise DamagedShardError("its header is not that of a shard")
+        try:
+            header = json.loads(file.read(n_header))
+            n_tokens, width = header["states"]["shape"]
+            n_texts, _ = header["keys"]["shape"]
+            fits = 0 < n_texts <= min(MAX_TEXTS, n_tokens) and width > 0
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DamagedShardError("its header is not that of a shard") from error
+    if not fits:
+        raise DamagedShardError("it is not laid out as a shard")
+
+
+def _is_plausible(states: Tensor) -> bool:
+    """Whether states can be a model's: finite, and not zero throughout."""
+    if not states.any():
+        return False
+    return bool((unpack_states(states) if states.dtype == torch.uint8 else states).isfinite().all())
 
 
 def _fits(states: Tensor, keys: Tensor, lengths: Tensor, full_lengths: Tensor) -> bool:
     """Whether tensors can be a shard's."""
     return (
         states.ndim == 2
-        and (states.is_floating_point() or states.dtype == torch.uint8)
+        and (states.is_floating_point() or (states.dtype == torch.uint8 and states.shape[1] > 4))
         and keys.dtype == torch.uint8
         and lengths.dtype == full_lengths.dtype == torch.int64
         and keys.shape == (len(lengths), KEY_BYTES)
         and lengths.shape == full_lengths.shape
-        and bool((lengths > 0).all())
-        and int(lengths.sum()) == len(states)
+        and bool(((lengths > 0) & (lengths <= len(states)) & (lengths <= full_lengths)).all())
+        and int(lengths.sum()) == len(states)  # of lengths so small the sum can't overflow
     )
 
 

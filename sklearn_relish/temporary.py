@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
+
+from sklearn_relish.locks import renew_in_forked_child
 
 PREFIX = "sklearn_relish-temporary-"
 YOUNG_SECONDS = 60.0  # a folder this new may belong to a process that is about to lock it
@@ -27,9 +30,27 @@ class TemporaryFolder(NamedTuple):
     holder: FileLock
     max_bytes: int
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the files that lie there."""
+        with os.scandir(self.path) as entries:
+            return sum(entry.stat().st_size for entry in entries if entry.is_file())
+
 
 _lock = threading.Lock()
 _made: dict[int, TemporaryFolder] = {}  # by process, for a fork must not use its parent's
+
+
+def _renew(module: Any) -> None:
+    module._lock = threading.Lock()
+
+
+renew_in_forked_child(sys.modules[__name__], _renew)
+
+
+def made_temporary_folder() -> TemporaryFolder | None:
+    """The process's temporary folder if it has been made."""
+    return _made.get(os.getpid())
 
 
 def temporary_folder() -> TemporaryFolder:

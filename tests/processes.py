@@ -55,7 +55,21 @@ def read_log(log):
     return sum(int(rest[0]) for _, _, *rest in lines if rest), loaded
 
 
-def fetch_in_small_pieces(folder, texts, model, log):
+class StoppingLLM(LoggedLLM):
+    """Stops for good in its pass number `n_passes`, until it is killed."""
+
+    n_passes = 0
+
+    def write(self, line):
+        super().write(line)
+        if line.startswith("read"):
+            self.n_passes -= 1
+            if self.n_passes == 0:
+                super().write("stopped")
+                threading.Event().wait()
+
+
+def fetch_in_small_pieces(folder, texts, model, log, stop_at=0):
     """Read texts into a store, in as many claims, files and mergers as can be."""
     sklearn_relish.store.PIECE_TEXTS = 8
     sklearn_relish.store.PIECE_SECONDS = 0.0
@@ -63,7 +77,8 @@ def fetch_in_small_pieces(folder, texts, model, log):
     sklearn_relish.store.POLL_SECONDS = 0.01
     sklearn_relish.shelf.MERGE_SHARDS = 4
     TOKEN_BUDGET["cpu"] = 64
-    llm = LoggedLLM(model, log)
+    llm = StoppingLLM(model, log)
+    llm.n_passes = stop_at
     for i in range(0, len(texts), 30):
         StateStore(folder).fetch(texts[i : i + 30], llm, layer=2, max_length=512, progress=False)
 

@@ -99,7 +99,8 @@ def test_processes_share_what_they_read_and_load_nothing_when_all_is_read(log, t
     with backend():
         search(log, memory, n_jobs=2)
         tokens, loaded = read_log(log)
-        assert tokens == n_tokens(TEXTS)
+        # A process that predicts texts before any has read them for a fit reads them for itself.
+        assert n_tokens(TEXTS) <= tokens <= 2 * n_tokens(TEXTS)
         assert str(os.getpid()) not in {pid for pid, _ in loaded}  # the refit found all there
         Path(log).write_text("")
         search(log, memory, n_jobs=2)
@@ -165,18 +166,22 @@ def test_thirty_killed_readers_lose_and_spoil_nothing(context, log, tmp_path):
     texts = [f"text number {i} " + "more " * (i % 9) for i in range(150)]
     expected = reference(texts)
     llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
-    delays = random.Random(0)
+    choose = random.Random(0)
     held = []
     for i in range(30):
         folder = tmp_path / f"store{i}"
+        # Every other one is killed in a chosen pass, and the rest wherever they are by then.
+        stop_at = choose.randint(3, 30) if i % 2 else 0
         reader = context.Process(
-            target=fetch_in_small_pieces, args=(folder, texts, tiny_model(), log)
+            target=fetch_in_small_pieces, args=(folder, texts, tiny_model(), log, stop_at)
         )
-        tokens_before = read_log(log)[0]
+        Path(log).write_text("")
         reader.start()
-        while read_log(log)[0] == tokens_before and reader.is_alive():
+        begun = "stopped" if stop_at else "read"
+        while begun not in Path(log).read_text() and reader.is_alive():
             time.sleep(0.001)
-        time.sleep(delays.uniform(0, 0.3))
+        if not stop_at:
+            time.sleep(choose.uniform(0, 0.3))
         reader.kill()
         reader.join()
 
@@ -186,7 +191,7 @@ def test_thirty_killed_readers_lose_and_spoil_nothing(context, log, tmp_path):
         assert all(torch.equal(expected[text], s) for text, s in zip(texts, states, strict=True))
         assert store.misses == len(texts) - held[-1]
     print("texts held after each kill:", held)
-    assert sum(0 < n < len(texts) for n in held) > 10
+    assert all(0 < n < len(texts) for n in held[1::2])
 
 
 def test_a_full_disk_is_said_and_the_work_goes_on(context, log, tmp_path):

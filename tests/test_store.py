@@ -1,9 +1,12 @@
 import errno
 import os
 import pickle
+import shutil
+import signal
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from tiny import SIZE, tiny_model
 import sklearn_relish.store
 from sklearn_relish import FrozenLLM, LLMEncoder, StateStore
 from sklearn_relish.backbone import TOKEN_BUDGET
+from sklearn_relish.shards import Shard
 from sklearn_relish.temporary import temporary_folder
 
 TEXTS = [f"text number {i}" + " more" * (i % 7) for i in range(20)]
@@ -42,6 +46,16 @@ def n_tokens(texts):
 
 def fetch(store, texts, llm, layer=2, max_length=512):
     return store.fetch(texts, llm, layer=layer, max_length=max_length, progress=False)
+
+
+def streamed(store, texts, llm):
+    """The states that `stream` gives, by row; each row is given once."""
+    states = {}
+    for rows, piece in store.stream(texts, llm, layer=2, max_length=512):
+        assert rows.dtype == np.int64
+        assert not states.keys() & set(rows.tolist())
+        states |= zip(rows.tolist(), piece, strict=True)
+    return [states[row] for row in range(len(texts))]
 
 
 def forget():
@@ -252,12 +266,13 @@ def test_other_files_in_the_folder_are_left_alone(llm, tmp_path):
     theirs = tmp_path / "models" / "mine" / "model.safetensors"
     theirs.parent.mkdir(parents=True)
     theirs.write_bytes(b"precious")
+    (tmp_path / ("0" * 32) / "layer2-of-mine").mkdir(parents=True)
     store = StateStore(tmp_path)
     fetch(store, TEXTS, llm)
     assert len(store.info()) == 1
     store.clear()
     assert theirs.read_bytes() == b"precious"
-    assert not list(tmp_path.rglob("????????*.safetensors"))[1:]
+    assert list(tmp_path.rglob("*.safetensors")) == [theirs]
 
 
 def test_nothing_in_the_folder_is_unpickled(llm, tmp_path, monkeypatch):
@@ -415,14 +430,33 @@ def test_single_texts_in_memory_are_gathered(llm):
     assert same(fetch(StateStore(), texts, llm), reference(texts))
 
 
-def test_a_store_whose_temporary_folder_is_missing_goes_on_in_memory(llm, monkeypatch):
+@pytest.mark.parametrize("folder", [None, "file"])
+def test_states_that_fit_nowhere_are_dropped_and_read_again(llm, tmp_path, monkeypatch, folder):
     monkeypatch.setattr("tempfile.tempdir", "/nowhere")
     monkeypatch.setattr("sklearn_relish.temporary._made", {})
-    store = StateStore(max_memory=1000)
-    with pytest.warns(UserWarning, match="could not be written to /nowhere"):
-        assert same(fetch(store, TEXTS, llm), reference(TEXTS))
-    assert same(fetch(store, TEXTS, llm), reference(TEXTS))
-    assert store.misses == len(TEXTS)
+    monkeypatch.setitem(TOKEN_BUDGET, "cpu", 64)
+    if folder is not None:  # its folder can't be written either
+        folder = tmp_path / folder
+        folder.write_text("no folder")
+    store = StateStore(folder, max_memory=10_000)
+    for texts in (TEXTS, TEXTS[::-1]):
+        with pytest.warns(UserWarning, match="could not be written to") as caught:
+            assert same(fetch(store, texts, llm), reference(texts))
+        (said,) = [str(w.message) for w in caught if "/nowhere" in str(w.message)]
+        assert "states beyond max_memory=10000 are dropped" in said
+        assert len(caught) == 1 + (folder is not None)
+        assert list(store.stream(["new one", "new two"], llm, layer=2, max_length=512))
+        assert kept_in_memory(store) <= store.max_memory
+        assert not store._contents.calls
+    assert store.misses > len(TEXTS)
+
+
+def kept_in_memory(store):
+    contents = store._contents
+    shelves = contents.shelves.values()
+    held = sum(s.n_bytes for shelf in shelves for s in shelf.shards if s.path is None)
+    assert held == contents.memory_bytes
+    return held + contents.recent.n_bytes
 
 
 def test_what_another_process_removes_is_gone_here_too(llm, tmp_path):
@@ -553,31 +587,306 @@ def test_a_thread_finds_states_while_another_reads(llm, tmp_path, monkeypatch):
     assert llm.tokens_read == n_tokens(TEXTS)
 
 
-def test_waiting_for_another_process_ends_when_it_lets_go(llm, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["fetch", "stream"])
+def test_waiting_for_another_process_ends_when_it_lets_go(llm, tmp_path, monkeypatch, how):
     monkeypatch.setattr("sklearn_relish.store.POLL_SECONDS", 1e-4)
-    monkeypatch.setattr("sklearn_relish.store.PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("sklearn_relish.store.PATIENCE_SECONDS", 0.0)  # any wait is a long one
     store = StateStore(tmp_path)
     fetch(store, TEXTS[:1], llm)
     (shelf,) = store._contents.shelves.values()
-    missing = {}
-    monkeypatch.setattr(shelf.claims, "taken", lambda: {*missing} if len(polls) < 200 else set())
-    lacking, polls = store._lacking, []
+    name = next(iter(store._contents.shelves))
+    claimed = {sklearn_relish.store._key(name, text) for text in TEXTS}
+    looks = []
 
-    def counted(shelf, wanted):
-        polls.append(1)
-        missing.update(lacking(shelf, wanted))
-        return lacking(shelf, wanted)
+    def taken():
+        looks.append(1)
+        return claimed if len(looks) < 20 else set()
 
-    monkeypatch.setattr(store, "_lacking", counted)
+    monkeypatch.setattr(shelf.claims, "taken", taken)
+    read = {"fetch": fetch, "stream": streamed}[how]
     with pytest.warns(UserWarning, match="Another process has been reading") as caught:
-        assert same(fetch(store, TEXTS, llm), reference(TEXTS))
+        states = read(store, TEXTS, llm)
+    assert same(states, reference(TEXTS))
     assert len(caught) == 1
-    assert len(polls) >= 200
+    assert len(looks) == 20
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_predictions_write_nothing_and_a_fit_after_them_reads_nothing(llm, tmp_path, on_disk):
+    store = StateStore(tmp_path / "states" if on_disk else None)
+    fetch(store, TEXTS[:8], llm)
+    files = sorted(tmp_path.rglob("*"))
+    texts = TEXTS + TEXTS[5:15]
+    for _ in range(2):
+        assert same(streamed(store, texts, llm), reference(texts))
+        assert llm.tokens_read == n_tokens(TEXTS)
+        assert sorted(tmp_path.rglob("*")) == files
+        assert store.info()[0]["n_texts"] == 8
+    assert same(fetch(store, texts, llm), reference(texts))
+    assert llm.tokens_read == n_tokens(TEXTS)
+    assert store.info()[0]["n_texts"] == len(TEXTS)
+    assert len(store._contents.recent) == store._contents.recent.n_bytes == 0
+    forget()
+    fetch(store, TEXTS, llm)
+    assert llm.tokens_read == (1 if on_disk else 2) * n_tokens(TEXTS)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_service_stays_as_large_as_it_is(llm, tmp_path, on_disk):
+    store = StateStore(tmp_path / "states" if on_disk else None, max_memory=200_000)
+    fetch(store, TEXTS, llm)
+    contents, files = store._contents, sorted(tmp_path.rglob("*"))
+    (shelf,) = contents.shelves.values()
+    for i in range(20):
+        texts = [f"{i} {j}" for j in range(100)]
+        assert len(streamed(store, texts, llm)) == 100
+        assert contents.recent.n_bytes <= store.max_memory / 4
+        assert kept_in_memory(store) <= store.max_memory
+        assert len(contents.recent) < 100
+        assert len(shelf.entries) == len(TEXTS)
+        assert not contents.in_work
+        assert not contents.calls
+    assert sorted(tmp_path.rglob("*")) == files
+    before = llm.tokens_read
+    last = max(contents.recent._entries)
+    assert contents.recent.get(last)
+    streamed(store, texts, llm)
+    assert llm.tokens_read < before + n_tokens(texts)  # the last ones are remembered
+
+
+def test_a_stream_holds_a_piece_at_a_time(llm, monkeypatch):
+    monkeypatch.setattr("sklearn_relish.store.STREAM_TEXTS", 4)
+    monkeypatch.setitem(TOKEN_BUDGET, "cpu", 64)
+    store = StateStore(max_memory=0)
+    pieces = list(store.stream(TEXTS, llm, layer=2, max_length=512))
+    assert len(pieces) >= 4
+    assert max(len(rows) for rows, _ in pieces) < 10
+    assert sorted(row for rows, _ in pieces for row in rows) == list(range(len(TEXTS)))
+
+
+def test_a_stream_counts_cut_texts_in_one_warning(llm, monkeypatch):
+    monkeypatch.setattr("sklearn_relish.store.STREAM_TEXTS", 1)
+    texts = ["short", "x" * 600, "y" * 550, "x" * 600]
+    with pytest.warns(UserWarning, match="3 of 4 texts .* the longest has 600") as caught:
+        streamed(StateStore(), texts, llm)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("how", [fetch, streamed])
+def test_a_thread_does_not_wait_for_other_texts_of_another(llm, tmp_path, monkeypatch, how):
+    store = StateStore(tmp_path)
+    forward, reading, go = llm._start_pass, threading.Event(), threading.Event()
+
+    def slow(tokens, layers):
+        if threading.current_thread() is not threading.main_thread():
+            reading.set()
+            assert go.wait(60)
+        return forward(tokens, layers)
+
+    monkeypatch.setattr(llm, "_start_pass", slow)
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(fetch, store, TEXTS[10:], llm)
+        try:
+            assert reading.wait(60)
+            assert same(how(store, TEXTS[:10], llm), reference(TEXTS[:10]))
+            assert not other.done()
+        finally:
+            go.set()
+        assert same(other.result(), reference(TEXTS[10:]))
+    assert llm.tokens_read == n_tokens(TEXTS)
+
+
+def test_threads_that_want_the_same_texts_share_the_reading(llm, tmp_path, monkeypatch):
+    monkeypatch.setattr("sklearn_relish.store.PIECE_TEXTS", 3)
+    monkeypatch.setattr("sklearn_relish.store.PIECE_SECONDS", 0.0)
+    store = StateStore()
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(how, store, TEXTS, llm) for how in (fetch, streamed) * 3]
+        assert all(same(job.result(60), reference(TEXTS)) for job in jobs)
+    assert llm.tokens_read == n_tokens(TEXTS)
+
+
+def test_a_stream_that_is_left_alone_keeps_no_other_thread_waiting(llm, monkeypatch):
+    monkeypatch.setattr("sklearn_relish.store.STREAM_TEXTS", 1)
+    monkeypatch.setitem(TOKEN_BUDGET, "cpu", 64)
+    store = StateStore()
+    stream = store.stream(TEXTS, llm, layer=2, max_length=512)
+    next(stream)
+    with ThreadPoolExecutor() as pool:
+        assert same(pool.submit(fetch, store, TEXTS, llm).result(60), reference(TEXTS))
+    stream.close()
+    assert not store._contents.in_work
+
+
+def crafted(shard, change):
+    """Write a shard anew, with checksums that agree."""
+    made = Shard.open(shard)
+    change(made)
+    shard.unlink()
+    made.save(shard)
+
+
+def set_lengths(made):
+    made.lengths = made.lengths.clone()
+    made.lengths[:3] = torch.tensor([2**62, 2**62, 2**62])
+
+
+CRAFTED = {
+    "width": lambda made: setattr(made, "states", made.states[:, :-1].contiguous()),
+    "dtype": lambda made: setattr(made, "states", made.states.half()),
+    "lengths": set_lengths,
+    "not finite": lambda made: setattr(made, "states", made.states / 0),
+    "zeros": lambda made: setattr(made, "states", made.states * 0),
+    "layer": lambda made: made.label.update(layer="no number"),
+    "max_length": lambda made: made.label.update(max_length="9"),
+}
+
+
+@pytest.mark.parametrize("what", CRAFTED)
+@pytest.mark.parametrize("how", [fetch, streamed])
+def test_a_crafted_file_counts_as_damaged(llm, tmp_path, monkeypatch, what, how):
+    fetch(StateStore(tmp_path), TEXTS, llm)
+    (shard,) = tmp_path.rglob("*.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr("sklearn_relish.shards._fits", lambda *args, **kwargs: True)
+        crafted(shard, CRAFTED[what])
+    forget()
+    with pytest.warns(UserWarning, match="1 damaged files") as caught:
+        states = how(StateStore(tmp_path), TEXTS, llm)
+    assert len(caught) == 1
+    assert same(states, reference(TEXTS))
+    assert not shard.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+@pytest.mark.parametrize("what", ["pipe", "link", "sparse", "folder"])
+def test_what_is_no_file_is_neither_followed_nor_waited_for(llm, tmp_path, what):
+    store = StateStore(tmp_path / "states")
+    fetch(store, TEXTS[:5], llm)
+    (shard,) = tmp_path.rglob("*.safetensors")
+    precious = tmp_path / "precious"
+    precious.write_bytes(shard.read_bytes())
+    odd = shard.with_name("f" * 32 + ".safetensors")
+    if what == "pipe":
+        os.mkfifo(odd)
+    elif what == "link":
+        odd.symlink_to(precious)
+    elif what == "folder":
+        odd.mkdir()
+    else:
+        with odd.open("wb") as file:
+            file.truncate(2**40)
+    with pytest.warns(UserWarning, match="1 damaged files"):
+        assert same(fetch(store, TEXTS, llm), reference(TEXTS))
+    assert llm.tokens_read == n_tokens(TEXTS)
+    store.clear()
+    assert precious.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+@pytest.mark.parametrize("depth", ["model", "layer", "claims"])
+def test_a_linked_folder_inside_the_store_is_left_alone(llm, tmp_path, depth):
+    fetch(StateStore(tmp_path / "states"), TEXTS, llm)
+    (shard,) = tmp_path.rglob("*.safetensors")
+    place = {"model": shard.parent.parent, "layer": shard.parent}.get(depth)
+    place = shard.parent / "claims" if place is None else place
+    outside = tmp_path / "outside"
+    place.rename(outside)
+    (outside / "0.claim").write_bytes(b"theirs")
+    place.symlink_to(outside)
+    files = sorted(outside.rglob("*"))
+    forget()
+    store = StateStore(tmp_path / "states")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert same(fetch(store, [*TEXTS, "new"], llm), reference([*TEXTS, "new"]))
+        streamed(store, ["other"], llm)
+        store.clear()
+    assert sorted(outside.rglob("*")) == files
+    said = [str(warning.message) for warning in caught]
+    assert any("symbolic link" in message for message in said) == (depth != "claims")
+
+
+def test_the_indexes_of_few_folders_are_remembered(llm, tmp_path):
+    for i in range(20):
+        fetch(StateStore(tmp_path / str(i)), ["text"], llm)
+    known = sklearn_relish.store._known
+    assert list(known) == [tmp_path / str(i) for i in range(4, 20)]
+    shutil.rmtree(tmp_path)
+    fetch(StateStore(tmp_path / "new"), ["text"], llm)
+    assert list(known) == [tmp_path / "new"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_forked_child_does_not_wait_for_its_parents_threads(llm, tmp_path, locked):
+    store = StateStore(tmp_path / "states")
+    fetch(store, TEXTS[:10], llm)
+    contents = store._contents
+    held, go = threading.Event(), threading.Event()
+
+    def hold():
+        with ExitStack() as stack:
+            if locked:
+                for lock in (
+                    contents.spilling,
+                    contents.lock,
+                    sklearn_relish.store._known_lock,
+                    sklearn_relish.temporary._lock,
+                ):
+                    stack.enter_context(lock)
+            contents.in_work.add(sklearn_relish.store._key(*missing))
+            held.set()
+            go.wait(60)
+
+    missing = next(iter(contents.shelves)), TEXTS[10]
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert held.wait(60)
+        child = os.fork()
+        if child == 0:  # the model is the parent's: what is tested is the store
+            failed = True
+            try:
+                signal.alarm(60)
+                entries = store._contents.shelves
+                assert bool(entries) != locked  # it may have been left half changed
+                assert not store._contents.in_work
+                assert len(store.info()) == 1
+                temporary_folder()
+                with store._contents.changed, store._contents.spilling:
+                    failed = False
+            finally:
+                os._exit(failed)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        go.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("how", ["info", "clear", "fetch"])
+def test_a_folder_that_cannot_be_read_is_said(llm, tmp_path, monkeypatch, how):
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    store = StateStore(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("sklearn_relish.store.os.scandir", denied)
+        if how == "fetch":
+            with pytest.warns(UserWarning, match="can't be read .*Pass the path") as caught:
+                states = fetch(store, TEXTS, llm)
+            assert len(caught) == 1
+            assert same(states, reference(TEXTS))
+        else:
+            with pytest.raises(PermissionError, match=r"can't be read .*Pass the path"):
+                getattr(store, how)()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"folder": "~nobody-of-this-name/x"}, "has no meaning here.*Pass the folder's full path"),
         ({"max_memory": -1}, "max_memory must be a number of bytes, 0 or more, got -1"),
         ({"max_bytes": "50GB"}, "max_bytes must be a number of bytes, 0 or more, got '50GB'"),
         ({"folder": ""}, "empty name"),

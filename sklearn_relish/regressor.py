@@ -684,6 +684,13 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
 
     def _check_model(self) -> None:
         llm = self._llm()
+        input_size = self.head_.heads[0].sizes["input_size"]
+        if self.layer_ > llm.n_layers or input_size != llm.hidden_size:
+            raise ValueError(
+                f"The heads read {input_size} numbers for each token, at layer {self.layer_}, but"
+                f" {llm!r} gives {llm.hidden_size} at layers up to {llm.n_layers}: open the"
+                " regressor with the model it was fitted on, or fit again."
+            )
         if llm.fingerprint != self._llm_fingerprint:
             fitted = f" (commit {self._llm_revision})" if self._llm_revision else ""
             warnings.warn(

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 PENDING = "model-{}.safetensors"  # weights until they are renamed to WEIGHTS
-LOCK = ".save.lock"
+LOCK, PARTIAL = ".save.lock", ".save.partial"
 WEIGHTS_DIGEST = "weights_sha256"
 MOST_CONFIG_BYTES = 2**24
 MOST_ITERATIONS = 1_000  # with shared weights no tensor bounds their number
@@ -125,15 +125,15 @@ def save(
     """Write the folder, see `RelishRegressor.save_pretrained`."""
     folder = Path(folder)
     state = regressor.__getstate__()  # one consistent state, though another thread may fit
+    if isinstance(state["model"], FrozenLLM):
+        llm = state["model"]
+        state |= {"model": llm.model, "dtype": llm.dtype, "model_kwargs": llm.model_kwargs}
+    state["dtype"] = str(state["dtype"]).removeprefix("torch.")
+    kwargs = state["model_kwargs"]
+    if kwargs:  # a secret stays where it is
+        state["model_kwargs"] = {name: kwargs[name] for name in kwargs if name != "token"}
     names = [name for name in regressor._get_param_names() if name not in OF_THE_MACHINE]
     parameters = {name: state[name] for name in names}
-    if isinstance(parameters["model"], FrozenLLM):
-        llm = parameters["model"]
-        parameters |= {"model": llm.model, "dtype": llm.dtype, "model_kwargs": llm.model_kwargs}
-    parameters["dtype"] = str(parameters["dtype"]).removeprefix("torch.")
-    kwargs = parameters["model_kwargs"]
-    if kwargs:  # a secret stays where it is
-        parameters["model_kwargs"] = {name: kwargs[name] for name in kwargs if name != "token"}
     head = state["head_"].__getstate__()
     del head["format"]  # the folder's own says it
     arrays = {f"head.{name}": array for name, array in head.pop("weights").items()}
@@ -206,7 +206,7 @@ def load(
     kept, fitted = config["parameters"], config["fitted"]
     if isinstance(parameters.get("model"), FrozenLLM):  # which has these itself
         kept |= {"dtype": "auto", "model_kwargs": None}
-    elif "model_kwargs" not in parameters:
+    elif "model_kwargs" in kept.keys() - parameters:
         kept["model_kwargs"] = _checked_kwargs(kept["model_kwargs"])
         if "model" not in parameters and fitted["_llm_revision"] is not None:
             pinned = {"revision": fitted["_llm_revision"]}
@@ -546,7 +546,7 @@ def _check_values(arrays: dict[str, np.ndarray], folder: Path) -> None:
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time; the system lets go of the lock when the process ends."""
     lock = folder / LOCK
-    with FileLock(lock, mode=0o666, fallback_to_soft=False):
+    with FileLock(lock, mode=0o666, fallback_to_soft=False, poll_interval=0.01):
         try:
             yield
         finally:
@@ -556,7 +556,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _write(path: Path, content: bytes) -> None:
     """Replace a file by another one that is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(PARTIAL)
     partial.unlink(missing_ok=True)  # of a killed process; or a link, which is not followed
     try:
         with partial.open("xb") as file:
@@ -595,7 +595,7 @@ def _card(
     parameters: dict[str, Any],
     metrics: dict[str, float] | None,
 ) -> ModelCard:
-    model, name = parameters["model"], "RelishRegressor"
+    model, name = state["model"], "RelishRegressor"
     figures = {}
     if state["validation_score_"] is not None:
         figures["R² on held-out rows of the fit"] = state["validation_score_"]

@@ -505,12 +505,12 @@ def _check_shapes(
             value = head["n_heads"] if field == "n_heads" else sizes["n_iterations"]
             what = f"asks for more weights than the {len(header)} tensors of {WEIGHTS}"
             _refuse(path, f"fitted.head.{field}", what, value)
-    with torch.device("meta"):  # names and shapes alone
-        heads = [RelishHead(**sizes) for _ in range(head["n_heads"])]
-        ensemble = RelishEnsemble(heads, head["linear_path"])
+    with torch.device("meta"):  # names and shapes alone; all heads have the same
+        ensemble = RelishEnsemble([RelishHead(**sizes)], head["linear_path"])
     expected = {
-        f"head.{name}": ("F32", tuple(weight.shape))
+        f"head.{name.replace('heads.0.', f'heads.{number}.')}": ("F32", tuple(weight.shape))
         for name, weight in ensemble.state_dict().items()
+        for number in range(head["n_heads"])
     }
     expected |= {"_y_mean": ("F64", (n_outputs,)), "_y_scale": ("F64", (n_outputs,))}
     if "conformal.scores" in header or "conformal.weight" in header:

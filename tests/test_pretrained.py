@@ -35,9 +35,9 @@ FILES = {room.CONFIG, room.WEIGHTS, room.CARD}
 def three():
     """Fitted regressors whose configurations and weights all differ."""
     return [
-        RelishRegressor(tiny_model(), **SMALL | {"random_state": seed, "max_epochs": seed}).fit(
-            FRAME, Y * seed
-        )
+        RelishRegressor(
+            tiny_model(), n_iterations=2, **SMALL | {"random_state": seed, "max_epochs": seed}
+        ).fit(FRAME, Y * seed)
         for seed in (1, 2, 3)
     ]
 
@@ -237,7 +237,7 @@ def test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new_regressor(
         kept = which(folder, three)
         found.add(kept)
         assert kept in (0, 1)
-        state = (kept, *sorted(os.listdir(folder)))
+        state = (kept, *sorted(set(os.listdir(folder)) - {room.LOCK}))
         if state in states:
             continue
         states.add(state)
@@ -252,7 +252,7 @@ def test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new_regressor(
         assert {path.name for path in again.iterdir()} == FILES
     assert found == {0, 1}
     assert first > 8  # operations, which were all tried
-    assert len(states) > 4
+    assert len(states) > 3
     assert which(folder, three) == 1
     assert {path.name for path in folder.iterdir()} == FILES
 
@@ -284,7 +284,7 @@ def test_while_processes_save_a_reader_gets_one_of_the_regressors(three, saved, 
     context = multiprocessing.get_context("spawn")
     start = context.Barrier(3)
     savers = [
-        context.Process(target=save_in_turn, args=(sources[i:] + sources[:i], saved, 30, start))
+        context.Process(target=save_in_turn, args=(sources[i:] + sources[:i], saved, 15, start))
         for i in (0, 1)
     ]
     for saver in savers:
@@ -418,8 +418,9 @@ def test_what_can_not_work_is_refused(three, saved, monkeypatch):
         ("fitted.head.objective.loss", "cubic"),
         ("fitted.head.objective.quantiles", [0.5]),
         ("fitted.head.sizes.n_iterations", 10_000_000),
-        ("fitted.head.sizes.n_iterations", 900),
-        ("fitted.head.sizes.n_iterations", 2),
+        ("fitted.head.sizes.n_iterations", 1_000),
+        ("fitted.head.sizes.n_iterations", 1),
+        ("fitted.head.sizes.n_iterations", 3),
         ("fitted.head.sizes.n_heads", 3_000),
         ("fitted.head.sizes.n_heads", 0),
         ("fitted.head.sizes.latent_size", 2**60),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from sklearn_relish.objectives import Objective
+from sklearn_relish.versions import FORMAT, check_format
 
 LATENT_STD = 0.02  # of the initial latent state's entries
 MLP_RATIO = 4  # hidden units of a block's MLP, in latent sizes
@@ -335,6 +336,7 @@ class RelishEnsemble(nn.Module):
         """Arrays and plain values alone, which open wherever NumPy does."""
         weights = {name: weight.cpu().numpy() for name, weight in self.state_dict().items()}
         return {
+            "format": FORMAT,
             "sizes": self.heads[0].sizes,
             "n_heads": len(self.heads),
             "linear_path": self.linear is not None,
@@ -346,6 +348,7 @@ class RelishEnsemble(nn.Module):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        check_format(state, f"The saved {type(self).__name__}")
         objective = Objective(state["objective"]["loss"], tuple(state["objective"]["quantiles"]))
         with torch.device("meta"):
             heads = [RelishHead(**state["sizes"]) for _ in range(state["n_heads"])]

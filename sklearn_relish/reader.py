@@ -19,6 +19,7 @@ from sklearn_relish.backbone import FrozenLLM, shared_llm
 from sklearn_relish.prompts import Table, read_table, render
 from sklearn_relish.states import TokenStates
 from sklearn_relish.store import StateStore, open_store
+from sklearn_relish.versions import STAMP, check_format, stamp, warn_versions
 
 
 class LLMReader(BaseEstimator):
@@ -52,7 +53,7 @@ class LLMReader(BaseEstimator):
         return tags
 
     def __getstate__(self) -> dict[str, Any]:
-        """Names where there were paths or torch's own types, which any way of keeping knows."""
+        """Plain names instead of paths and torch types, with the format and the versions."""
         state = dict(super().__getstate__())
         for name in ("model", "memory"):
             if isinstance(state[name], os.PathLike):
@@ -60,7 +61,23 @@ class LLMReader(BaseEstimator):
         for name in ("device", "dtype"):
             if isinstance(state[name], (torch.device, torch.dtype)):
                 state[name] = str(state[name]).removeprefix("torch.")
+        state[STAMP] = stamp()
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a state, unless a version that can't be understood has made it."""
+        state, name = dict(state), type(self).__name__
+        given = state.pop(STAMP, None)
+        check_format(given, f"The pickled {name}")
+        warn_versions(given, name, stacklevel=2)
+        missing = sorted(set(self._get_param_names()) - set(state))
+        if missing:
+            raise ValueError(
+                f"The pickled {name} has no parameter {', '.join(map(repr, missing))}: it was"
+                f" saved with sklearn-relish {given['versions'].get('sklearn-relish')}. Install"
+                " that version, or fit and save again."
+            )
+        super().__setstate__(state)
 
     def _read_table(self, X: Any, *, reset: bool) -> Table:
         """`X` as a table that agrees with the one of `fit`, or sets what `fit` learns of it."""

@@ -594,6 +594,10 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         `random_state`; ``model.safetensors`` the weights; ``README.md`` a model card. Nothing is
         pickled, and the language model is not in it, only its name and revision.
 
+        A regressor in the folder is replaced atomically: whoever opens the folder meanwhile, or
+        after this process was killed, gets the old or the new one. Processes that save to one
+        folder take turns.
+
         Parameters
         ----------
         folder : str or path
@@ -607,6 +611,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             If the folder can't be written.
         TypeError
             If `model_kwargs` holds what JSON can't.
+        ValueError
+            If a parameter is invalid, or the weights are not finite: it would not open again.
         """
         check_is_fitted(self)
         pretrained.save(self, folder, metrics)
@@ -644,7 +650,15 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         OSError
             If there is no such folder or repository, or nothing of the kind in it.
         ValueError
-            If ``config.json`` is another's, or asks to run foreign code.
+            If ``config.json`` is another's, is of another format, asks to run foreign code, or
+            holds what can't be; or if the weights are damaged or do not fit it. All of this is
+            checked before anything is allocated, and the message names the field.
+
+        Warns
+        -----
+        VersionWarning
+            If this package, torch, Transformers or scikit-learn had another version when the
+            regressor was saved; a subclass of scikit-learn's `InconsistentVersionWarning`.
         """
         return pretrained.load(cls, source, revision, token, parameters)
 
@@ -670,6 +684,13 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
 
     def _check_model(self) -> None:
         llm = self._llm()
+        input_size = self.head_.heads[0].sizes["input_size"]
+        if self.layer_ > llm.n_layers or input_size != llm.hidden_size:
+            raise ValueError(
+                f"The heads read {input_size} numbers for each token, at layer {self.layer_}, but"
+                f" {llm!r} gives {llm.hidden_size} at layers up to {llm.n_layers}: open the"
+                " regressor with the model it was fitted on, or fit again."
+            )
         if llm.fingerprint != self._llm_fingerprint:
             fitted = f" (commit {self._llm_revision})" if self._llm_revision else ""
             warnings.warn(

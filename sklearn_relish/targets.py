@@ -45,9 +45,9 @@ def read_targets(y: Any) -> np.ndarray:
         what = "a single value" if np.isscalar(y) else f"a {type(y).__name__}"
         raise ValueError(f"y must hold a number for each row, got {what}.")
     if array.dtype.kind in "mMOSTU":
-        y = _numbers(array)
+        array = _numbers(array)
     y = check_array(
-        y,
+        array,
         dtype=np.float64,
         ensure_2d=False,
         ensure_all_finite=False,
@@ -69,6 +69,8 @@ def _rows(found: np.ndarray) -> np.ndarray:
 
 def _numbers(array: np.ndarray) -> np.ndarray:
     """An array of objects or strings as floats, NaN where cells are missing."""
+    if array.dtype.kind in "STU":
+        array = array.astype(object)
     numbers = np.empty(array.shape)
     wrong = np.zeros(array.shape, dtype=bool)
     for place in np.ndindex(array.shape):

@@ -111,6 +111,11 @@ def test_wrong_templates_are_refused(prompt, message):
         (np.array([[1j]]), ValueError, "Complex data not supported"),
         (csr_matrix(np.eye(3)), TypeError, "sparse"),
         ({"a": [1]}, TypeError, "X is a dict"),
+        ({"a", "b"}, TypeError, "X is a set: .* whose rows have an order"),
+        (frozenset("ab"), TypeError, "X is a frozenset: .* whose rows have an order"),
+        ({"a": 1}.keys(), TypeError, "X is a dict_keys"),
+        ({"a": "b"}.values(), TypeError, "X is a dict_values"),
+        ((text for text in "ab"), TypeError, "X is a generator"),
         (iter(["a"]), TypeError, "expected a list of texts"),
         (pl.LazyFrame({"a": ["b"]}), TypeError, "collect it first"),
         (

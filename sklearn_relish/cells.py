@@ -310,7 +310,9 @@ def _date_or_text(kind: str, text: str) -> str:
 
 
 def _written_number(text: str) -> str:
-    return _decimal_text(Decimal(text))
+    if text.lstrip("+-").isdigit():
+        return str(int(text))
+    return _fraction_text(Decimal(text))
 
 
 def _written_date(text: str) -> str | None:
@@ -377,13 +379,14 @@ def _float_text(cell: float) -> str:
 
 
 def _decimal_text(cell: Decimal) -> str:
+    is_integer = cell.is_finite() and cell.as_tuple().exponent == 0
+    return str(int(cell)) if is_integer else _fraction_text(cell)
+
+
+def _fraction_text(cell: Decimal) -> str:
     """The text of the float of the same digits, all digits where there is none."""
-    if not cell.is_finite():
-        return repr(float(cell))
-    if cell.as_tuple().exponent == 0:
-        return str(int(cell))
     number = float(cell)
-    if np.isfinite(number) and Decimal(repr(number)) == cell:
+    if not cell.is_finite() or (np.isfinite(number) and Decimal(repr(number)) == cell):
         return _float_text(number)
     if abs(cell.adjusted()) > LONGEST_VALUE:
         return str(cell)

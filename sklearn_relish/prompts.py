@@ -1,21 +1,21 @@
 """Rows to texts: what a language model reads for each row of `X`.
 
 A list of strings is read as it is; rows of several columns become ``column: value`` lines, or
-whatever a template says.
+whatever a template says. `cells` decides how a value is written.
 """
 
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, MappingView, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 import narwhals.stable.v2 as nw
 import numpy as np
 from scipy.sparse import issparse
 
-ROWS_NAMED = 5  # rows that an error names before it counts the rest
+from sklearn_relish.cells import column_texts, is_missing, name_rows
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,14 @@ class Table:
         The names of the columns; ``text`` for texts in one dimension, ``x0``, ``x1``, ... for
         arrays and for frames whose names are not all strings, as in scikit-learn.
     n_rows : int
+    one_dimensional : bool
+        Whether the input was texts in one dimension, which are never converted.
     """
 
     columns: list[Sequence[Any]]
     names: list[str]
     n_rows: int
+    one_dimensional: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,7 +73,7 @@ def read_table(X: Any) -> Table:
     if isinstance(frame, nw.LazyFrame):
         raise TypeError("X is a lazy frame: collect it first.")
     if isinstance(frame, nw.DataFrame):
-        columns = [column.to_list() for column in frame.iter_columns()]
+        columns = [_frame_cells(column) for column in frame.iter_columns()]
         names = list(frame.columns)
         if not all(isinstance(name, str) for name in names):
             names = _array_names(len(names))
@@ -86,16 +89,26 @@ def read_table(X: Any) -> Table:
     return table
 
 
+def _frame_cells(column: nw.Series) -> list[Any]:
+    """The cells of a frame's column, none of them rounded."""
+    if column.dtype == nw.Float32:  # whose cells are lists of float64 otherwise
+        return [None if is_missing(cell) else np.float32(cell) for cell in column.to_list()]
+    if column.dtype == nw.Datetime("ns"):  # which Python's own datetime does not hold
+        return list(column.to_numpy())
+    return column.to_list()
+
+
 def _read_array(X: Any) -> Table:
     if hasattr(X, "__array__"):
         array = X if isinstance(X, np.ma.MaskedArray) else np.asarray(X)
-        if array.dtype.kind == "M":
-            array = array.astype("datetime64[us]")  # which Python's own datetime can hold
         if isinstance(array, np.ma.MaskedArray):
-            array = np.where(np.ma.getmaskarray(array), None, array.data.astype(object))
+            cells = np.empty(array.shape, dtype=object)
+            cells.flat = list(array.data.flat)  # NumPy's scalars, which hold what Python's do not
+            array = np.where(np.ma.getmaskarray(array), None, cells)
         if array.ndim == 2:
             _refuse_complex(array)
-            columns = [column.tolist() for column in array.T]
+            exact = array.dtype.kind in "mM" or array.dtype in (np.float16, np.float32)
+            columns = [list(column) if exact else column.tolist() for column in array.T]
             return Table(columns, _array_names(len(columns)), len(array))
         if array.ndim != 1:
             raise ValueError(
@@ -103,9 +116,12 @@ def _read_array(X: Any) -> Table:
                 " of rows and columns."
             )
         X = array.tolist()
-    elif not (hasattr(X, "__len__") and hasattr(X, "__iter__")) or isinstance(X, (dict, set)):
+    elif not (hasattr(X, "__len__") and hasattr(X, "__iter__")) or isinstance(
+        X, (Mapping, MappingView, Set)
+    ):
         raise TypeError(
-            f"X is a {type(X).__name__}: expected a list of texts, an array or a frame."
+            f"X is a {type(X).__name__}: expected a list of texts, an array or a frame,"
+            " whose rows have an order."
         )
     else:
         X = list(X)
@@ -114,7 +130,7 @@ def _read_array(X: Any) -> Table:
             if len(widths) > 1:
                 raise ValueError(f"X has rows of {min(widths)} to {max(widths)} columns.")
             return _read_array(np.array(X, dtype=object))
-    return Table([_checked_texts(X)], ["text"], len(X))
+    return Table([_checked_texts(X)], ["text"], len(X), one_dimensional=True)
 
 
 def _array_names(n_columns: int) -> list[str]:
@@ -131,7 +147,7 @@ def _checked_texts(texts: list[Any]) -> list[str]:
     """Texts of one-dimensional input, all of them strings."""
     if all(isinstance(text, str) for text in texts):
         return texts
-    missing = [row for row, text in enumerate(texts) if _is_missing(text)]
+    missing = [row for row, text in enumerate(texts) if is_missing(text)]
     if missing:
         raise ValueError(
             f"X has missing texts in {name_rows(missing)}: drop these rows, or put '' where a"
@@ -153,12 +169,41 @@ def _checked_texts(texts: list[Any]) -> list[str]:
     )
 
 
+def write_cells(table: Table, kinds: Sequence[str] | None = None) -> tuple[Table, list[str]]:
+    """The table with texts for cells, and the kinds of its columns.
+
+    Parameters
+    ----------
+    table : Table
+    kinds : sequence of str, default=None
+        The kinds of the columns in `fit`, which cells are converted to. None: they are found.
+
+    Returns
+    -------
+    table : Table
+        Its cells are strings, or None where they are missing.
+    kinds : list of str
+        See `cells.column_texts`, which this has the errors and warnings of.
+    """
+    if kinds is None and table.one_dimensional:
+        return table, ["text"]
+    written = [
+        column_texts(column, name, kind)
+        for column, name, kind in zip(
+            table.columns, table.names, kinds or [None] * len(table.columns), strict=True
+        )
+    ]
+    columns, kinds = [texts for texts, _ in written], [kind for _, kind in written]
+    return replace(table, columns=columns), kinds
+
+
 def render(table: Table, names: Sequence[str], prompt: str | None) -> list[str]:
     r"""The text of each row.
 
     Parameters
     ----------
     table : Table
+        Of texts, see `write_cells`.
     names : sequence of str
         What the columns are called in the text.
     prompt : str or None
@@ -172,21 +217,18 @@ def render(table: Table, names: Sequence[str], prompt: str | None) -> list[str]:
 
     Raises
     ------
-    ValueError, TypeError
-        If the template names a column that is not there, or a cell can't be told as text.
+    ValueError
+        If the template names a column that is not there, or a row has no cell.
 
     Examples
     --------
-    >>> table = read_table([["Alien", 1979], ["Solaris", None]])
+    >>> table, _ = write_cells(read_table([["Alien", 1979], ["Solaris", None]]))
     >>> print(render(table, ["title", "year"], None))
     ['title: Alien\nyear: 1979', 'title: Solaris']
     >>> render(table, ["title", "year"], "{title} ({year})")
     ['Alien (1979)', 'Solaris ()']
     """
-    columns = [
-        [_cell_text(cell, row, name) for row, cell in enumerate(column)]
-        for name, column in zip(names, table.columns, strict=True)
-    ]
+    columns = table.columns
     empty = [
         row
         for row, cells in enumerate(zip(*columns, strict=True))
@@ -253,56 +295,6 @@ def parse_prompt(prompt: str, names: Sequence[str]) -> list[tuple[str, int | Non
         )
     place = {name: i for i, name in enumerate(names)}
     return [(literal, None if field is None else place[field]) for literal, field in parsed]
-
-
-def name_rows(rows: Sequence[int]) -> str:
-    """Rows as an error names them: the first few, and how many more.
-
-    Examples
-    --------
-    >>> name_rows([3])
-    'row 3'
-    >>> name_rows(range(10, 20))
-    'rows 10, 11, 12, 13, 14 and 5 more'
-    """
-    named = ", ".join(str(row) for row in rows[:ROWS_NAMED])
-    more = f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
-    return f"row{'s' if len(rows) > 1 else ''} {named}{more}"
-
-
-def _cell_text(cell: Any, row: int, name: str) -> str | None:
-    """A cell as it is read, None if it is missing."""
-    if isinstance(cell, str):
-        return cell
-    if _is_missing(cell):
-        return None
-    if isinstance(cell, float):
-        if cell.is_integer() and abs(cell) < 1e15:
-            return str(int(cell))  # 1979.0 is how a column with missing cells keeps 1979
-        if abs(cell) < 1e38 and float(np.float32(cell)) == cell:
-            return str(np.float32(cell))  # 0.1, and not the 0.10000000149011612 it came as
-    if isinstance(cell, complex):
-        raise ValueError(f"Complex data not supported: X has {cell!r} in row {row} of {name!r}.")
-    if isinstance(cell, (bytes, bytearray)):
-        raise TypeError(f"X has bytes in row {row} of column {name!r}: decode them first.")
-    if type(cell).__repr__ is object.__repr__ and type(cell).__str__ is object.__str__:
-        raise TypeError(
-            f"X has a {type(cell).__name__} in row {row} of column {name!r}: a cell's argument must"
-            " be a string, a number or what can be read as text."
-        )
-    return str(cell)
-
-
-def _is_missing(cell: Any) -> bool:
-    """None, NaN, NaT or pandas.NA."""
-    if cell is None:
-        return True
-    try:
-        return bool(cell != cell)  # NaN and NaT differ from themselves
-    except TypeError:  # pandas.NA refuses to be true or false
-        return True
-    except ValueError:  # an array, of several truths
-        return False
 
 
 def _is_unicode(text: str) -> bool:

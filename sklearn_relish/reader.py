@@ -16,7 +16,7 @@ from sklearn.utils._param_validation import Interval, RealNotInt, StrOptions
 from sklearn.utils.validation import validate_data
 
 from sklearn_relish.backbone import FrozenLLM, shared_llm
-from sklearn_relish.prompts import Table, read_table, render
+from sklearn_relish.prompts import Table, read_table, render, write_cells
 from sklearn_relish.states import TokenStates
 from sklearn_relish.store import StateStore, open_store
 from sklearn_relish.versions import STAMP, check_format, stamp, warn_versions
@@ -80,14 +80,20 @@ class LLMReader(BaseEstimator):
         super().__setstate__(state)
 
     def _read_table(self, X: Any, *, reset: bool) -> Table:
-        """`X` as a table that agrees with the one of `fit`, or sets what `fit` learns of it."""
+        """`X` as a table of texts that agrees with the one of `fit`.
+
+        With `reset`, the names and kinds of the columns are set; otherwise cells are converted to
+        the kinds of `fit`.
+        """
         table = read_table(X)
         # scikit-learn looks at names and shape alone; an array of strings would cost memory.
         shown = X if hasattr(X, "columns") else np.broadcast_to(np.float64(0), table.shape)
         validate_data(self, shown, reset=reset, skip_check_array=True)
         if reset:
             self._column_names = table.names
-        return table
+            table, self._column_kinds = write_cells(table)
+            return table
+        return write_cells(table, self._column_kinds)[0]
 
     def _render(self, table: Table) -> list[str]:
         """The text of each row, its columns named as in `fit`."""

@@ -22,7 +22,7 @@ from sklearn.metrics import r2_score
 from sklearn.utils import check_consistent_length, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.metaestimators import available_if
-from sklearn.utils.validation import _check_sample_weight, check_array, check_is_fitted
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
 from sklearn_relish import pretrained
 from sklearn_relish.backbone import FrozenLLM
@@ -34,6 +34,7 @@ from sklearn_relish.objectives import LOSSES, Objective
 from sklearn_relish.prompts import name_rows
 from sklearn_relish.reader import LLMReader
 from sklearn_relish.store import StateStore
+from sklearn_relish.targets import read_targets
 from sklearn_relish.training import (
     AUTO_EPOCHS,
     Examples,
@@ -832,24 +833,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             raise ValueError(
                 f"{type(self).__name__} requires y to be passed, but the target y is None."
             )
-        given = np.asarray(y)
-        if given.ndim == 0 or given.dtype.kind in "mM":
-            what = given.dtype if given.ndim else "a single value"
-            raise ValueError(f"y must hold a number for each row, got {what}.")
-        y = check_array(
-            y,
-            dtype=np.float64,
-            ensure_2d=False,
-            ensure_all_finite=False,
-            ensure_min_samples=0,
-            input_name="y",
-        )
-        broken = np.flatnonzero(~np.isfinite(y).reshape(len(y), -1).all(axis=1))
-        if len(broken):
-            raise ValueError(
-                f"Input y contains NaN or infinity in {name_rows(broken)}: drop these rows."
-            )
-        return y
+        return read_targets(y)
 
     def _choose_layer(
         self,

@@ -4,11 +4,11 @@ import polars as pl
 import pytest
 from scipy.sparse import csr_matrix
 
-from sklearn_relish.prompts import read_table, render
+from sklearn_relish.prompts import read_table, render, write_cells
 
 
 def texts_of(X, prompt=None):
-    table = read_table(X)
+    table, _ = write_cells(read_table(X))
     return render(table, table.names, prompt)
 
 
@@ -62,7 +62,7 @@ def test_arrays_have_the_names_that_scikit_learn_gives():
     ],
 )
 def test_cells_are_read_as_a_person_would_write_them(cells, text):
-    text = text or "x0: 2020-01-02 00:00:00\nx1: 2020-01-03 00:00:00"
+    text = text or "x0: 2020-01-02\nx1: 2020-01-03"
     assert texts_of(cells) == [text]
 
 
@@ -111,6 +111,11 @@ def test_wrong_templates_are_refused(prompt, message):
         (np.array([[1j]]), ValueError, "Complex data not supported"),
         (csr_matrix(np.eye(3)), TypeError, "sparse"),
         ({"a": [1]}, TypeError, "X is a dict"),
+        ({"a", "b"}, TypeError, "X is a set: .* whose rows have an order"),
+        (frozenset("ab"), TypeError, "X is a frozenset: .* whose rows have an order"),
+        ({"a": 1}.keys(), TypeError, "X is a dict_keys"),
+        ({"a": "b"}.values(), TypeError, "X is a dict_values"),
+        ((text for text in "ab"), TypeError, "X is a generator"),
         (iter(["a"]), TypeError, "expected a list of texts"),
         (pl.LazyFrame({"a": ["b"]}), TypeError, "collect it first"),
         (

@@ -32,11 +32,11 @@ class LoggedLLM(FrozenLLM):
     def network(self):
         network = super().network
         self.write("network")
-        network.register_forward_pre_hook(
-            lambda _, args, kwargs: self.write(f"read {kwargs['input_ids'].numel()}"),
-            with_kwargs=True,
-        )
         return network
+
+    def _start_pass(self, tokens, layers):
+        self.write(f"read {sum(map(len, tokens))}")
+        return super()._start_pass(tokens, layers)
 
     @cached_property
     def tokenizer(self):

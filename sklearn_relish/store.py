@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -229,6 +229,20 @@ class StateStore:
                 stacklevel=4,
             )
         return states
+
+    def stream(
+        self,
+        texts: list[str],
+        llm: FrozenLLM,
+        *,
+        layer: int,
+        max_length: int,
+        windows: bool = False,
+        progress: bool = False,
+    ) -> Iterator[tuple[np.ndarray, TokenStates]]:
+        """States of texts in pieces: which rows they are of, int64, and the states."""
+        settings = {"layer": layer, "max_length": max_length, "windows": windows}
+        yield np.arange(len(texts)), self.fetch(texts, llm, **settings, progress=progress)
 
     def info(self) -> list[dict[str, Any]]:
         """What the store holds: a dict for each model, layer, dtype and way to read long texts.

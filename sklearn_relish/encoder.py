@@ -141,7 +141,8 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
         llm = fitted._llm()
         fitted.layer_ = llm.resolve_layer(fitted.layer)
         fitted._n_features_out = llm.hidden_size
-        self.__dict__ = fitted.__dict__
+        state = self.__dict__  # parameters that were set meanwhile stay
+        self.__dict__ = fitted.__dict__ | {name: state[name] for name in self._get_param_names()}
         return self
 
     def transform(self, X: ArrayLike) -> np.ndarray:

@@ -764,9 +764,9 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
                 f"quantile={self.quantile!r} has no effect with loss={self.loss!r}: pass"
                 " loss='quantile', or leave quantile at 0.5."
             )
-        if self.linear_path is True and not objective.of_mean:
+        if self.linear_path != "auto" and self.linear_path and not objective.of_mean:
             raise ValueError(
-                f"linear_path=True needs a loss that asks for a mean, 'huber' or 'squared_error',"
+                "linear_path=True needs a loss that asks for a mean, 'huber' or 'squared_error',"
                 f" and loss={self.loss!r} does not: pass linear_path='auto' or False."
             )
         if objective.log_link:

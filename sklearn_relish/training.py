@@ -360,6 +360,7 @@ class _Shared:
         renew_in_forked_child(self, _Shared.renew)
 
     def renew(self) -> None:
+        """New locks; the copies stay."""
         self.init_lock = threading.Lock()  # initializers draw from the one global generator
         self.slots_lock = threading.Lock()
         for slot in self.slots.values():

@@ -838,19 +838,19 @@ def said_by(regressor, texts):
 
 @pytest.mark.parametrize("method", ["predict", "staged_predict", "predict_interval", "attention"])
 def test_a_refit_within_a_prediction_changes_nothing(llm, method, monkeypatch):
-    """The refit comes at the worst moment: when the heads have answered."""
+    """The refit comes at the worst moment: when some of the fitted state has been looked at."""
     texts, y = reviews(60)
     settings = {"max_epochs": 1, "n_estimators": 2, "validation_fraction": 0.4}
     regressor = make(llm, **settings).fit(texts, y)
     before = said_by(regressor, texts)[method]
     stream = StateStore.stream
 
-    def refit_after(*args, **kwargs):
-        yield from stream(*args, **kwargs)
+    def refit_meanwhile(*args, **kwargs):
         regressor.__dict__ = make(llm, **settings).fit(texts, 1000.0 - 50 * y).__dict__
+        yield from stream(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(StateStore, "stream", refit_after)
+        patched.setattr(StateStore, "stream", refit_meanwhile)
         if method == "staged_predict":
             during = np.stack(list(regressor.staged_predict(texts)))
         elif method == "attention":

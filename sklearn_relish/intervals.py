@@ -64,9 +64,9 @@ class Conformal:
         if bound > self.weight.sum():
             needed = math.ceil(coverage / (1 - coverage) - 1e-9)
             raise ValueError(
-                f"coverage={coverage} needs {needed} held-out rows, equal ones counted once, and"
-                f" there were {len(self.weight)}: fit on more, hold out a larger validation_fraction, or ask"
-                " for less."
+                f"coverage={coverage} needs {needed} held-out rows, and there were"
+                f" {len(self.weight)}, equal ones counted once: fit on more, hold out a larger"
+                " validation_fraction, or ask for less."
             )
         widening = np.empty(self.scores.shape[1])
         for j, scores in enumerate(self.scores.T):

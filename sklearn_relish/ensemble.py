@@ -87,7 +87,6 @@ def fit_ensemble(
             head,
             examples[learned],
             examples[rows] if len(rows) else None,
-            validation_groups=text[rows],
             objective=objective,
             seed=random.randint(np.iinfo(np.int32).max),
             device=device,

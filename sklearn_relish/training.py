@@ -113,7 +113,6 @@ def train_head(
     progress: bool,
     deep_supervision: bool = False,
     constant_rate: bool = False,
-    validation_groups: np.ndarray | None = None,
 ) -> Training:
     """Fit a head's weights in place, from where they are.
 
@@ -150,8 +149,6 @@ def train_head(
         Whether the mean of the losses after each iteration is minimized, not the last one alone.
     constant_rate : bool, default=False
         Whether the learning rate stays where the schedule would have its peak.
-    validation_groups : int64 ndarray of shape (n_validation,), default=None
-        A number for each validation example, the same for equal texts. None: all are different.
 
     Returns
     -------
@@ -256,24 +253,18 @@ def train_head(
         head.load_state_dict(best_weights)
     head.zero_grad(set_to_none=True)
     head.to("cpu").eval()
-    if not validated:
-        return Training(history, best_epoch, None)
-    groups = np.arange(len(validation.y)) if validation_groups is None else validation_groups
-    foretold = _foretold(torch.stack(validated), validation, groups, objective)
+    foretold = _foretold(torch.stack(validated), validation, objective) if validated else None
     return Training(history, best_epoch, foretold)
 
 
-def _foretold(
-    validated: Tensor, examples: Examples, groups: np.ndarray, objective: Objective
-) -> np.ndarray:
-    """Responses for each half of the texts, of the epoch that is best on the other half.
+def _foretold(validated: Tensor, examples: Examples, objective: Objective) -> np.ndarray:
+    """Responses for each half of the examples, of the epoch that is best on the other half.
 
     The lowest of many losses is lower than a fresh text's would be: it is of the luckiest epoch.
     """
     losses = torch.stack([objective.losses(raw, examples.y).mean(dim=1) for raw in validated])
     losses = losses * examples.weight  # (n_epochs, n)
-    _, places = np.unique(groups, return_inverse=True)
-    half = torch.from_numpy(places % 2 == 0)
+    half = torch.arange(validated.shape[1]) % 2 == 0
     raw = torch.empty_like(validated[0])
     for chosen, others in ((half, ~half), (~half, half)):
         raw[chosen] = validated[losses[:, others].sum(dim=1).argmin(), chosen]

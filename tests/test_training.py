@@ -251,18 +251,6 @@ def test_batches_hold_every_row_once_with_like_lengths_together():
     assert [batch.tolist() for batch in first] != [batch.tolist() for batch in second]
 
 
-def test_equal_texts_choose_no_epoch_for_each_other():
-    """Responses for a text are of an epoch that is best on other texts."""
-    examples, validation = task(60, noise=1.0), task(8, seed=1)
-    groups = np.array([0, 0, 1, 1, 2, 2, 3, 3])
-    settings = {"max_epochs": 6, "n_iter_no_change": None, "validation_groups": groups}
-    _, course = train(examples, validation, **settings)
-    shuffled = np.array([0, 2, 4, 6, 1, 3, 5, 7])
-    settings["validation_groups"] = groups[shuffled]
-    _, again = train(examples, validation[shuffled], **settings)
-    np.testing.assert_allclose(again.foretold, course.foretold[shuffled], atol=1e-6)
-
-
 def test_batches_may_be_larger_than_any_number_of_texts():
     examples = task(20)
     head, _ = train(examples, batch_size=10**18, max_epochs=2)

@@ -20,7 +20,7 @@ from sklearn.utils.validation import check_is_fitted
 from sklearn_relish.backbone import FrozenLLM
 from sklearn_relish.pooling import POOLINGS, pool
 from sklearn_relish.reader import LLMReader
-from sklearn_relish.store import StateStore
+from sklearn_relish.store import StateStore, open_store
 
 
 class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
@@ -136,14 +136,17 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
         -------
         self : LLMEncoder
         """
-        self._render(self._read_table(X, reset=True))
-        llm = self._llm()
-        self.layer_ = llm.resolve_layer(self.layer)
-        self._n_features_out = llm.hidden_size
+        fitted = self._snapshot()
+        fitted._render(fitted._read_table(X, reset=True))
+        llm = fitted._llm()
+        fitted.layer_ = llm.resolve_layer(fitted.layer)
+        fitted._n_features_out = llm.hidden_size
+        state = self.__dict__  # parameters that were set meanwhile stay
+        self.__dict__ = fitted.__dict__ | {name: state[name] for name in self._get_param_names()}
         return self
 
     def transform(self, X: ArrayLike) -> np.ndarray:
-        """Pooled states of texts.
+        """Pooled states of texts, whose token states are never held all at once.
 
         Parameters
         ----------
@@ -155,5 +158,41 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
         X_out : float32 ndarray of shape (n_samples, hidden size of the model)
         """
         check_is_fitted(self)
-        states = self._states(self._render(self._read_table(X, reset=False)), self.layer_)
-        return pool(states, self.pooling, self.state_norm).numpy()
+        fitted = self._snapshot()
+        texts, llm = fitted._render(fitted._read_table(X, reset=False)), fitted._llm()
+        pieces = open_store(fitted.memory).stream(
+            texts,
+            llm,
+            layer=fitted.layer_,
+            max_length=fitted.max_length,
+            windows=fitted.long_text == "window",
+            progress=bool(fitted.verbose),
+        )
+        pooled = np.empty((len(texts), fitted._n_features_out), dtype=np.float32)
+        for rows, states in pieces:
+            pooled[rows] = pool(states, fitted.pooling, fitted.state_norm).numpy()
+        return pooled
+
+    def fit_transform(self, X: ArrayLike, y: Any = None) -> np.ndarray:
+        """Fit, and the pooled states of the texts; their token states are kept in `memory`.
+
+        Parameters
+        ----------
+        X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
+            As in `fit`.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        X_out : float32 ndarray of shape (n_samples, hidden size of the model)
+        """
+        fitted = self.fit(X, y)._snapshot()
+        states = fitted._states(fitted._render(fitted._read_table(X, reset=False)), fitted.layer_)
+        return pool(states, fitted.pooling, fitted.state_norm).numpy()
+
+    def _snapshot(self) -> LLMEncoder:
+        """A shallow copy, made at once: a `fit` in another thread does not change it."""
+        snapshot = object.__new__(type(self))
+        snapshot.__dict__.update(self.__dict__)
+        return snapshot

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from sklearn_relish.objectives import Objective
+from sklearn_relish.prompts import name_rows
 from sklearn_relish.versions import FORMAT, check_format
 
 LATENT_STD = 0.02  # of the initial latent state's entries
@@ -232,8 +233,13 @@ class RelishHead(nn.Module):
         Returns
         -------
         Tensor of shape (B, n_outputs)
+
+        Raises
+        ------
+        ValueError
+            If the mask has no real token for a text.
         """
-        return self.answer(states.masked_fill(~mask[:, :, None], 0.0), mask)
+        return self.answer(_without_padding(states, mask), mask)
 
     def answer(self, states: Tensor, mask: Tensor) -> Tensor:
         """The same as `forward`, faster, for states whose padding holds finite numbers."""
@@ -316,7 +322,9 @@ class RelishEnsemble(nn.Module):
         self.share = nn.Parameter(torch.ones(readout.out_features), requires_grad=False)
         self.linear = None
         if linear_path:
-            self.linear = nn.Linear(2 * projection.in_features, readout.out_features)
+            # Made without values: initial ones would be drawn from torch's global generator.
+            sizes = 2 * projection.in_features, readout.out_features
+            self.linear = nn.Linear(*sizes, device="meta").to_empty(device=self.share.device)
             self.linear.requires_grad_(False)
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
@@ -359,7 +367,7 @@ class RelishEnsemble(nn.Module):
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """Answer for each text of a padded batch, as `RelishHead`."""
-        return self.answer(states.masked_fill(~mask[:, :, None], 0.0), mask)
+        return self.answer(_without_padding(states, mask), mask)
 
     def answer(self, states: Tensor, mask: Tensor) -> Tensor:
         """The same as `forward`, faster, for states whose padding holds finite numbers."""
@@ -406,6 +414,17 @@ class RelishEnsemble(nn.Module):
         mean = ((scale / lengths)[:, None] @ states)[:, 0]  # (B, D)
         rows, ends = torch.arange(len(states), device=states.device), lengths[:, 0] - 1
         return torch.cat([mean, states[rows, ends] * scale[rows, ends, None]], dim=1)
+
+
+def _without_padding(states: Tensor, mask: Tensor) -> Tensor:
+    """States with zeros in the padding; each text must have a token."""
+    empty = (~mask.any(dim=1)).nonzero()[:, 0].tolist()
+    if empty:
+        raise ValueError(
+            f"The mask is False for all tokens of {name_rows(empty)}: each text needs at least one"
+            " real token."
+        )
+    return states.masked_fill(~mask[:, :, None], 0.0)
 
 
 def rms_scale(states: Tensor) -> Tensor:

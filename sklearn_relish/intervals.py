@@ -65,8 +65,8 @@ class Conformal:
             needed = math.ceil(coverage / (1 - coverage) - 1e-9)
             raise ValueError(
                 f"coverage={coverage} needs {needed} held-out rows, and there were"
-                f" {len(self.weight)}: fit on more, hold out a larger validation_fraction, or ask"
-                " for less."
+                f" {len(self.weight)}, equal ones counted once: fit on more, hold out a larger"
+                " validation_fraction, or ask for less."
             )
         widening = np.empty(self.scores.shape[1])
         for j, scores in enumerate(self.scores.T):

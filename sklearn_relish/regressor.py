@@ -33,7 +33,7 @@ from sklearn_relish.layers import SHARES, choose_layer, sample_texts
 from sklearn_relish.objectives import LOSSES, Objective
 from sklearn_relish.prompts import name_rows
 from sklearn_relish.reader import LLMReader
-from sklearn_relish.store import StateStore
+from sklearn_relish.store import StateStore, open_store
 from sklearn_relish.targets import read_targets
 from sklearn_relish.training import (
     AUTO_EPOCHS,
@@ -103,7 +103,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     quantile : float or list of float, default=0.5
         With ``loss="quantile"`` what is asked for; several, in rising order, share each head and
         never cross. `predict` then gives the one nearest to the median, or the mean of the two
-        that are, `predict_quantiles` all.
+        that are, `predict_quantiles` all. With another loss it must be left at 0.5.
     deep_supervision : bool, default=True
         Whether the loss is the mean over the answers after each iteration [2]_, so that each of
         them means something, see `staged_predict`. False, the published choice, asks the last one
@@ -116,7 +116,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         Texts of a training step.
     max_epochs : int or "auto", default="auto"
         Passes over the training rows, the length of the schedule. ``"auto"`` is 10, or as many as
-        make 200 steps of a small set.
+        make 200 steps of a small set. A row that is repeated counts once.
     early_stopping : bool, default=True
         Whether a share of the rows is held out from a head, and the epoch with the lowest loss on
         them kept.
@@ -125,12 +125,14 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         together.
     n_estimators : int or "auto", default="auto"
         RELISH heads that are fitted, each with other rows held out, and averaged. ``"auto"`` is 5
-        up to 1,000 rows and 3 beyond; 1 is the published choice, and the fastest.
-    linear_path : bool, default=True
-        Whether ridges on the mean and the last token state stand beside the heads, all of them
-        weighed by what they foretell of the held-out rows: where there is little to learn from, or
-        much noise, they carry the answer. Without held-out rows, or with fewer than 10, and with
-        losses other than Huber's and the squared error, there is none.
+        up to 1,000 rows and 3 beyond, where a row that is repeated counts once; 1 is the published
+        choice, and the fastest.
+    linear_path : bool or "auto", default="auto"
+        Whether ridge models on the mean and the last token state are added, weighted together with
+        the heads by their errors on held-out rows: where there is little to learn from, or much
+        noise, they make most of the prediction. They need a loss that asks for a mean, ``"huber"``
+        or ``"squared_error"``: ``"auto"`` adds them with these, and True refuses the others.
+        Without held-out rows, or with fewer than 10, there are none.
     n_iter_no_change : int, default=None
         Training stops after that many epochs without a lower validation loss. None lets the
         schedule run to its end, where the learning rate falls and most is gained.
@@ -151,7 +153,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     random_state : int, RandomState instance or None, default=None
         Draws the held-out rows, the heads' initial weights, the order of the texts and the rows
         on which layers are compared. With an int, a fit on a CPU, on the same token states, is the
-        same to the last bit.
+        same to the last bit. None draws from the operating system: NumPy's global random state is
+        neither used nor changed.
     verbose : int, default=0
         Above 0, bars show the texts read and the epochs.
     warm_start : bool, default=False
@@ -237,7 +240,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         "early_stopping": ["boolean"],
         "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
         "n_estimators": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
-        "linear_path": ["boolean"],
+        "linear_path": ["boolean", StrOptions({"auto"})],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left"), None],
         "random_state": ["random_state"],
         "warm_start": ["boolean"],
@@ -267,7 +270,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         early_stopping: bool = True,
         validation_fraction: float = 0.2,
         n_estimators: int | str = "auto",
-        linear_path: bool = True,
+        linear_path: bool | str = "auto",
         n_iter_no_change: int | None = None,
         memory: str | os.PathLike[str] | joblib.Memory | StateStore | None = None,
         device: str | torch.device | None = None,
@@ -314,6 +317,9 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     ) -> RelishRegressor:
         """Fit the head on the token states of texts.
 
+        The order of the rows has no influence. While it runs in one thread, others may predict:
+        each prediction is that of the fit before or of this one.
+
         Parameters
         ----------
         X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
@@ -321,7 +327,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         y : array-like of shape (n_samples,) or (n_samples, n_outputs)
             The numbers to predict.
         sample_weight : array-like of shape (n_samples,), default=None
-            Weights of the rows; one of weight 0 is as good as absent. None: all alike.
+            Weights of the rows. A row of weight 0 is as good as absent, and one of weight 2 as
+            good as given twice, to the last bit. None: equal weights.
 
         Returns
         -------
@@ -341,26 +348,31 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             If a target is constant; if texts were cut at `max_length`; if kept states were damaged
             and are read again, or could not be written.
         """
-        fitted = self._twin()  # a fit that is refused or interrupted leaves the earlier one
+        fitted = self._snapshot()  # a fit that is refused or interrupted leaves the earlier one
         fitted._fit(X, y, sample_weight)
-        self.__dict__ = fitted.__dict__
+        self._become(fitted)
         return self
 
-    def _twin(self) -> RelishRegressor:
-        """Another regressor of the very same attributes."""
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        return twin
+    def _snapshot(self) -> RelishRegressor:
+        """A shallow copy, made at once: a `fit` in another thread does not change it."""
+        snapshot = object.__new__(type(self))
+        snapshot.__dict__.update(self.__dict__)
+        return snapshot
+
+    def _become(self, fitted: RelishRegressor) -> None:
+        """Take all that was fitted, in one assignment; parameters set meanwhile stay."""
+        state = self.__dict__
+        self.__dict__ = fitted.__dict__ | {name: state[name] for name in self._get_param_names()}
 
     def _fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
         going_on = self.warm_start and hasattr(self, "head_")
         rows = self._check_rows(X, y, sample_weight, going_on)
         n_estimators = self._n_estimators(len(rows.texts), going_on)
-        text = _numbered(rows.texts)
-        random = check_random_state(self.random_state)
+        text = rows.groups
+        random = self._random()
         held_out = self._held_out(text, n_estimators, random)
         if not going_on:
-            self.layer_, self.layer_scores_ = self._find_layer(rows, text, random)
+            self.layer_, self.layer_scores_ = self._find_layer(rows, random)
         states = self._states(rows.texts, self.layer_)
         heads = list(self.head_.heads) if going_on else []
         sizes = self._head_sizes(states.hidden_size, rows.targets.shape[1], rows.objective)
@@ -376,7 +388,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             text,
             held_out,
             make_head=make_head,
-            linear_path=self.linear_path and not going_on,
+            linear_path=bool(self.linear_path) and not going_on,
             random=random,
             max_epochs=max_epochs,
             n_iter_no_change=self.n_iter_no_change,
@@ -431,18 +443,18 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         ValueError, TypeError, OSError
             As `fit`; what was learned before is left as it was.
         """
-        fitted = self._twin()
+        fitted = self._snapshot()
         fitted._partial_fit(X, y, sample_weight)
-        self.__dict__ = fitted.__dict__
+        self._become(fitted)
         return self
 
     def _partial_fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
         going_on = hasattr(self, "head_")
         rows = self._check_rows(X, y, sample_weight, going_on)
         n_estimators = self._n_estimators(0, going_on)
-        random = check_random_state(self.random_state)
+        random = self._random()
         if not going_on:
-            self.layer_, self.layer_scores_ = self._find_layer(rows, _numbered(rows.texts), random)
+            self.layer_, self.layer_scores_ = self._find_layer(rows, random)
         states = self._states(rows.texts, self.layer_)
         if not going_on:
             sizes = self._head_sizes(states.hidden_size, rows.targets.shape[1], rows.objective)
@@ -483,7 +495,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         -------
         y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
         """
-        return self._point_in_units(self._responses(X))
+        fitted = self._snapshot()
+        return fitted._point_in_units(fitted._responses(X))
 
     def staged_predict(self, X: ArrayLike) -> Iterator[np.ndarray]:
         """Numbers for texts after each iteration of the heads.
@@ -500,7 +513,9 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
             `n_iterations` of them; the last is that of `predict`.
         """
-        return map(self._point_in_units, self._responses(X, staged_answers))
+        fitted = self._snapshot()
+        stages = fitted._responses(X, staged_answers)  # (n, n_iterations, n_answers)
+        return map(fitted._point_in_units, stages.transpose(1, 0, 2))
 
     def attention(self, X: ArrayLike) -> list[TextAttention]:
         """Where the heads look: the weight of each token in each iteration.
@@ -523,11 +538,12 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             If the tokenizer can't tell which piece of the text a token is.
         """
         check_is_fitted(self)
-        texts = self._render(self._read_table(X, reset=False))
-        tokens = self._llm().tokens(
-            texts, max_length=self.max_length, windows=self.long_text == "window"
+        fitted = self._snapshot()
+        texts = fitted._render(fitted._read_table(X, reset=False))
+        tokens = fitted._llm().tokens(
+            texts, max_length=fitted.max_length, windows=fitted.long_text == "window"
         )
-        weights = self._responses(X, attention_weights)
+        weights = fitted._responses(X, attention_weights)
         return [
             TextAttention(text, pieces, spans, some)
             for text, (pieces, spans), some in zip(texts, tokens, weights, strict=True)
@@ -546,8 +562,9 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         ndarray of shape (n_samples, n_quantiles) or (n_samples, n_outputs, n_quantiles)
             In the order of `quantile`, rising.
         """
-        responses = self._responses(X)
-        return self._in_units(responses.reshape(len(responses), self.n_outputs_, -1))
+        fitted = self._snapshot()
+        responses = fitted._responses(X)
+        return fitted._in_units(responses.reshape(len(responses), fitted.n_outputs_, -1))
 
     def predict_interval(self, X: ArrayLike, coverage: float = 0.9) -> np.ndarray:
         """Intervals that hold a given share of fresh targets.
@@ -579,12 +596,13 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         check_is_fitted(self)
         if not 0 < coverage < 1:
             raise ValueError(f"coverage must be above 0 and below 1, got {coverage}.")
-        if self._conformal is None:
+        fitted = self._snapshot()
+        if fitted._conformal is None:
             raise ValueError(
                 "Nothing was held out, which intervals stand on: fit with early_stopping=True, on"
                 " more than one text."
             )
-        return self._in_units(self._conformal.interval(self._responses(X), coverage))
+        return fitted._in_units(fitted._conformal.interval(fitted._responses(X), coverage))
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, metrics: dict[str, float] | None = None
@@ -666,12 +684,30 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     def _responses(self, X: ArrayLike, answers: Callable[..., Any] = head_answers) -> Any:
         """The ensemble's responses in standardized units, (n_samples, n_outputs * n_answers).
 
-        Or what another function of it and the texts' states gives.
+        Or what another function of it and the texts' states gives, an array or a list with an entry
+        a text. The states of all texts are never held at once.
         """
         check_is_fitted(self)
         texts = self._render(self._read_table(X, reset=False))
         self._check_model()
-        return answers(self.head_, self._states(texts, self.layer_), self._llm().torch_device)
+        llm = self._llm()
+        pieces = open_store(self.memory).stream(
+            texts,
+            llm,
+            layer=self.layer_,
+            max_length=self.max_length,
+            windows=self.long_text == "window",
+            progress=bool(self.verbose),
+        )
+        rows, parts = [], []
+        for some, states in pieces:
+            rows.append(some)
+            parts.append(answers(self.head_, states, llm.torch_device))
+        order = np.concatenate(rows).argsort()
+        if isinstance(parts[0], list):
+            found = [entry for part in parts for entry in part]
+            return [found[place] for place in order]
+        return np.concatenate(parts)[order]
 
     def _point_in_units(self, responses: np.ndarray) -> np.ndarray:
         """One number for each output, of the target's shape."""
@@ -711,13 +747,10 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         y = self._check_y(y)
         check_consistent_length(np.empty(table.n_rows), y)
         weight = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
-        # In the head's precision: what is nothing there is as good as absent.
-        used = np.flatnonzero((weight / (weight.mean() or 1.0)).astype(np.float32))
         check_head_sizes(self.latent_size, self.n_heads)
         objective = self._objective(y)
-        texts = self._render(table)
-        y, weight = y[used], weight[used]
-        y_shape, y = y.shape[1:], y.reshape(len(y), -1)
+        y_shape = y.shape[1:]
+        texts, groups, y, weight = _unique_pairs(self._render(table), y.reshape(len(y), -1), weight)
         if going_on:
             self._check_going_on(objective, y.shape[1])
         kept = self._y_scale > 0 if going_on else np.zeros(y.shape[1], dtype=bool)
@@ -725,9 +758,10 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         if kept.any():
             mean, scale = np.where(kept, self._y_mean, mean), np.where(kept, self._y_scale, scale)
         return _Rows(
-            texts=[texts[row] for row in used],
+            texts=texts,
+            groups=groups,
             targets=_standardized(y, mean, scale, objective),
-            weight=weight / weight.mean(),
+            weight=weight,
             mean=mean,
             scale=scale,
             y_shape=y_shape,
@@ -744,8 +778,19 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
                     f"quantile={self.quantile!r} is neither a number above 0 and below 1 nor"
                     " several of them in rising order."
                 )
-            return Objective(self.loss, tuple(quantiles.tolist()))
-        objective = Objective(self.loss)
+            objective = Objective(self.loss, tuple(quantiles.tolist()))
+        elif isinstance(self.quantile, Real) and self.quantile == 0.5:
+            objective = Objective(self.loss)
+        else:
+            raise ValueError(
+                f"quantile={self.quantile!r} has no effect with loss={self.loss!r}: pass"
+                " loss='quantile', or leave quantile at 0.5."
+            )
+        if self.linear_path != "auto" and self.linear_path and not objective.of_mean:
+            raise ValueError(
+                "linear_path=True needs a loss that asks for a mean, 'huber' or 'squared_error',"
+                f" and loss={self.loss!r} does not: pass linear_path='auto' or False."
+            )
         if objective.log_link:
             low = y <= 0 if self.loss == "gamma" else y < 0
             rows = np.flatnonzero(low.reshape(len(y), -1).any(axis=1))
@@ -802,6 +847,12 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             "state_norm": self.state_norm,
         }
 
+    def _random(self) -> np.random.RandomState:
+        """The source of all draws; None is a new one, so that NumPy's global one is not used."""
+        if self.random_state is None:
+            return np.random.RandomState()
+        return check_random_state(self.random_state)
+
     def _training(self, objective: Objective) -> dict[str, Any]:
         """What all trainings of this regressor have in common."""
         return {
@@ -821,11 +872,11 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         self._llm_fingerprint, self._llm_revision = self._llm().fingerprint, self._llm().revision
 
     def _find_layer(
-        self, rows: _Rows, text: np.ndarray, random: np.random.RandomState
+        self, rows: _Rows, random: np.random.RandomState
     ) -> tuple[int, dict[int, float] | None]:
         if self.layer != "auto":
             return self._llm().resolve_layer(self.layer), None
-        return self._choose_layer(rows.texts, text, rows.targets, rows.weight, random)
+        return self._choose_layer(rows.texts, rows.groups, rows.targets, rows.weight, random)
 
     def _check_y(self, y: ArrayLike) -> np.ndarray:
         """Targets as float64, of one dimension or two, all finite."""
@@ -910,12 +961,15 @@ class TextAttention(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What is learned from: texts, targets (n, n_outputs) in standardized units, weights.
+    """The distinct pairs of text and target, sorted, with the sums of their rows' weights.
 
-    `mean` and `scale`, (n_outputs,), lead back to the target's units, `y_shape` to its shape.
+    `targets`, (n, n_outputs), are in standardized units; `mean` and `scale`, (n_outputs,), lead
+    back to the target's units, `y_shape` to its shape. `groups` has a number from 0 for each text,
+    the same for equal ones. `weight` has a mean of 1.
     """
 
     texts: list[str]
+    groups: np.ndarray
     targets: np.ndarray
     weight: np.ndarray
     mean: np.ndarray
@@ -924,10 +978,38 @@ class _Rows(NamedTuple):
     objective: Objective
 
 
-def _numbered(texts: list[str]) -> np.ndarray:
-    """A number from 0 for each text, the same for equal ones."""
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int64)
+def _unique_pairs(
+    texts: list[str], y: np.ndarray, weight: np.ndarray
+) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct pairs of text and target, sorted by both, and the sums of their weights.
+
+    A fit on them depends neither on the order of the rows nor on whether a row is given twice or
+    has twice the weight.
+
+    Returns
+    -------
+    texts : list of str
+    groups : int64 ndarray of shape (n_pairs,)
+        A number from 0 for each text, the same for equal ones.
+    y : ndarray of shape (n_pairs, n_outputs)
+    weight : ndarray of shape (n_pairs,)
+        With a mean of 1. Pairs whose weight is 0 in float32, the head's precision, are left out.
+    """
+    y = y + 0.0  # -0.0 becomes 0.0, which it equals
+    weight = np.ldexp(weight, -int(np.frexp(weight.max())[1]))  # exact, and sums are finite
+    order_of = {text: place for place, text in enumerate(sorted(set(texts)))}
+    groups = np.array([order_of[text] for text in texts], dtype=np.int64)
+    order = np.lexsort((*y.T[::-1], groups))
+    texts, groups, y = [texts[row] for row in order], groups[order], y[order]
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (groups[1:] != groups[:-1]) | (y[1:] != y[:-1]).any(axis=1)
+    first = np.flatnonzero(new)
+    # Sums that are rounded once depend on no order.
+    weight = np.array([math.fsum(rows) for rows in np.split(weight[order], first[1:])])
+    used = np.flatnonzero((weight / weight.max()).astype(np.float32))
+    first, weight = first[used], weight[used]
+    _, groups = np.unique(groups[first], return_inverse=True)
+    return [texts[row] for row in first], groups, y[first], weight / weight.mean()
 
 
 def _standardized(

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from sklearn_relish.batches import BatchLoader
 from sklearn_relish.devices import computes_bfloat16, current_device
 from sklearn_relish.head import RelishEnsemble, RelishHead
+from sklearn_relish.locks import renew_in_forked_child
 from sklearn_relish.objectives import Objective
 from sklearn_relish.recording import Recorded
 from sklearn_relish.states import TokenStates
@@ -77,12 +78,9 @@ class Training(NamedTuple):
     foretold: np.ndarray | None
 
 
-_init_lock = threading.Lock()  # initializers draw from the one global generator
-
-
 def new_head(seed: int, **sizes: Any) -> RelishHead:
     """A head with fresh weights drawn from `seed`; the global random state is left as it was."""
-    with _init_lock, torch.random.fork_rng(devices=[]):
+    with _shared.init_lock, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return RelishHead(**sizes)
 
@@ -95,7 +93,8 @@ def auto_epochs(n_rows: int, batch_size: int) -> int:
     >>> auto_epochs(6000, batch_size=32), auto_epochs(90, batch_size=32)
     (10, 67)
     """
-    return max(AUTO_EPOCHS, math.ceil(AUTO_STEPS / math.ceil(n_rows / batch_size)))
+    steps = max(1, math.ceil(n_rows / batch_size))
+    return max(AUTO_EPOCHS, math.ceil(AUTO_STEPS / steps))
 
 
 def train_head(
@@ -168,7 +167,8 @@ def train_head(
     .. [1] Smith and Topin, "Super-Convergence", arXiv 1708.07120.
     .. [2] Lee et al., "Deeply-Supervised Nets", arXiv 1409.5185.
     """
-    max_epochs, batch_size = int(max_epochs), int(batch_size)  # torch takes no NumPy integers
+    # torch takes neither NumPy's integers nor such as need more than 64 bits.
+    max_epochs, batch_size = int(max_epochs), min(int(batch_size), len(train.states))
     generator = torch.Generator().manual_seed(seed)
     head.to(device).train()
     optimizer = torch.optim.AdamW(
@@ -299,13 +299,13 @@ def head_answers(
 
 @torch.inference_mode()
 def staged_answers(head: RelishEnsemble, states: TokenStates, device: torch.device) -> np.ndarray:
-    """The same after each iteration, (n_iterations, n_texts, n_answers)."""
+    """The same after each iteration, (n_texts, n_iterations, n_answers)."""
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     with current_device(device):
         placed = _placed(head, device, dtype)
         loader = BatchLoader(states, device, dtype)
         staged = _answers(lambda *batch: placed.staged(*batch).transpose(0, 1), loader)
-        return staged.transpose(0, 1).double().numpy()
+        return staged.double().numpy()
 
 
 @torch.inference_mode()
@@ -321,7 +321,7 @@ def attention_weights(
         placed = _placed(head, device, dtype)
         loader = BatchLoader(states, device, dtype)
         return [
-            placed.attention(batch, mask)[:, :, 0].double().cpu().numpy()[..., mask[0].cpu()]
+            placed.attention(batch, mask)[:, :, 0][..., mask[0]].double().cpu().numpy()
             for _, batch, mask in loader.load(list(torch.arange(len(states)).split(1)))
         ]
 
@@ -334,7 +334,31 @@ class _Placed(NamedTuple):
     some: Tensor
 
 
-_placed_heads: WeakKeyDictionary[nn.Module, _Placed] = WeakKeyDictionary()
+class _Slot:
+    """Where the copy of a head is kept; the lock lets one thread make it while others wait."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.placed: _Placed | None = None
+
+
+class _Shared:
+    """What the threads of this process share: the copies of heads, and locks."""
+
+    def __init__(self) -> None:
+        self.slots: WeakKeyDictionary[nn.Module, _Slot] = WeakKeyDictionary()
+        self.renew()
+        renew_in_forked_child(self, _Shared.renew)
+
+    def renew(self) -> None:
+        """New locks; the copies stay."""
+        self.init_lock = threading.Lock()  # initializers draw from the one global generator
+        self.slots_lock = threading.Lock()
+        for slot in self.slots.values():
+            slot.lock = threading.Lock()
+
+
+_shared = _Shared()
 
 
 def _placed(
@@ -353,10 +377,13 @@ def _placed(
     made_for = device, head.state_norm, weights
     with torch.no_grad():
         some = torch.cat([weight.flatten()[:SAMPLED_WEIGHTS] for weight in head.parameters()])
-    known = _placed_heads.get(head)
-    if known is None or known.made_for != made_for or not torch.equal(known.some, some):
-        known = _Placed(copy.deepcopy(head).to(device, dtype), made_for, some)
-        _placed_heads[head] = known
+    with _shared.slots_lock:
+        slot = _shared.slots.setdefault(head, _Slot())
+    with slot.lock:
+        known = slot.placed
+        if known is None or known.made_for != made_for or not torch.equal(known.some, some):
+            known = _Placed(copy.deepcopy(head).to(device, dtype), made_for, some)
+            slot.placed = known
     return known.head
 
 

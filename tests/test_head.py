@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sklearn_relish.head import RelishHead
+from sklearn_relish.head import RelishEnsemble, RelishHead
 
 TEXTBOOK_SIZES = {"latent_size": 32, "n_heads": 4, "n_iterations": 3}
 
@@ -197,3 +197,12 @@ def test_initial_weights_are_those_of_pytorch_attention():
 def test_wrong_sizes_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         RelishHead(24, **wrong)
+
+
+def test_a_text_without_tokens_is_refused_by_its_row():
+    states, mask = ragged_batch()
+    mask[[1, 3]] = False
+    head = RelishHead(24, **TEXTBOOK_SIZES)
+    for module in (head, RelishEnsemble([head], linear_path=True)):
+        with pytest.raises(ValueError, match="False for all tokens of rows 1, 3"):
+            module(states, mask)

@@ -1,7 +1,9 @@
 import os
 import pickle
+import random
 import subprocess
 import sys
+import threading
 import warnings
 
 import joblib
@@ -16,17 +18,26 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from tiny import SIZE, tiny_model
 
-from sklearn_relish import FrozenLLM, LLMEncoder, RelishRegressor
+from sklearn_relish import (
+    FrozenLLM,
+    LLMEncoder,
+    RefinementDisplay,
+    RelishRegressor,
+    StateStore,
+)
 
 WORDS = ["awful", "poor", "fair", "good", "superb"]
 
 
 def reviews(n, seed=0):
-    """Texts and their number: how good, plus how often it is said."""
+    """Texts and their number: how good, plus how often it is said, and a trace of noise.
+
+    There are 15 texts; the noise makes distinct pairs of the rows.
+    """
     random = np.random.default_rng(seed)
     grades, repeats = random.integers(0, 5, n), random.integers(1, 4, n)
     texts = [" ".join([WORDS[g]] * k) for g, k in zip(grades, repeats, strict=True)]
-    return texts, 100.0 + 20 * grades + repeats
+    return texts, 100.0 + 20 * grades + repeats + random.normal(0, 0.01, n)
 
 
 @pytest.fixture(scope="module")
@@ -467,11 +478,36 @@ def test_every_loss_learns(llm, loss, quantile, n_outputs):
         ({"loss": "gamma"}, [1, 0, 1, 2, 3], r"above 0: y is not in row 1"),
         ({"loss": "quantile", "quantile": [0.9, 0.1]}, [1, 2, 3, 4, 5], "in rising order"),
         ({"loss": "quantile", "quantile": []}, [1, 2, 3, 4, 5], "in rising order"),
+        ({"quantile": 0.9}, [1, 2, 3, 4, 5], "quantile=0.9 has no effect with loss='huber'"),
+        ({"loss": "gamma", "quantile": [0.5]}, [1, 2, 3, 4, 5], r"quantile=\[0.5\] has no effect"),
+        (
+            {"loss": "poisson", "linear_path": True},
+            [1, 2, 3, 4, 5],
+            "linear_path=True needs a loss that asks for a mean",
+        ),
+        (
+            {"loss": "quantile", "linear_path": True},
+            [1, 2, 3, 4, 5],
+            "and loss='quantile' does not: pass linear_path='auto' or False",
+        ),
     ],
 )
-def test_targets_and_quantiles_that_a_loss_is_not_for(llm, changes, y, message):
-    with pytest.raises(ValueError, match=message):
-        make(llm, **changes).fit(list("abcde"), y)
+def test_targets_and_parameters_that_a_loss_is_not_for(llm, changes, y, message):
+    for method in ("fit", "partial_fit"):
+        with pytest.raises(ValueError, match=message):
+            getattr(make(llm, **changes), method)(list("abcde"), y)
+
+
+@pytest.mark.parametrize("loss", ["huber", "squared_error", "absolute_error", "gamma"])
+def test_the_linear_path_is_there_where_the_loss_allows_it(llm, loss):
+    texts, y = reviews(60)
+    settings = {"loss": loss, "max_epochs": 1, "n_estimators": 2, "validation_fraction": 0.4}
+    linear = make(llm, **settings).fit(texts, y).head_.linear
+    assert (linear is not None) == (loss in ("huber", "squared_error"))
+    if linear is not None:
+        asked = make(llm, linear_path=True, **settings).fit(texts, y).head_.linear
+        assert torch.equal(asked.weight, linear.weight)
+    assert make(llm, linear_path=False, **settings).fit(texts, y).head_.linear is None
 
 
 def test_intervals_need_held_out_rows(llm):
@@ -487,17 +523,78 @@ def test_intervals_need_held_out_rows(llm):
         regressor.predict_interval(texts, coverage=0.99)
 
 
-def test_a_weight_of_two_acts_as_the_row_given_twice(llm):
-    """Up to the randomness of the batches: both are nearer to each other than to no weights."""
-    texts, y = reviews(200)
-    y = y + np.random.RandomState(0).normal(0, 20, 200)
-    weight = np.where(y > np.median(y), 2, 1)
-    twice = np.repeat(np.arange(200), weight)
-    settings = {"max_epochs": 20, "early_stopping": False}
-    weighted = make(llm, **settings).fit(texts, y, weight).predict(texts)
-    repeated = make(llm, **settings).fit([texts[i] for i in twice], y[twice]).predict(texts)
-    plain = make(llm, **settings).fit(texts, y).predict(texts)
-    assert abs(weighted.mean() - repeated.mean()) < 0.3 * abs(weighted.mean() - plain.mean())
+def everything(regressor, texts):
+    """All that a fitted regressor says of texts."""
+    said = [regressor.predict(texts), *regressor.staged_predict(texts)]
+    if regressor._conformal is not None:
+        said.append(regressor.predict_interval(texts, coverage=0.5))
+    if regressor.loss == "quantile":
+        said.append(regressor.predict_quantiles(texts))
+    return said
+
+
+FITS = [
+    {},
+    {"n_estimators": 3, "validation_fraction": 0.4},
+    {"n_estimators": 2, "layer": "auto", "loss": "squared_error"},
+    {"early_stopping": False},
+    {"loss": "quantile", "quantile": [0.1, 0.5, 0.9]},
+    {"loss": "poisson", "share_weights": True},
+    {"deep_supervision": False, "state_norm": None, "batch_size": 7},
+]
+
+
+@pytest.mark.parametrize("method", ["fit", "partial_fit", "warm_start"])
+@pytest.mark.parametrize("changes", FITS)
+def test_a_weight_is_a_repetition_and_the_order_is_nothing(llm, method, changes):
+    """To the last bit; equal texts with other targets, and rows of no weight, among the rows."""
+    random = np.random.RandomState(0)
+    texts = np.array([f"{text} {i % 50}" for i, text in enumerate(reviews(60)[0])])
+    y = np.round(random.normal(100, 20, (60, 2)), 1)
+    texts[50:55], y[50:55] = texts[:5], y[:5]  # equal pairs
+    texts[55:] = texts[5:10]  # equal texts
+    weight = random.randint(0, 4, 60)
+    rows = random.permutation(np.repeat(np.arange(60), weight))
+    order = random.permutation(60)
+
+    def fit(texts, y, weight=None):
+        regressor = make(llm, max_epochs=1, **changes)
+        if method == "partial_fit":
+            regressor.partial_fit(texts, y, weight)
+            return regressor.partial_fit(texts, y, weight)
+        regressor.fit(texts, y, weight)
+        if method == "warm_start":
+            regressor.set_params(warm_start=True).fit(texts, y, weight)
+        return regressor
+
+    weighted = fit(texts, y, weight)
+    for other in (fit(texts[rows], y[rows]), fit(texts[order], y[order], 8 * weight[order])):
+        assert other.history_ == weighted.history_
+        assert other.validation_score_ == weighted.validation_score_
+        for ours, theirs in zip(everything(other, texts), everything(weighted, texts), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_weights_are_summed_alike_in_any_order(llm):
+    """0.1 + 0.2 + 0.3 is not 0.3 + 0.2 + 0.1 in floating point."""
+    texts, y = np.repeat(["a", "b", "c", "d"], 3), np.repeat([1.0, 2.0, 4.0, 8.0], 3)
+    weight = np.tile([0.1, 0.2, 0.3], 4)
+    one = make(llm, max_epochs=2).fit(texts, y, weight).predict(texts)
+    weight[3:6], weight[9:] = [0.3, 0.2, 0.1], [0.2, 0.3, 0.1]
+    other = make(llm, max_epochs=2).fit(texts, y, weight).predict(texts)
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss": "quantile", "quantile": [0.1, 0.9]}])
+def test_enormous_weights_and_batches(llm, changes):
+    texts, y = reviews(40)
+    weight = np.linspace(0.5, 1.0, 40)
+    enormous = 1.7e308 * weight  # their sum is infinite
+    plain = make(llm, max_epochs=2, batch_size=40, **changes).fit(texts, y, weight)
+    settings = {"max_epochs": 2, "batch_size": 10**18, **changes}
+    regressor = make(llm, **settings).fit(texts, y, enormous)
+    np.testing.assert_allclose(regressor.predict(texts), plain.predict(texts), rtol=1e-5)
+    assert np.isfinite(make(llm, **settings).partial_fit(texts, y, enormous).predict(texts)).all()
 
 
 def test_warm_start_goes_on_where_the_last_fit_ended(llm):
@@ -611,3 +708,170 @@ def test_a_constant_column_beside_one_that_is_not(llm):
     units = regressor._y_mean[0], regressor._y_scale[0]
     regressor.partial_fit(texts[:20], both[:20] + np.arange(20.0)[:, None])
     assert (regressor._y_mean[0], regressor._y_scale[0]) == units
+
+
+@pytest.mark.parametrize("changes", [*FITS, {"random_state": None}])
+def test_a_fit_leaves_the_global_random_states_alone(llm, changes):
+    texts, y = reviews(60)
+    before = global_random_states()
+    settings = {"max_epochs": 1, "n_estimators": 2, "validation_fraction": 0.4, **changes}
+    regressor = make(llm, warm_start=True, **settings)
+    for method in (regressor.fit, regressor.fit, regressor.partial_fit):
+        method(texts, y)
+    everything(pickle.loads(pickle.dumps(regressor)), texts)
+    assert global_random_states() == before
+
+
+def global_random_states():
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002
+    return random.getstate(), pickle.dumps(numpy), bytes(torch.get_rng_state())
+
+
+@pytest.mark.parametrize("changes", FITS)
+def test_texts_of_one_token(llm, changes):
+    texts, y = list("abcdefghijklmnopqrstuvwxyz"), np.arange(1.0, 27.0)
+    assert [len(ids) for ids in llm.tokenizer(texts)["input_ids"]] == [1] * 26
+    regressor = make(llm, max_epochs=2, **changes).fit(texts, y)
+    everything(regressor, ["a"])
+    for found in (*regressor.attention(["a"]), *regressor.attention(["a", "bcd"])[:1]):
+        assert (found.text, found.tokens, found.spans.tolist()) == ("a", ["a"], [[0, 1]])
+        shape = len(regressor.head_.heads), regressor.n_iterations, regressor.n_heads, 1
+        np.testing.assert_allclose(found.weights, np.ones(shape))
+    regressor.partial_fit(["a"], [3.0])
+    assert all(np.isfinite(said).all() for said in everything(regressor, ["a", "z"]))
+
+
+def test_texts_of_one_token_are_drawn_and_encoded(llm):
+    pytest.importorskip("matplotlib").use("Agg")
+    texts, y = list("abcdef"), np.arange(6.0)
+    regressor = make(llm, max_epochs=1).fit(texts, y)
+    assert RefinementDisplay.from_estimator(regressor, "a").attention.tokens == ["a"]
+    RefinementDisplay.from_estimator(regressor, texts, y)
+    for pooling in ("mean", "last"):
+        assert LLMEncoder(llm, pooling=pooling).fit_transform(["a"]).shape == (1, SIZE)
+
+
+@pytest.fixture
+def odd_pieces(monkeypatch):
+    """Stores give states in small pieces of any order; the sizes of these pieces."""
+    sizes = []
+
+    def stream(store, texts, llm, *, progress=False, **settings):
+        states = store.fetch(texts, llm, progress=progress, **settings)
+        for rows in np.array_split(np.random.RandomState(0).permutation(len(texts)), 7):
+            sizes.append(len(rows))
+            yield rows, states[torch.from_numpy(rows)]
+
+    monkeypatch.setattr(StateStore, "stream", stream)
+    return sizes
+
+
+@pytest.mark.parametrize("changes", FITS)
+def test_predictions_are_made_piece_by_piece(llm, changes, request):
+    texts, y = reviews(60)
+    texts = [f"{text} {i}" for i, text in enumerate(texts)]
+    regressor = make(llm, max_epochs=2, **changes).fit(texts, y)
+    said, attention = everything(regressor, texts), regressor.attention(texts)
+    sizes = request.getfixturevalue("odd_pieces")
+    for ours, whole in zip(everything(regressor, texts), said, strict=True):
+        np.testing.assert_allclose(ours, whole, rtol=1e-9)
+    for ours, whole in zip(regressor.attention(texts), attention, strict=True):
+        assert ours.tokens == whole.tokens
+        np.testing.assert_allclose(ours.weights, whole.weights, rtol=1e-9)
+    assert max(sizes) == 9
+
+
+def test_an_encoder_works_piece_by_piece_but_where_it_fills_a_store(llm, odd_pieces):
+    texts, _ = reviews(60)
+    texts = [f"{text} {i}" for i, text in enumerate(texts)]
+    encoder = LLMEncoder(llm)
+    filled = encoder.fit_transform(texts)
+    assert odd_pieces == []
+    np.testing.assert_array_equal(encoder.transform(texts), filled)
+    assert max(odd_pieces) == 9
+
+
+def test_predictions_while_another_thread_refits(llm):
+    """Each is that of one fit, never the heads of one in the units of another."""
+    texts, y = reviews(60)
+    settings = {"max_epochs": 1, "n_estimators": 2, "validation_fraction": 0.4}
+    targets = (y, 1000.0 - 50 * y)
+    fits = [make(llm, **settings).fit(texts, y) for y in targets]
+    expected = [said_by(fit, texts) for fit in fits]
+    served = make(llm, **settings).fit(texts, y)
+    done, mixed, counts = threading.Event(), [], []
+
+    def serve():
+        count = 0
+        while not done.is_set() or count == 0:
+            said = said_by(served, texts)
+            for name, value in said.items():
+                if not any((value == fit[name]).all() for fit in expected):
+                    mixed.append(name)
+            count += 1
+        counts.append(count)
+
+    threads = [threading.Thread(target=serve) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for n in range(8):
+            served.fit(texts, targets[n % 2])
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join(timeout=120)
+    assert len(counts) == 3
+    assert mixed == []
+
+
+def said_by(regressor, texts):
+    return {
+        "predict": regressor.predict(texts),
+        "staged_predict": np.stack(list(regressor.staged_predict(texts))),
+        "predict_interval": regressor.predict_interval(texts, coverage=0.5),
+        "attention": np.concatenate(
+            [found.weights.ravel() for found in regressor.attention(texts[:3])]
+        ),
+    }
+
+
+@pytest.mark.parametrize("method", ["predict", "staged_predict", "predict_interval", "attention"])
+def test_a_refit_within_a_prediction_changes_nothing(llm, method, monkeypatch):
+    """The refit comes at the worst moment: when some of the fitted state has been looked at."""
+    texts, y = reviews(60)
+    settings = {"max_epochs": 1, "n_estimators": 2, "validation_fraction": 0.4}
+    regressor = make(llm, **settings).fit(texts, y)
+    before = said_by(regressor, texts)[method]
+    stream = StateStore.stream
+
+    def refit_meanwhile(*args, **kwargs):
+        regressor.__dict__ = make(llm, **settings).fit(texts, 1000.0 - 50 * y).__dict__
+        yield from stream(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StateStore, "stream", refit_meanwhile)
+        if method == "staged_predict":
+            during = np.stack(list(regressor.staged_predict(texts)))
+        elif method == "attention":
+            found = regressor.attention(texts[:3])
+            during = np.concatenate([some.weights.ravel() for some in found])
+        else:
+            options = {"coverage": 0.5} if method == "predict_interval" else {}
+            during = getattr(regressor, method)(texts, **options)
+    np.testing.assert_array_equal(during, before)
+    assert (said_by(regressor, texts)[method] != before).any()
+
+
+def test_parameters_that_are_set_during_a_fit_stay(llm, monkeypatch):
+    texts, y = reviews(40)
+    regressor = make(llm, max_epochs=1)
+    fit = RelishRegressor._fit
+
+    def set_meanwhile(fitted, *args):
+        fit(fitted, *args)
+        regressor.set_params(max_epochs=7)
+
+    monkeypatch.setattr(RelishRegressor, "_fit", set_meanwhile)
+    regressor.fit(texts, y)
+    assert (regressor.max_epochs, regressor.n_epochs_) == (7, 1)

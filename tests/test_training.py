@@ -1,14 +1,21 @@
 import copy
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from sklearn_relish import locks, training
 from sklearn_relish.objectives import Objective
 from sklearn_relish.states import TokenStates
 from sklearn_relish.training import (
     Examples,
     _placed,
+    _Shared,
+    auto_epochs,
     head_answers,
     new_head,
     shuffled_batches,
@@ -242,3 +249,53 @@ def test_batches_hold_every_row_once_with_like_lengths_together():
     padded = sum(len(batch) * int(lengths[batch].max()) for batch in first)
     assert padded / int(lengths.sum()) < 1.15
     assert [batch.tolist() for batch in first] != [batch.tolist() for batch in second]
+
+
+def test_batches_may_be_larger_than_any_number_of_texts():
+    examples = task(20)
+    head, _ = train(examples, batch_size=10**18, max_epochs=2)
+    same, _ = train(examples, batch_size=20, max_epochs=2)
+    for ours, theirs in zip(head.parameters(), same.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert auto_epochs(20, batch_size=10**400) == 200
+
+
+def test_threads_that_use_a_head_for_the_first_time_share_one_copy(monkeypatch):
+    examples = task(5)
+    head = new_head(0, input_size=12, latent_size=32, n_heads=4)
+    copies, original = [], copy.deepcopy
+
+    def counted(module):
+        copies.append(module)
+        time.sleep(0.05)  # so that the others come meanwhile
+        return original(module)
+
+    monkeypatch.setattr(training, "copy", SimpleNamespace(deepcopy=counted))
+    barrier = threading.Barrier(20)
+
+    def answer(_):
+        barrier.wait()
+        return head_answers(head, examples.states, CPU)
+
+    with ThreadPoolExecutor(20) as pool:
+        first, *others = pool.map(answer, range(20))
+    assert len(copies) == 1
+    assert all((other == first).all() for other in others)
+
+
+def test_locks_that_were_taken_are_free_in_a_forked_child(monkeypatch):
+    """What `os.register_at_fork` calls in the child, called here."""
+    monkeypatch.setattr("sklearn_relish.training._shared", _Shared())
+    examples = task(5)
+    head = new_head(0, input_size=12, latent_size=32, n_heads=4)
+    before = head_answers(head, examples.states, CPU)
+    shared = training._shared
+    (slot,) = shared.slots.values()
+    taken = [shared.init_lock, shared.slots_lock, slot.lock]
+    for lock in taken:
+        lock.acquire()
+    locks._renew_all()
+    assert all(lock.locked() for lock in taken)
+    assert not any(lock.locked() for lock in (shared.init_lock, shared.slots_lock, slot.lock))
+    assert (head_answers(head, examples.states, CPU) == before).all()
+    new_head(0, input_size=12, latent_size=32, n_heads=4)

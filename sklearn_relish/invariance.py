@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from sklearn_relish.locks import renew_in_forked_child
 
-ROW_STEP = 16  # products run at multiples of it
+ROW_STEP = 16  # products run at multiples of it,
+FEW_ROWS = 64  # and up to so many rows at any number, if that gives equal bits
 REFERENCE_ROWS = 256  # the number of rows that all others are compared with
 MOST_ROWS = 1024  # more rows are split
 CALL_ROWS = 24  # what a call costs in itself, in rows of a product
@@ -81,26 +82,40 @@ class BatchInvariant(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Replace the functions that depend on the batch."""
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.linear and not kwargs:
-            return _linear(*args)
-        if func is scaled_dot_product_attention:
-            self.n_attentions += 1
-            if self.lengths is not None:
-                return self._packed_attention(*args, **kwargs)
+        replace = _REPLACED.get(func)
+        return (
+            func(*args, **(kwargs or {}))
+            if replace is None
+            else replace(self, func, args, kwargs or {})
+        )
+
+    def _linear(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return func(*args, **kwargs) if kwargs else _linear(*args)
+
+    def _addmm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if kwargs:
+            return func(*args, **kwargs)
+        bias, rows, weight = args
+        return _linear(rows, weight.t(), bias)
+
+    def _attention(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        self.n_attentions += 1
+        if self.lengths is None:
             return _text_by_text(func, args, kwargs)
-        if func in ELEMENTWISE and isinstance(args[0], Tensor) and not kwargs.get("inplace"):
-            return _aligned(func, *args, **kwargs)
-        if func in MATRIX_PRODUCTS:
-            left, right = args[:2]
-            if right.ndim == 2 and left.ndim >= 2:
-                return _linear(left, right.t())
-            if left.ndim >= 3 and right.ndim >= 3:
-                return _text_by_text(func, args, kwargs)
-        if func is torch.addmm and not kwargs:
-            bias, rows, weight = args
-            return _linear(rows, weight.t(), bias)
+        return self._packed_attention(*args, **kwargs)
+
+    def _matrix_product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        left, right = args[:2]
+        if right.ndim == 2 and left.ndim >= 2:
+            return _linear(left, right.t())
+        if left.ndim >= 3 and right.ndim >= 3:
+            return _text_by_text(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _elementwise(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if kwargs.get("inplace") or not isinstance(args[0], Tensor):
+            return func(*args, **kwargs)
+        return _aligned(func, *args, **kwargs)
 
     def _packed_attention(
         self,
@@ -147,14 +162,24 @@ class BatchInvariant(TorchFunctionMode):
         return self._causal[known]
 
 
+_REPLACED: dict[Any, Callable[..., Tensor]] = {
+    **dict.fromkeys(ELEMENTWISE, BatchInvariant._elementwise),
+    **dict.fromkeys(MATRIX_PRODUCTS, BatchInvariant._matrix_product),
+    torch.nn.functional.linear: BatchInvariant._linear,
+    torch.addmm: BatchInvariant._addmm,
+    scaled_dot_product_attention: BatchInvariant._attention,
+}
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A product of rows (..., K) and a weight (N, K), at numbers of rows that give equal bits."""
-    rows = x.reshape(-1, x.shape[-1])  # (M, K)
-    counts = _row_counts(len(rows), weight, x.dtype)
-    if counts == (len(rows),):
+    n_rows = x.numel() // x.shape[-1]
+    counts = _row_counts(n_rows, weight, x.dtype)
+    if counts == (n_rows,):
         return linear(x, weight, bias)
+    rows = x.reshape(n_rows, -1)  # (M, K)
     results = []
-    for part, count in zip(rows.split(_real_rows(len(rows), counts)), counts, strict=True):
+    for part, count in zip(rows.split(_real_rows(n_rows, counts)), counts, strict=True):
         if len(part) < count:
             filled = part.new_zeros(count, part.shape[1])
             filled[: len(part)] = part
@@ -170,10 +195,12 @@ def _real_rows(n_rows: int, counts: tuple[int, ...]) -> list[int]:
 
 def _row_counts(n_rows: int, weight: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
     """Rows of each call that a product of `n_rows` is split into; the last may be filled up."""
+    equal = _equality(weight, dtype)
+    if n_rows <= FEW_ROWS and equal(n_rows):
+        return (n_rows,)
     rest = (n_rows - 1) % MOST_ROWS + 1
     first = (MOST_ROWS,) * ((n_rows - rest) // MOST_ROWS)
     count = math.ceil(rest / ROW_STEP) * ROW_STEP
-    equal = _equality(weight, dtype)
     if equal(count) and (not first or equal(MOST_ROWS)):
         return (*first, count)
     return split_rows(n_rows, tuple(n for n in equal.ladder if equal(n)))

@@ -27,17 +27,20 @@ from sklearn_relish.temporary import temporary_folder
 TEXTS = [f"text number {i}" + " more" * (i % 7) for i in range(20)]
 
 
+class CountingLLM(FrozenLLM):
+    """Remembers how many tokens of texts went through it."""
+
+    tokens_read = 0
+
+    def _start_pass(self, tokens, layers):
+        started = super()._start_pass(tokens, layers)
+        self.tokens_read += sum(map(len, tokens))
+        return started
+
+
 @pytest.fixture
 def llm():
-    """A tiny model that remembers how many tokens went through it."""
-    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
-    llm.tokens_read = 0
-
-    def count(_, args, kwargs):
-        llm.tokens_read += kwargs["input_ids"].numel()
-
-    llm.network.register_forward_pre_hook(count, with_kwargs=True)
-    return llm
+    return CountingLLM(tiny_model(), device="cpu", dtype="float32")
 
 
 def n_tokens(texts):

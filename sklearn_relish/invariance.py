@@ -23,6 +23,7 @@ from sklearn_relish.locks import renew_in_forked_child
 
 ROW_STEP = 16  # products run at multiples of it,
 FEW_ROWS = 64  # and up to so many rows at any number, if that gives equal bits
+PROBE_ROWS = 64  # rows on which a number of rows is tried, at least
 REFERENCE_ROWS = 256  # the number of rows that all others are compared with
 MOST_ROWS = 1024  # more rows are split
 CALL_ROWS = 24  # what a call costs in itself, in rows of a product
@@ -254,11 +255,11 @@ class _Equality:
     def __call__(self, count: int) -> bool:
         """Whether products of `count` rows have the bits of those of REFERENCE_ROWS."""
         if count not in self._known:
-            first = linear(self._rows[:count], self._weight)
-            last = linear(self._rows[-count:], self._weight)
-            self._known[count] = torch.equal(first, self._reference[:count]) and torch.equal(
-                last, self._reference[-count:]
-            )
+            n_tried = max(count, PROBE_ROWS // count * count)  # at the start and at the end
+            tried = torch.cat([self._rows[:n_tried], self._rows[-n_tried:]])
+            expected = torch.cat([self._reference[:n_tried], self._reference[-n_tried:]])
+            found = torch.cat([linear(part, self._weight) for part in tried.split(count)])
+            self._known[count] = torch.equal(found, expected)
         return self._known[count]
 
 

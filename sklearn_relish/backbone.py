@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -49,7 +50,7 @@ SHORTEST = {"cpu": 1.0, "mps": 0.875, "cuda": 0.875}
 ENOUGH_TOKENS = {"cpu": 0, "mps": 4_096, "cuda": 4_096}
 TOKENIZE_TEXTS = 256  # texts tokenized at once, each token of which takes 100 bytes then
 TOKEN_CHARACTERS = 16  # characters of a long text that are tokenized for each token wanted
-CUT_TOKENS = 32  # tokens before the end of a cut text that may differ from those of the whole text
+CUT_CHARACTERS = 512  # at the cut, where the tokens may be others than those of the whole text
 WINDOW_TEXTS = 4_096  # texts sorted by length together, while the next so many are tokenized
 GROUP_BUDGETS = 16  # budgets of tokens in windows that are read before their texts are joined
 OVERLAP = 4  # a window of a long text has one in so many of its tokens from the one before
@@ -296,7 +297,14 @@ class FrozenLLM:
             kwargs = defaults | (self.model_kwargs or {}) | self._pinned_kwargs
             if kwargs.get("quantization_config") is not None:
                 kwargs.setdefault("device_map", {"": self.torch_device})
-            network = self._from_pretrained(AutoModel, **kwargs)
+            network, found = self._from_pretrained(AutoModel, output_loading_info=True, **kwargs)
+            # Encoders are often published without their pooler, which is not read here.
+            missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)
+            if missing:  # Transformers would fill them with random numbers
+                raise OSError(
+                    f"The weights of {self.model!r} are incomplete: {len(missing)} tensors are"
+                    f" missing, the first is {missing[0]!r}. Get the model again."
+                )
             if kwargs.get("device_map") is None:
                 network = network.to(self.torch_device)
             seq2seq = self.config.is_encoder_decoder
@@ -537,7 +545,9 @@ class FrozenLLM:
         A tokenizer takes 0.3 KB and 2.5 microseconds a character, so 5 MB of text would take 12 s.
         """
         tokenizer, left = self.tokenizer, self._truncates_left
-        parts, n_characters = list(texts), None if window is None else TOKEN_CHARACTERS * window
+        parts, n_characters = list(texts), None
+        if window is not None:
+            n_characters = TOKEN_CHARACTERS * window + 2 * CUT_CHARACTERS
         encoded: list[_Encoded | None] = [None] * len(texts)
         pending = list(range(len(texts)))
         while pending:
@@ -555,15 +565,26 @@ class FrozenLLM:
             for place, i in enumerate(pending):
                 ids = found["input_ids"][place]
                 spans = found["offset_mapping"][place] if tokenizer.is_fast else []
-                whole = len(parts[i]) == len(texts[i])
-                if whole or len(ids) >= window + CUT_TOKENS:
-                    shift = len(texts[i]) - len(parts[i]) if left else 0
-                    special = found["special_tokens_mask"][place]
-                    encoded[i] = _Encoded(ids, special, spans, shift)
+                special = found["special_tokens_mask"][place]
+                shift = len(texts[i]) - len(parts[i]) if left else 0
+                text = _Encoded(ids, special, spans, shift)
+                if len(parts[i]) == len(texts[i]) or self._is_enough(text, window, n_characters):
+                    encoded[i] = text
             pending = [i for i in pending if encoded[i] is None]
             if n_characters is not None:
                 n_characters *= 4
         return encoded
+
+    def _is_enough(self, text: _Encoded, window: int, n_characters: int) -> bool:
+        """Whether the tokens of a window lie clear of the place where a part of a text was cut."""
+        if not text.spans:  # a slow tokenizer does not say where they lie
+            return len(text.ids) >= window + CUT_CHARACTERS
+        if len(text.ids) < window:
+            return False
+        places = [text.spans[i] for i in self._cut(text.special, window) if not text.special[i]]
+        if self._truncates_left:
+            return all(begin >= CUT_CHARACTERS for begin, _ in places)
+        return all(end <= n_characters - CUT_CHARACTERS for _, end in places)
 
     def _cut(self, special: list[int], window: int) -> list[int]:
         """Which tokens of a text stay in a window: the special ones around it, and what fits in."""
@@ -803,6 +824,13 @@ class FrozenLLM:
                     " them: make a new FrozenLLM, or start again."
                 )
             return loaded
+        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "mismatched_sizes" not in str(error):
+                raise
+            raise OSError(
+                f"{auto_class.__name__} can't load {os.path.abspath(source)}: its files are damaged"
+                f" or do not fit together ({' '.join(str(error).split())}). Get the model again."
+            ) from error
         except OSError as error:
             if os.path.isdir(source):
                 what = f"{auto_class.__name__} can't load the folder {os.path.abspath(source)}"

@@ -30,6 +30,8 @@ def converted_gguf(path: Path) -> Path:
     ------
     ImportError
         If the packages of the extra ``gguf`` are not installed.
+    OSError
+        If the file can't be converted.
     """
     digest = file_digest(path)[:16]
     cache = user_cache_path("sklearn_relish") / "gguf"
@@ -47,7 +49,15 @@ def converted_gguf(path: Path) -> Path:
         if not folder.exists():
             partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
             try:
-                _convert(path, partial)
+                try:
+                    _convert(path, partial)
+                except (MemoryError, ImportError):
+                    raise
+                except Exception as error:  # whatever a damaged file makes of the parser
+                    raise OSError(
+                        f"{path} can't be converted: it is damaged or incomplete, or Transformers"
+                        f" does not read its architecture ({' '.join(str(error).split())})."
+                    ) from error
                 partial.rename(folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)

@@ -1,14 +1,18 @@
 import copy
+import gc
 import itertools
 import os
 import pickle
 import shutil
 import threading
+import time
 import warnings
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sklearn.base import clone
 from tiny import N_LAYERS, SIZE, tiny_model
 from transformers import AutoModel, AutoTokenizer, GPT2Model
@@ -471,3 +475,161 @@ def test_a_chat_goes_through_the_models_template_and_begins_once():
     encoder.tokenizer.chat_template = llm.tokenizer.chat_template
     (chat,) = encoder.as_chat(["hello"])  # its tokenizer begins the text itself
     assert encoder.tokenizer(chat)["input_ids"].count(encoder.tokenizer.bos_token_id) == 1
+
+
+def truncated(name, keep):
+    def change(folder):
+        path = folder / name
+        content = path.read_bytes()
+        path.write_bytes(content[: int(keep * len(content))])
+
+    return change
+
+
+def without_a_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.down_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def with_another_shape(folder):
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name] = tensors[name][:5].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (truncated("model.safetensors", 0.0), "its files are damaged or do not fit together"),
+        (truncated("model.safetensors", 0.5), "its files are damaged or do not fit together"),
+        (truncated("tokenizer.json", 0.1), "its files are damaged or do not fit together"),
+        (truncated("config.json", 0.5), "not a valid JSON file"),
+        (with_another_shape, "its files are damaged or do not fit together"),
+        (without_a_tensor, r"incomplete: 1 tensors are missing, the first is 'layers.0.mlp.down"),
+    ],
+)
+def test_damaged_models_are_refused(change, message, tmp_path):
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    change(folder)
+    with pytest.raises(OSError, match=message):
+        read(FrozenLLM(folder, device="cpu", dtype="float32"), ["text"], 2)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"\xff\xfe" * 5000])
+def test_damaged_gguf_files_are_refused(content, tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(OSError, match=r"model.gguf can't be converted: it is damaged or incomple"):
+        _ = FrozenLLM(path).config
+    assert not list((tmp_path / "cache").rglob("config.json"))
+
+
+def test_a_model_whose_files_change_replaces_the_one_before(tmp_path):
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    first = shared_llm(folder, "cpu", "float32")
+    assert shared_llm(folder, "cpu", "float32") is first
+    references = []
+    for i in range(5):
+        os.utime(folder / "config.json", ns=(i, i))
+        references.append(weakref.ref(shared_llm(folder, "cpu", "float32")))
+    gc.collect()
+    assert [reference() is not None for reference in references] == [False] * 4 + [True]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_of_a_long_text_only_what_is_read_is_tokenized(kind, side, monkeypatch):
+    llm = FrozenLLM(tiny_model(kind), device="cpu", dtype="float32")
+    llm.tokenizer.truncation_side = side
+    text = "".join(np.random.default_rng(0).choice(list("abcdef "), size=100_000))
+    seen = []
+    tokenizer = llm.tokenizer
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, texts, **kwargs):
+            seen.append(sum(map(len, texts)))
+            return tokenizer(texts, **kwargs)
+
+    llm.__dict__["tokenizer"] = Counting()
+    ((piece,), _) = llm._tokenize([text], 32, False)
+    expected = tokenizer(text, truncation=True, max_length=32)["input_ids"]
+    assert piece.ids.tolist() == expected
+    assert sum(seen) < 3_000
+    ((pieces, spans),) = llm.tokens([text], max_length=32)
+    assert "".join(text[a:b] for a, b in spans) == tokenizer.decode(
+        expected, skip_special_tokens=True
+    )
+    assert len(pieces) == 32
+
+
+def test_a_text_of_long_tokens_is_tokenized_as_far_as_it_takes():
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    long_token = "z" * 100
+    llm.tokenizer.add_tokens([long_token])
+    ((piece,), full) = llm._tokenize([long_token * 500], 200, False)
+    assert len(piece.ids) == 200
+    assert set(piece.ids) == {llm.tokenizer.convert_tokens_to_ids(long_token)}
+    assert full[0] > 200
+
+
+def test_another_thread_waits_for_the_current_batch_at_most(monkeypatch):
+    monkeypatch.setitem(TOKEN_BUDGET, "cpu", 16)
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    other = FrozenLLM(tiny_model("bert"), device="cpu", dtype="float32")
+    inside, go_on, passes, served = threading.Event(), threading.Event(), [], threading.Event()
+    states_at = llm._states_at
+
+    def slow(layers, **inputs):
+        passes.append(threading.current_thread().name)
+        if len(passes) == 3:
+            inside.set()
+            assert go_on.wait(60)
+        return states_at(layers, **inputs)
+
+    def serve():
+        read(llm, ["a text"], 2)
+        served.set()
+
+    llm._packs(2)
+    monkeypatch.setattr(llm, "_states_at", slow)
+    corpus = threading.Thread(target=read, args=(llm, [f"{i} text" for i in range(200)], 2))
+    corpus.start()
+    assert inside.wait(60)
+    service = threading.Thread(target=serve, name="service")
+    service.start()
+    read(other, ["of another model"], 2)  # does not wait at all
+    while not llm._passing._waiting:
+        time.sleep(0.001)
+    go_on.set()
+    assert served.wait(60)
+    corpus.join(60)
+    assert passes.index("service") == 3  # the first after the batch that was under way
+
+
+def test_a_loading_model_does_not_keep_others_waiting(monkeypatch):
+    loading, go_on = threading.Event(), threading.Event()
+    from_pretrained = FrozenLLM._from_pretrained
+
+    def slow(self, auto_class, **kwargs):
+        if threading.current_thread().name == "slow":
+            loading.set()
+            assert go_on.wait(60)
+        return from_pretrained(self, auto_class, **kwargs)
+
+    monkeypatch.setattr(FrozenLLM, "_from_pretrained", slow)
+    first, second = (FrozenLLM(tiny_model(), device="cpu", dtype="float32") for _ in range(2))
+    thread = threading.Thread(target=lambda: first.network, name="slow")
+    thread.start()
+    assert loading.wait(60)
+    read(second, ["text"], 2)
+    go_on.set()
+    thread.join(60)
+    assert "network" in vars(first)

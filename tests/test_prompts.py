@@ -126,7 +126,7 @@ def test_wrong_templates_are_refused(prompt, message):
         (pd.DataFrame({"a": ["x"], "b": [object()]}), TypeError, "object in row 0 of column 'b'"),
         (["fine", "broken \ud800"], ValueError, "lone surrogates.* in row 1"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,  # no addresses
 )
 def test_bad_input_is_refused_with_its_rows(X, error, message):
     with pytest.raises(error, match=message):

@@ -40,8 +40,15 @@ def model_that_reads_numbers() -> Path:
     return folder
 
 
-TINY = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
-NUMBERS = FrozenLLM(model_that_reads_numbers(), device="cpu", dtype="float32")
+class NamedLLM(FrozenLLM):
+    """Without a temporary folder in its representation: it is part of the tests' names."""
+
+    def __repr__(self):
+        return f"FrozenLLM({self.model.rpartition('-')[0].rpartition('/')[2]!r})"
+
+
+TINY = NamedLLM(tiny_model(), device="cpu", dtype="float32")
+NUMBERS = NamedLLM(model_that_reads_numbers(), device="cpu", dtype="float32")
 SMALL = {"max_length": 1024, "latent_size": 32, "n_heads": 4, "learning_rate": 3e-3}
 
 

@@ -68,7 +68,7 @@ def test_several_outputs_and_a_frame_of_sparse_columns():
         ({1.0, 2.0}, ValueError, "for each row, got a set"),
         ((value for value in [1, 2]), ValueError, "for each row, got a generator"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_is_no_number_is_refused_with_its_rows(y, error, message):
     with pytest.raises(error, match=message):

@@ -5,10 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.model_selection import cross_val_score
 from tiny import tiny_model
 from torch import nn
 
-from sklearn_relish import FrozenLLM, invariance
+from sklearn_relish import FrozenLLM, LLMEncoder, RelishRegressor, invariance
 from sklearn_relish.invariance import BatchInvariant, split_rows
 
 LENGTHS = [1, 1, 2, 3, 5, 8, 9, 15, 16, 17, 23, 31, 33, 40, 47, 55, 60]
@@ -143,3 +144,26 @@ def test_the_context_leaves_other_threads_and_operations_alone():
         assert torch.equal(torch.relu(x), x.clamp(min=0))
         torch.testing.assert_close(x @ x.transpose(1, 2), torch.einsum("bij,bkj->bik", x, x))
         torch.testing.assert_close(nn.functional.silu(x), x * torch.sigmoid(x))
+
+
+def test_a_fit_does_not_depend_on_how_its_store_was_filled(tmp_path):
+    texts = [f"{word} text {'x' * (i % 13)} {i}" for i in range(30) for word in ("good", "bad")]
+    y = [float(len(text)) for text in texts]
+    fits = []
+    for filling in ("fit", "one by one", "search"):
+        regressor = RelishRegressor(
+            FrozenLLM(tiny_model(), device="cpu", dtype="bfloat16"),
+            memory=tmp_path / filling,
+            layer=2,
+            latent_size=16,
+            max_epochs=2,
+            random_state=0,
+        )
+        if filling == "one by one":
+            encoder = LLMEncoder(regressor.model, layer=2, memory=regressor.memory)
+            for text in texts[::-1]:
+                encoder.fit_transform([text])
+        elif filling == "search":
+            cross_val_score(regressor, texts[::-1], y[::-1], cv=3)
+        fits.append(regressor.fit(texts, y).predict(texts).tolist())
+    assert fits[0] == fits[1] == fits[2]

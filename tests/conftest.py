@@ -6,7 +6,7 @@ import pytest
 import torch
 
 # Tiny models gain nothing from threads, and lose much where test processes share the cores.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)

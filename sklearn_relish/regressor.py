@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple
@@ -33,7 +32,7 @@ from sklearn_relish.layers import SHARES, choose_layer, sample_texts
 from sklearn_relish.objectives import LOSSES, Objective
 from sklearn_relish.prompts import name_rows
 from sklearn_relish.reader import LLMReader
-from sklearn_relish.store import StateStore, open_store
+from sklearn_relish.store import StateStore
 from sklearn_relish.targets import read_targets
 from sklearn_relish.training import (
     AUTO_EPOCHS,
@@ -45,6 +44,7 @@ from sklearn_relish.training import (
     staged_answers,
     train_head,
 )
+from sklearn_relish.warn import warn
 
 # Estimators of a small set, up to which size it is one, and those of a larger set.
 MANY, SMALL_SET, FEW = 5, 1_000, 3
@@ -352,17 +352,6 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         fitted._fit(X, y, sample_weight)
         self._become(fitted)
         return self
-
-    def _snapshot(self) -> RelishRegressor:
-        """A shallow copy, made at once: a `fit` in another thread does not change it."""
-        snapshot = object.__new__(type(self))
-        snapshot.__dict__.update(self.__dict__)
-        return snapshot
-
-    def _become(self, fitted: RelishRegressor) -> None:
-        """Take all that was fitted, in one assignment; parameters set meanwhile stay."""
-        state = self.__dict__
-        self.__dict__ = fitted.__dict__ | {name: state[name] for name in self._get_param_names()}
 
     def _fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
         going_on = self.warm_start and hasattr(self, "head_")
@@ -691,16 +680,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         texts = self._render(self._read_table(X, reset=False))
         self._check_model()
         llm = self._llm()
-        pieces = open_store(self.memory).stream(
-            texts,
-            llm,
-            layer=self.layer_,
-            max_length=self.max_length,
-            windows=self.long_text == "window",
-            progress=bool(self.verbose),
-        )
         rows, parts = [], []
-        for some, states in pieces:
+        for some, states in self._stream(texts, self.layer_):
             rows.append(some)
             parts.append(answers(self.head_, states, llm.torch_device))
         order = np.concatenate(rows).argsort()
@@ -730,13 +711,11 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             )
         if llm.fingerprint != self._llm_fingerprint:
             fitted = f" (commit {self._llm_revision})" if self._llm_revision else ""
-            warnings.warn(
+            warn(
                 f"{llm!r}{f' (commit {llm.revision})' if llm.revision else ''} is not the model,"
                 f" or not the revision of it{fitted}, whose states the head was fitted on: unless"
                 " the weights are the same, the predictions are wrong. Fit again, or bring the"
                 " fitted one back.",
-                UserWarning,
-                stacklevel=4,
             )
 
     def _check_rows(
@@ -1032,11 +1011,7 @@ def _units(
     if (constant & ~kept).any():
         columns = np.flatnonzero(constant & ~kept).tolist()
         which = f" in columns {columns}" if len(constant) > 1 else ""
-        warnings.warn(
-            f"y is constant{which}: the prediction will be that constant.",
-            UserWarning,
-            stacklevel=5,
-        )
+        warn(f"y is constant{which}: the prediction will be that constant.")
     mean = np.where(constant, y[0], np.average(y, axis=0, weights=weight))
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         scale = np.sqrt(np.average((y - mean) ** 2, axis=0, weights=weight))

@@ -875,3 +875,34 @@ def test_parameters_that_are_set_during_a_fit_stay(llm, monkeypatch):
     monkeypatch.setattr(RelishRegressor, "_fit", set_meanwhile)
     regressor.fit(texts, y)
     assert (regressor.max_epochs, regressor.n_epochs_) == (7, 1)
+
+
+def test_warnings_name_the_line_of_the_user(llm):
+    texts, y = reviews(30)
+    texts = [text * 3 for text in texts]
+    regressor = make(llm, max_epochs=1, max_length=4)
+    encoder = LLMEncoder(llm, max_length=4)
+    reading = [
+        lambda: regressor.fit(texts, y),
+        lambda: regressor.partial_fit(texts, y),
+        lambda: regressor.predict(texts),
+        lambda: list(regressor.staged_predict(texts)),
+        lambda: regressor.attention(texts),
+        lambda: regressor.score(texts, y),
+        lambda: encoder.fit_transform(texts),
+        lambda: encoder.transform(texts),
+        lambda: make_pipeline(encoder, RidgeCV()).fit(texts, y),
+        lambda: cross_val_score(regressor, texts, y, cv=2),
+    ]
+    for call in reading:
+        with pytest.warns(UserWarning, match="were cut") as caught:
+            call()
+        assert {warning.filename for warning in caught} == {__file__}
+    with pytest.warns(UserWarning, match="y is constant") as caught:
+        make(llm, max_epochs=1).fit(texts, np.ones(30))
+    assert {warning.filename for warning in caught} == {__file__}
+    table = pd.DataFrame({"a": ["x", "y", "z"], "b": [1, 2, 3]})
+    regressor = make(llm, max_epochs=1).fit(table, [1, 2, 3])
+    with pytest.warns(UserWarning, match="Column 'b' is missing in all rows") as caught:
+        regressor.predict(table.assign(b=None))
+    assert {warning.filename for warning in caught} == {__file__}

@@ -443,6 +443,8 @@ class FrozenLLM:
 
     def _window(self, max_length: int) -> int:
         """Tokens that are read at once."""
+        if max_length < 1:
+            raise ValueError(f"max_length must be 1 or more, got {max_length}.")
         limits = (
             self.tokenizer.model_max_length,
             getattr(self._text_config, "max_position_embeddings", None),

@@ -199,10 +199,12 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     Notes
     -----
     A pickle holds the heads and the model's name, not the language model, and opens where there is
-    no GPU; `save_pretrained` keeps the same without a pickle. On a CPU no text is padded and the
-    head answers in float64, so a prediction does not depend on the texts beside it (where the
-    language model computes in float32, some millionths of rounding remain for a text that is read
-    anew).
+    no GPU; `save_pretrained` keeps the same without a pickle.
+
+    On a CPU the token states of a text are the same to the last bit in any batch, order and
+    company. The heads compute in float64, whose last bits depend on the batch; predictions are
+    rounded to 24 bits, which hides that but for about one prediction in some ten millions. On
+    other devices a prediction depends on its batch by the rounding of the dtype.
 
     With `GridSearchCV` and its like, no fold, candidate or refit of a process reads a text a second
     time. With `n_jobs`, give a folder as `memory`: of what several processes lack, each then reads
@@ -583,8 +585,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             `partial_fit` too, as the heads may have seen any row.
         """
         check_is_fitted(self)
-        if not 0 < coverage < 1:
-            raise ValueError(f"coverage must be above 0 and below 1, got {coverage}.")
+        if not (isinstance(coverage, Real) and 0 < coverage < 1):
+            raise ValueError(f"coverage must be above 0 and below 1, got {coverage!r}.")
         fitted = self._snapshot()
         if fitted._conformal is None:
             raise ValueError(
@@ -688,7 +690,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         if isinstance(parts[0], list):
             found = [entry for part in parts for entry in part]
             return [found[place] for place in order]
-        return np.concatenate(parts)[order]
+        return _rounded(np.concatenate(parts)[order], self.head_.objective)
 
     def _point_in_units(self, responses: np.ndarray) -> np.ndarray:
         """One number for each output, of the target's shape."""
@@ -989,6 +991,15 @@ def _unique_pairs(
     first, weight = first[used], weight[used]
     _, groups = np.unique(groups[first], return_inverse=True)
     return [texts[row] for row in first], groups, y[first], weight / weight.mean()
+
+
+def _rounded(responses: np.ndarray, objective: Objective) -> np.ndarray:
+    """Responses to 24 bits, as exact as the head's weights are.
+
+    The last bits of float64 depend on the texts that are in a batch.
+    """
+    mantissa, exponent = np.frexp(responses) if objective.log_link else (responses, 0)
+    return np.ldexp(np.round(mantissa * 2**24), exponent - 24)
 
 
 def _standardized(

@@ -164,7 +164,8 @@ class StateStore:
         is written to the temporary folder, or dropped if that can't be written. A call itself may
         hold all states that it asked for. States in files are mapped, not held.
     max_bytes : number, default=None
-        Bytes of states that are kept in all. After a call that added some, the least recently
+        Bytes of states that are kept in all, without those of texts that were predicted lately,
+        which take as many more at most. After a call that added some, the least recently
         used are removed, file by file, until the rest is within the bound; during the call there
         may be more by what it adds. None: no bound for a folder; what is not in one is bounded by
         `max_memory` and half of what the disk of the temporary folder had free.

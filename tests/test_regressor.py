@@ -83,10 +83,10 @@ def test_a_prediction_does_not_depend_on_company_or_order(llm, monkeypatch):
     regressor = make(llm, max_epochs=3).fit(texts, y)
     together = regressor.predict(fresh)
     monkeypatch.setattr("sklearn_relish.store._known", {})  # so that they are read anew
-    np.testing.assert_allclose(regressor.predict(fresh[::-1]), together[::-1], rtol=1e-5)
+    np.testing.assert_array_equal(regressor.predict(fresh[::-1]), together[::-1])
     monkeypatch.setattr("sklearn_relish.store._known", {})
     alone = [regressor.predict([text])[0] for text in fresh]
-    np.testing.assert_allclose(alone, together, rtol=1e-5)
+    np.testing.assert_array_equal(alone, together)
 
 
 def test_several_targets(llm):
@@ -519,6 +519,10 @@ def test_intervals_need_held_out_rows(llm):
     regressor.set_params(early_stopping=True).fit(texts, y)
     with pytest.raises(ValueError, match="coverage must be above 0 and below 1, got 90"):
         regressor.predict_interval(texts, coverage=90)
+    with pytest.raises(ValueError, match="coverage must be .*, got 'high'"):
+        regressor.predict_interval(texts, coverage="high")
+    with pytest.raises(ValueError, match="max_length must be 1 or more, got 0"):
+        clone(regressor).fit(texts, y).set_params(max_length=0).predict(texts)
     with pytest.raises(ValueError, match=r"coverage=0\.99 needs 99 held-out rows"):
         regressor.predict_interval(texts, coverage=0.99)
 

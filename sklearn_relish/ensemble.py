@@ -90,7 +90,6 @@ def fit_ensemble(
             objective=objective,
             seed=random.randint(np.iinfo(np.int32).max),
             device=device,
-            validation_groups=text[rows],
             **training,
         )
         if len(rows):

@@ -70,7 +70,7 @@ class Training(NamedTuple):
     """What a training gave: its course, and which epoch's weights the head carries.
 
     `foretold`, (n, n_outputs * n_answers), are responses for the validation examples, each of an
-    epoch that was chosen by other texts; None without any.
+    epoch that was not chosen by that example; None without any.
     """
 
     history: list[dict[str, float]]
@@ -111,7 +111,6 @@ def train_head(
     seed: int,
     device: torch.device,
     progress: bool,
-    validation_groups: np.ndarray | None = None,
     deep_supervision: bool = False,
     constant_rate: bool = False,
 ) -> Training:
@@ -146,8 +145,6 @@ def train_head(
         Where the steps run.
     progress : bool
         Whether a bar shows the epochs.
-    validation_groups : ndarray of shape (n_validation,), default=None
-        Numbers of the validation examples' texts, the same for equal ones. None: all differ.
     deep_supervision : bool, default=False
         Whether the mean of the losses after each iteration is minimized, not the last one alone.
     constant_rate : bool, default=False
@@ -256,25 +253,18 @@ def train_head(
         head.load_state_dict(best_weights)
     head.zero_grad(set_to_none=True)
     head.to("cpu").eval()
-    foretold = None
-    if validated:
-        groups = np.arange(len(validation.y)) if validation_groups is None else validation_groups
-        foretold = _foretold(torch.stack(validated), validation, groups, objective)
+    foretold = _foretold(torch.stack(validated), validation, objective) if validated else None
     return Training(history, best_epoch, foretold)
 
 
-def _foretold(
-    validated: Tensor, examples: Examples, groups: np.ndarray, objective: Objective
-) -> np.ndarray:
+def _foretold(validated: Tensor, examples: Examples, objective: Objective) -> np.ndarray:
     """Responses for each half of the examples, of the epoch that is best on the other half.
 
-    The lowest of many losses is lower than a new text's would be: it is of the luckiest epoch.
-    Examples of one group are in one half, unless there is no other group.
+    The lowest of many losses is lower than a fresh text's would be: it is of the luckiest epoch.
     """
     losses = torch.stack([objective.losses(raw, examples.y).mean(dim=1) for raw in validated])
     losses = losses * examples.weight  # (n_epochs, n)
-    found, number = np.unique(groups, return_inverse=True)
-    half = torch.from_numpy((number if len(found) > 1 else np.arange(len(groups))) % 2 == 0)
+    half = torch.arange(validated.shape[1]) % 2 == 0
     raw = torch.empty_like(validated[0])
     for chosen, others in ((half, ~half), (~half, half)):
         raw[chosen] = validated[losses[:, others].sum(dim=1).argmin(), chosen]

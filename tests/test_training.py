@@ -13,7 +13,6 @@ from sklearn_relish.objectives import Objective
 from sklearn_relish.states import TokenStates
 from sklearn_relish.training import (
     Examples,
-    _foretold,
     _placed,
     _Shared,
     auto_epochs,
@@ -300,15 +299,3 @@ def test_locks_that_were_taken_are_free_in_a_forked_child(monkeypatch):
     assert not any(lock.locked() for lock in (shared.init_lock, shared.slots_lock, slot.lock))
     assert (head_answers(head, examples.states, CPU) == before).all()
     new_head(0, input_size=12, latent_size=32, n_heads=4)
-
-
-def test_equal_texts_do_not_choose_the_epoch_of_each_others_predictions():
-    raw = torch.tensor([[0.0, 0.0, 1.0, 3.0], [1.0, 2.0, 0.0, 0.0]])[:, :, None]  # by epoch
-    examples = Examples(task(4).states, torch.zeros(4, 1), torch.ones(4))
-    objective = Objective("squared_error")
-    apart = _foretold(raw, examples, np.arange(4), objective)[:, 0]
-    assert apart.tolist() == [1.0, 0.0, 0.0, 3.0]  # chosen by rows 1 and 3, and by 0 and 2
-    two_texts = _foretold(raw, examples, np.array([3, 3, 7, 7]), objective)[:, 0]
-    assert two_texts.tolist() == [1.0, 2.0, 1.0, 3.0]  # each by the rows of the other text
-    one_text = _foretold(raw, examples, np.zeros(4, dtype=int), objective)[:, 0]
-    assert one_text.tolist() == apart.tolist()

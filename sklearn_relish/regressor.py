@@ -139,7 +139,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     memory : str, path, joblib.Memory or StateStore, default=None
         Where token states are kept; a text whose states are there is not read again. A folder
         serves other processes and later days. None: this process, up to 2 GiB, and beyond that
-        a temporary folder that goes with it. A :class:`StateStore` says more: bounds, what is
+        a temporary folder that goes with it. States of texts that are only predicted are in no
+        file. A :class:`StateStore` says more: bounds, what is
         held, how to clear it.
     device : str or torch.device, default=None
         Where the language model and the head run. None: ``"cuda"`` where there is one, else
@@ -207,7 +208,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     other devices a prediction depends on its batch by the rounding of the dtype.
 
     With `GridSearchCV` and its like, no fold, candidate or refit of a process reads a text a second
-    time. With `n_jobs`, give a folder as `memory`: of what several processes lack, each then reads
+    time, as long as the states of a fold that is predicted fit a quarter of the store's
+    `max_memory`; beyond that they are read once more for the fit. With `n_jobs`, give a folder as `memory`: of what several processes lack, each then reads
     a part, and where all has been read none loads the language model.
 
     References

@@ -519,7 +519,7 @@ def test_intervals_need_held_out_rows(llm):
     regressor.set_params(early_stopping=True).fit(texts, y)
     with pytest.raises(ValueError, match="coverage must be above 0 and below 1, got 90"):
         regressor.predict_interval(texts, coverage=90)
-    with pytest.raises(ValueError, match="coverage must be .*, got 'high'"):
+    with pytest.raises(ValueError, match=r"coverage must be .*, got 'high'"):
         regressor.predict_interval(texts, coverage="high")
     with pytest.raises(ValueError, match="max_length must be 1 or more, got 0"):
         clone(regressor).fit(texts, y).set_params(max_length=0).predict(texts)

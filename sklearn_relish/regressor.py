@@ -209,8 +209,9 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
 
     With `GridSearchCV` and its like, no fold, candidate or refit of a process reads a text a second
     time, as long as the states of a fold that is predicted fit a quarter of the store's
-    `max_memory`; beyond that they are read once more for the fit. With `n_jobs`, give a folder as `memory`: of what several processes lack, each then reads
-    a part, and where all has been read none loads the language model.
+    `max_memory`; beyond that they are read once more for the fit. With `n_jobs`, give a folder as
+    `memory`: of what several processes lack for a fit, each then reads a part, and where all has
+    been read none loads the language model.
 
     References
     ----------

@@ -12,7 +12,6 @@ import json
 import numbers
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -40,6 +39,7 @@ from sklearn_relish.gguf import converted_gguf
 from sklearn_relish.invariance import JOINT_TOKENS, ROW_STEP, BatchInvariant
 from sklearn_relish.locks import FairLock, renew_in_forked_child
 from sklearn_relish.states import TokenStates
+from sklearn_relish.warn import warn
 
 # Tokens of a batch, padding included. On a CPU more is no faster; the others are not measured yet.
 # It is halved where a batch is too much for the memory.
@@ -135,7 +135,7 @@ class FrozenLLM:
         self.device = device
         self.dtype = dtype
         self.model_kwargs = model_kwargs
-        self._packing: dict[int, str | None] = {}  # by layer, see `_packs`
+        self._packing: dict[tuple[int, int], str | None] = {}  # by layer and number of threads
         self._renew_locks()
         renew_in_forked_child(self, FrozenLLM._renew_locks)
 
@@ -451,6 +451,8 @@ class FrozenLLM:
 
     def _window(self, max_length: int) -> int:
         """Tokens that are read at once."""
+        if max_length < 1:
+            raise ValueError(f"max_length must be 1 or more, got {max_length}.")
         limits = (
             self.tokenizer.model_max_length,
             getattr(self._text_config, "max_position_embeddings", None),
@@ -510,11 +512,9 @@ class FrozenLLM:
     def _halve_budget(self, n_tokens: int) -> None:
         """Make batches smaller than one of `n_tokens` that did not fit."""
         self.token_budget = max(1, min(self.token_budget, n_tokens) // 2)
-        warnings.warn(
+        warn(
             f"A batch of {n_tokens} tokens was too much for the memory of {self.torch_device}: it"
             f" is read again in batches of {self.token_budget}, and so is all that follows.",
-            UserWarning,
-            stacklevel=2,
         )
 
     def _tokenize(
@@ -695,16 +695,17 @@ class FrozenLLM:
     def _packs(self, layer: int) -> str | None:
         """How attention treats packed texts, so that each gets the bits at a layer of it alone.
 
-        ``"joint"`` or ``"separate"``; None if texts must not be packed. This is measured, once for
-        a layer: a model with convolutions or recurrent layers, without position ids, or with an
-        attention of its own would mix the texts.
+        ``"joint"`` or ``"separate"``; None if texts must not be packed. This is measured once for
+        a layer and a number of threads: a model with convolutions or recurrent layers, without
+        position ids, or with an attention of its own would mix the texts.
         """
         if self._kind != "cpu" or self.network.device.type != "cpu":
             return None
-        if layer not in self._packing:
+        key = layer, torch.get_num_threads()
+        if key not in self._packing:
             ways = ["separate"] if self.torch_dtype == torch.float32 else ["joint", "separate"]
-            self._packing[layer] = next((way for way in ways if self._packs_as(way, layer)), None)
-        return self._packing[layer]
+            self._packing[key] = next((way for way in ways if self._packs_as(way, layer)), None)
+        return self._packing[key]
 
     def _packs_as(self, attention: str, layer: int) -> bool:
         """Whether packed texts have the bits at a layer that each has alone."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from decimal import Decimal
 from functools import partial
@@ -17,6 +16,8 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+from sklearn_relish.warn import warn
 
 ROWS_NAMED = 5  # rows that an error names before it counts the rest
 EXACT = 2**53  # from here on not every integer is a float
@@ -106,7 +107,7 @@ def column_texts(
     elif base == kind and all(text is None for text in texts):
         warning = "is missing in all rows, and was missing in no row of fit."
     if warning:
-        warnings.warn(f"Column {name!r} {warning}", UserWarning, stacklevel=2)
+        warn(f"Column {name!r} {warning}")
     return texts, kind
 
 

@@ -20,7 +20,7 @@ from sklearn.utils.validation import check_is_fitted
 from sklearn_relish.backbone import FrozenLLM
 from sklearn_relish.pooling import POOLINGS, pool
 from sklearn_relish.reader import LLMReader
-from sklearn_relish.store import StateStore, open_store
+from sklearn_relish.store import StateStore
 
 
 class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
@@ -141,8 +141,7 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
         llm = fitted._llm()
         fitted.layer_ = llm.resolve_layer(fitted.layer)
         fitted._n_features_out = llm.hidden_size
-        state = self.__dict__  # parameters that were set meanwhile stay
-        self.__dict__ = fitted.__dict__ | {name: state[name] for name in self._get_param_names()}
+        self._become(fitted)
         return self
 
     def transform(self, X: ArrayLike) -> np.ndarray:
@@ -159,17 +158,9 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
         """
         check_is_fitted(self)
         fitted = self._snapshot()
-        texts, llm = fitted._render(fitted._read_table(X, reset=False)), fitted._llm()
-        pieces = open_store(fitted.memory).stream(
-            texts,
-            llm,
-            layer=fitted.layer_,
-            max_length=fitted.max_length,
-            windows=fitted.long_text == "window",
-            progress=bool(fitted.verbose),
-        )
+        texts = fitted._render(fitted._read_table(X, reset=False))
         pooled = np.empty((len(texts), fitted._n_features_out), dtype=np.float32)
-        for rows, states in pieces:
+        for rows, states in fitted._stream(texts, fitted.layer_):
             pooled[rows] = pool(states, fitted.pooling, fitted.state_norm).numpy()
         return pooled
 
@@ -190,9 +181,3 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
         fitted = self.fit(X, y)._snapshot()
         states = fitted._states(fitted._render(fitted._read_table(X, reset=False)), fitted.layer_)
         return pool(states, fitted.pooling, fitted.state_norm).numpy()
-
-    def _snapshot(self) -> LLMEncoder:
-        """A shallow copy, made at once: a `fit` in another thread does not change it."""
-        snapshot = object.__new__(type(self))
-        snapshot.__dict__.update(self.__dict__)
-        return snapshot

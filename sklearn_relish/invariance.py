@@ -73,7 +73,7 @@ class BatchInvariant(TorchFunctionMode):
         self.lengths = lengths
         self.joint = joint
         self.n_attentions = 0
-        self._causal: dict[tuple[int, int], bool] = {}  # by mask and length
+        self._causal: dict[tuple[int, int], tuple[Tensor, bool]] = {}  # by mask and length
 
     def __torch_function__(
         self,
@@ -159,8 +159,9 @@ class BatchInvariant(TorchFunctionMode):
         if known not in self._causal:
             is_bool = mask.dtype == torch.bool and mask.shape[:2] == (1, 1)
             causal = torch.ones(length, length, dtype=torch.bool).tril()
-            self._causal[known] = is_bool and torch.equal(mask[0, 0], causal)
-        return self._causal[known]
+            # With the mask, for another one could get the number of one that is gone.
+            self._causal[known] = whole, is_bool and torch.equal(mask[0, 0], causal)
+        return self._causal[known][1]
 
 
 _REPLACED: dict[Any, Callable[..., Tensor]] = {
@@ -272,7 +273,9 @@ def _equality(weight: Tensor, dtype: torch.dtype) -> _Equality:
     known = _equalities.get(key)
     if known is None:
         with _making:
-            known = _equalities.setdefault(key, _Equality(weight, dtype))
+            if key not in _equalities:
+                _equalities[key] = _Equality(weight, dtype)
+            known = _equalities[key]
     return known
 
 

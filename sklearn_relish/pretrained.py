@@ -202,7 +202,7 @@ def load(
                 f" ({' '.join(str(error).split())})."
             ) from error
     config, arrays = _read(folder, cls)
-    warn_versions(config[STAMP], cls.__name__, stacklevel=3)
+    warn_versions(config[STAMP], cls.__name__)
     kept, fitted = config["parameters"], config["fitted"]
     if isinstance(parameters.get("model"), FrozenLLM):  # which has these itself
         kept |= {"dtype": "auto", "model_kwargs": None}

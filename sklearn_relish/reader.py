@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import joblib
 import numpy as np
@@ -69,7 +69,7 @@ class LLMReader(BaseEstimator):
         state, name = dict(state), type(self).__name__
         given = state.pop(STAMP, None)
         check_format(given, f"The pickled {name}")
-        warn_versions(given, name, stacklevel=2)
+        warn_versions(given, name)
         missing = sorted(set(self._get_param_names()) - set(state))
         if missing:
             raise ValueError(
@@ -78,6 +78,17 @@ class LLMReader(BaseEstimator):
                 " that version, or fit and save again."
             )
         super().__setstate__(state)
+
+    def _snapshot(self) -> Self:
+        """A shallow copy, made at once: a `fit` in another thread does not change it."""
+        snapshot = object.__new__(type(self))
+        snapshot.__dict__.update(self.__dict__)
+        return snapshot
+
+    def _become(self, fitted: Self) -> None:
+        """Take all that was fitted, in one assignment; parameters set meanwhile stay."""
+        state = self.__dict__
+        self.__dict__ = fitted.__dict__ | {name: state[name] for name in self._get_param_names()}
 
     def _read_table(self, X: Any, *, reset: bool) -> Table:
         """`X` as a table of texts that agrees with the one of `fit`.
@@ -111,12 +122,18 @@ class LLMReader(BaseEstimator):
         return self.model
 
     def _states(self, texts: list[str], layer: int, also: Sequence[int] = ()) -> TokenStates:
-        return open_store(self.memory).fetch(
-            texts,
-            self._llm(),
-            layer=layer,
-            also=also,
-            max_length=self.max_length,
-            windows=self.long_text == "window",
-            progress=bool(self.verbose),
-        )
+        """States for a fit, which are kept; see `StateStore.fetch`."""
+        store = open_store(self.memory)
+        return store.fetch(texts, self._llm(), layer=layer, also=also, **self._reading())
+
+    def _stream(self, texts: list[str], layer: int) -> Iterator[tuple[np.ndarray, TokenStates]]:
+        """States for a prediction, piece by piece; see `StateStore.stream`."""
+        store = open_store(self.memory)
+        return store.stream(texts, self._llm(), layer=layer, **self._reading())
+
+    def _reading(self) -> dict[str, Any]:
+        return {
+            "max_length": self.max_length,
+            "windows": self.long_text == "window",
+            "progress": bool(self.verbose),
+        }

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple
@@ -33,7 +32,7 @@ from sklearn_relish.layers import SHARES, choose_layer, sample_texts
 from sklearn_relish.objectives import LOSSES, Objective
 from sklearn_relish.prompts import name_rows
 from sklearn_relish.reader import LLMReader
-from sklearn_relish.store import StateStore, open_store
+from sklearn_relish.store import StateStore
 from sklearn_relish.targets import read_targets
 from sklearn_relish.training import (
     AUTO_EPOCHS,
@@ -45,6 +44,7 @@ from sklearn_relish.training import (
     staged_answers,
     train_head,
 )
+from sklearn_relish.warn import warn
 
 # Estimators of a small set, up to which size it is one, and those of a larger set.
 MANY, SMALL_SET, FEW = 5, 1_000, 3
@@ -139,7 +139,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     memory : str, path, joblib.Memory or StateStore, default=None
         Where token states are kept; a text whose states are there is not read again. A folder
         serves other processes and later days. None: this process, up to 2 GiB, and beyond that
-        a temporary folder that goes with it. A :class:`StateStore` says more: bounds, what is
+        a temporary folder that goes with it. States of texts that are only predicted are in no
+        file. A :class:`StateStore` says more: bounds, what is
         held, how to clear it.
     device : str or torch.device, default=None
         Where the language model and the head run. None: ``"cuda"`` where there is one, else
@@ -199,14 +200,18 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     Notes
     -----
     A pickle holds the heads and the model's name, not the language model, and opens where there is
-    no GPU; `save_pretrained` keeps the same without a pickle. On a CPU no text is padded and the
-    head answers in float64, so a prediction does not depend on the texts beside it (where the
-    language model computes in float32, some millionths of rounding remain for a text that is read
-    anew).
+    no GPU; `save_pretrained` keeps the same without a pickle.
+
+    On a CPU the token states of a text are the same to the last bit in any batch, order and
+    company. The heads compute in float64, whose last bits depend on the batch; predictions are
+    rounded to 24 bits, which hides that but for about one prediction in some ten millions. On
+    other devices a prediction depends on its batch by the rounding of the dtype.
 
     With `GridSearchCV` and its like, no fold, candidate or refit of a process reads a text a second
-    time. With `n_jobs`, give a folder as `memory`: of what several processes lack, each then reads
-    a part, and where all has been read none loads the language model.
+    time, as long as the states of a fold that is predicted fit a quarter of the store's
+    `max_memory`; beyond that they are read once more for the fit. With `n_jobs`, give a folder as
+    `memory`: of what several processes lack for a fit, each then reads a part, and where all has
+    been read none loads the language model.
 
     References
     ----------
@@ -352,17 +357,6 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         fitted._fit(X, y, sample_weight)
         self._become(fitted)
         return self
-
-    def _snapshot(self) -> RelishRegressor:
-        """A shallow copy, made at once: a `fit` in another thread does not change it."""
-        snapshot = object.__new__(type(self))
-        snapshot.__dict__.update(self.__dict__)
-        return snapshot
-
-    def _become(self, fitted: RelishRegressor) -> None:
-        """Take all that was fitted, in one assignment; parameters set meanwhile stay."""
-        state = self.__dict__
-        self.__dict__ = fitted.__dict__ | {name: state[name] for name in self._get_param_names()}
 
     def _fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
         going_on = self.warm_start and hasattr(self, "head_")
@@ -594,8 +588,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             `partial_fit` too, as the heads may have seen any row.
         """
         check_is_fitted(self)
-        if not 0 < coverage < 1:
-            raise ValueError(f"coverage must be above 0 and below 1, got {coverage}.")
+        if not (isinstance(coverage, Real) and 0 < coverage < 1):
+            raise ValueError(f"coverage must be above 0 and below 1, got {coverage!r}.")
         fitted = self._snapshot()
         if fitted._conformal is None:
             raise ValueError(
@@ -691,23 +685,15 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         texts = self._render(self._read_table(X, reset=False))
         self._check_model()
         llm = self._llm()
-        pieces = open_store(self.memory).stream(
-            texts,
-            llm,
-            layer=self.layer_,
-            max_length=self.max_length,
-            windows=self.long_text == "window",
-            progress=bool(self.verbose),
-        )
         rows, parts = [], []
-        for some, states in pieces:
+        for some, states in self._stream(texts, self.layer_):
             rows.append(some)
             parts.append(answers(self.head_, states, llm.torch_device))
         order = np.concatenate(rows).argsort()
         if isinstance(parts[0], list):
             found = [entry for part in parts for entry in part]
             return [found[place] for place in order]
-        return np.concatenate(parts)[order]
+        return _rounded(np.concatenate(parts)[order], self.head_.objective)
 
     def _point_in_units(self, responses: np.ndarray) -> np.ndarray:
         """One number for each output, of the target's shape."""
@@ -730,13 +716,11 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             )
         if llm.fingerprint != self._llm_fingerprint:
             fitted = f" (commit {self._llm_revision})" if self._llm_revision else ""
-            warnings.warn(
+            warn(
                 f"{llm!r}{f' (commit {llm.revision})' if llm.revision else ''} is not the model,"
                 f" or not the revision of it{fitted}, whose states the head was fitted on: unless"
                 " the weights are the same, the predictions are wrong. Fit again, or bring the"
                 " fitted one back.",
-                UserWarning,
-                stacklevel=4,
             )
 
     def _check_rows(
@@ -1012,6 +996,15 @@ def _unique_pairs(
     return [texts[row] for row in first], groups, y[first], weight / weight.mean()
 
 
+def _rounded(responses: np.ndarray, objective: Objective) -> np.ndarray:
+    """Responses to 24 bits, as exact as the head's weights are.
+
+    The last bits of float64 depend on the texts that are in a batch.
+    """
+    mantissa, exponent = np.frexp(responses) if objective.log_link else (responses, 0)
+    return np.ldexp(np.round(mantissa * 2**24), exponent - 24)
+
+
 def _standardized(
     y: np.ndarray, mean: np.ndarray, scale: np.ndarray, objective: Objective
 ) -> np.ndarray:
@@ -1032,11 +1025,7 @@ def _units(
     if (constant & ~kept).any():
         columns = np.flatnonzero(constant & ~kept).tolist()
         which = f" in columns {columns}" if len(constant) > 1 else ""
-        warnings.warn(
-            f"y is constant{which}: the prediction will be that constant.",
-            UserWarning,
-            stacklevel=5,
-        )
+        warn(f"y is constant{which}: the prediction will be that constant.")
     mean = np.where(constant, y[0], np.average(y, axis=0, weights=weight))
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         scale = np.sqrt(np.average((y - mean) ** 2, axis=0, weights=weight))

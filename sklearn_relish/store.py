@@ -14,7 +14,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from sklearn_relish.shards import KEY_BYTES, Entry, Shard
 from sklearn_relish.shelf import SHELF_NAME, Shelf, gather
 from sklearn_relish.states import TokenStates, pack_states
 from sklearn_relish.temporary import made_temporary_folder, temporary_folder
+from sklearn_relish.warn import warn
 
 STATES_VERSION = 1  # goes up when this package makes other states of the same text
 MAX_MEMORY = 2 * 2**30
@@ -164,7 +164,8 @@ class StateStore:
         is written to the temporary folder, or dropped if that can't be written. A call itself may
         hold all states that it asked for. States in files are mapped, not held.
     max_bytes : number, default=None
-        Bytes of states that are kept in all. After a call that added some, the least recently
+        Bytes of states that are kept in all, without those of texts that were predicted lately,
+        which take as many more at most. After a call that added some, the least recently
         used are removed, file by file, until the rest is within the bound; during the call there
         may be more by what it adds. None: no bound for a folder; what is not in one is bounded by
         `max_memory` and half of what the disk of the temporary folder had free.
@@ -548,7 +549,7 @@ class StateStore:
             troubles = []
             if shelf.folder not in call.warned:
                 call.warned.add(shelf.folder)
-                warnings.warn(_unreadable(shelf.folder, error), UserWarning, stacklevel=6)
+                warn(_unreadable(shelf.folder, error))
         self._warn_damaged(troubles + shelf.verify(wanted), call)
 
     def _pieces(
@@ -684,11 +685,9 @@ class StateStore:
         Piece by piece: those that others are reading meanwhile are left to them.
         """
         if self.folder is None and multiprocessing.current_process().name != "MainProcess":
-            warnings.warn(
+            warn(
                 f"This worker process reads {len(missing)} texts that others may read too, or have"
                 " read: pass memory= a folder, and they share what they read.",
-                UserWarning,
-                stacklevel=5,
             )
         contents = self._contents
         # Texts of like length are read together, the longest first.
@@ -943,22 +942,18 @@ class StateStore:
                         bound = temporary.max_bytes if bound is None else bound
                         removed |= _drop_oldest(contents, there, excess, used)
         if removed & used:
-            warnings.warn(
+            warn(
                 f"The store's bound of {bound} bytes is less than one call's states take: some are"
                 " removed now, and their texts are read again next time.",
-                UserWarning,
-                stacklevel=5,
             )
 
     @staticmethod
     def _warn_damaged(troubles: list[str], call: _Call) -> None:
         if troubles:
-            warnings.warn(
+            warn(
                 f"{len(troubles)} damaged files of the store were left out, and removed where that"
                 f" was possible: their texts are read again by the model. The first is"
                 f" {troubles[0]}.",
-                UserWarning,
-                stacklevel=6,
             )
 
     @staticmethod
@@ -967,11 +962,9 @@ class StateStore:
     ) -> None:
         if folder not in call.warned:
             call.warned.add(folder)
-            warnings.warn(
+            warn(
                 f"Token states could not be written to {os.fspath(folder)}"
                 f" ({error.strerror or error}): {consequence}.",
-                UserWarning,
-                stacklevel=8,
             )
 
 
@@ -1025,11 +1018,9 @@ def _unreadable(folder: Path, error: OSError) -> str:
 
 def _warn_cut(n_cut: int, n_texts: int, max_length: int, longest: int) -> None:
     if n_cut:
-        warnings.warn(
+        warn(
             f"{n_cut} of {n_texts} texts are longer than max_length={max_length} tokens"
             f" or the model's window and were cut; the longest has {longest}.",
-            UserWarning,
-            stacklevel=5,
         )
 
 
@@ -1062,11 +1053,9 @@ class _Wait:
             contents.changed.wait(max(POLL_SECONDS, time.monotonic() - self._began))
         if not self._warned and time.monotonic() - self._progressed >= PATIENCE_SECONDS:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"Another process has been reading the last {n_texts} texts for"
                 f" {PATIENCE_SECONDS:.0f} seconds. If it hangs, end it: this one goes on then.",
-                UserWarning,
-                stacklevel=6,
             )
 
 

@@ -82,7 +82,7 @@ def _numbers(array: np.ndarray) -> np.ndarray:
             if isinstance(cell, TEMPORAL):
                 raise TypeError
             numbers[place] = float(cell)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             wrong[place] = True
     rows = _rows(wrong)
     if len(rows):

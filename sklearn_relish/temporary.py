@@ -71,8 +71,13 @@ def temporary_folder() -> TemporaryFolder:
             # never in a fork of the process that asks for it.
             Finalize(None, shutil.rmtree, args=(path, True), exitpriority=0)
             holder = FileLock(path / "holder", thread_local=False, fallback_to_soft=False)
-            holder.acquire()
-            _made[os.getpid()] = TemporaryFolder(path, holder, shutil.disk_usage(path).free // 2)
+            try:
+                holder.acquire()
+                n_bytes = shutil.disk_usage(path).free // 2
+            except BaseException:  # it is tried again with another folder
+                shutil.rmtree(path, ignore_errors=True)
+                raise
+            _made[os.getpid()] = TemporaryFolder(path, holder, n_bytes)
         return _made[os.getpid()]
 
 

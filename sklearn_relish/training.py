@@ -289,7 +289,8 @@ def head_answers(
 ) -> np.ndarray:
     """Answers of a trained head, or of several, for all texts: float64, (n_texts, n_answers).
 
-    On a CPU the head computes in float64, in which a text's answer does not depend on its batch.
+    On a CPU the head computes in float64: a text's answer depends on its batch by no more than the
+    rounding of that.
     """
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     with current_device(device):

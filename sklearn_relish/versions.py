@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import sklearn
@@ -11,6 +10,7 @@ import transformers
 from sklearn.exceptions import InconsistentVersionWarning
 
 import sklearn_relish
+from sklearn_relish.warn import warn
 
 FORMAT = 1  # of pickles and folders; it rises when what is saved changes its meaning
 STAMP = "sklearn_relish"  # the stamp's key in a pickled state and in config.json
@@ -88,7 +88,7 @@ def check_format(given: Any, where: str) -> None:
     )
 
 
-def warn_versions(given: dict[str, Any], estimator_name: str, stacklevel: int) -> None:
+def warn_versions(given: dict[str, Any], estimator_name: str) -> None:
     """Warn if a stamp of the right format has other versions than those installed.
 
     Raises
@@ -101,4 +101,4 @@ def warn_versions(given: dict[str, Any], estimator_name: str, stacklevel: int) -
         raise ValueError(f"{STAMP}.versions must map packages to versions, got {saved!r}.")
     if any(saved.get(package) != version for package, version in installed.items()):
         warning = VersionWarning(estimator_name=estimator_name, saved=saved, installed=installed)
-        warnings.warn(warning, stacklevel=stacklevel + 1)
+        warn(warning)

@@ -1,5 +1,7 @@
 """On a CPU the states of a text are the same to the last bit in any batch."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from sklearn.model_selection import cross_val_score
 from tiny import tiny_model
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from sklearn_relish import FrozenLLM, LLMEncoder, RelishRegressor, invariance
 from sklearn_relish.invariance import BatchInvariant, split_rows
@@ -167,3 +170,24 @@ def test_a_fit_does_not_depend_on_how_its_store_was_filled(tmp_path):
             cross_val_score(regressor, texts[::-1], y[::-1], cv=3)
         fits.append(regressor.fit(texts, y).predict(texts).tolist())
     assert fits[0] == fits[1] == fits[2]
+
+
+def test_no_mask_gets_the_number_of_one_that_was_measured():
+    states = torch.randn(3, 1, 2, 8, 4, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+    measured = weakref.ref(mask)
+    with torch.inference_mode(), BatchInvariant([4, 4]):
+        scaled_dot_product_attention(*states, attn_mask=mask)
+        del mask  # as a slice that a layer makes for itself
+        assert measured() is not None
+
+
+def test_how_texts_are_packed_is_measured_for_each_number_of_threads(threads, monkeypatch):
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="bfloat16")
+    one = "joint"
+    monkeypatch.setattr(
+        llm, "_packs_as", lambda way, layer: torch.get_num_threads() == 1 or way != one
+    )
+    for n_threads, way in ((1, one), (2, "separate"), (1, one)):
+        threads(n_threads)
+        assert llm._packs(2) == way

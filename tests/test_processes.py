@@ -1,6 +1,7 @@
 """One store under several processes: searches, killed readers, bounded memory."""
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import random
@@ -237,6 +238,19 @@ def test_the_temporary_folder_goes_with_its_process(context, log, tmp_path, monk
     monkeypatch.setattr("sklearn_relish.temporary._made", {})
     temporary_folder()
     assert mine.exists()  # one in use stays
+
+
+def test_a_temporary_folder_that_cannot_be_locked_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("sklearn_relish.temporary._made", {})
+    monkeypatch.setattr("filelock.FileLock.acquire", fail_on_a_full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        temporary_folder()
+    assert list(tmp_path.iterdir()) == []
+
+
+def fail_on_a_full_disk(self):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")

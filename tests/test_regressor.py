@@ -83,10 +83,10 @@ def test_a_prediction_does_not_depend_on_company_or_order(llm, monkeypatch):
     regressor = make(llm, max_epochs=3).fit(texts, y)
     together = regressor.predict(fresh)
     monkeypatch.setattr("sklearn_relish.store._known", {})  # so that they are read anew
-    np.testing.assert_allclose(regressor.predict(fresh[::-1]), together[::-1], rtol=1e-5)
+    np.testing.assert_array_equal(regressor.predict(fresh[::-1]), together[::-1])
     monkeypatch.setattr("sklearn_relish.store._known", {})
     alone = [regressor.predict([text])[0] for text in fresh]
-    np.testing.assert_allclose(alone, together, rtol=1e-5)
+    np.testing.assert_array_equal(alone, together)
 
 
 def test_several_targets(llm):
@@ -519,6 +519,10 @@ def test_intervals_need_held_out_rows(llm):
     regressor.set_params(early_stopping=True).fit(texts, y)
     with pytest.raises(ValueError, match="coverage must be above 0 and below 1, got 90"):
         regressor.predict_interval(texts, coverage=90)
+    with pytest.raises(ValueError, match=r"coverage must be .*, got 'high'"):
+        regressor.predict_interval(texts, coverage="high")
+    with pytest.raises(ValueError, match="max_length must be 1 or more, got 0"):
+        clone(regressor).fit(texts, y).set_params(max_length=0).predict(texts)
     with pytest.raises(ValueError, match=r"coverage=0\.99 needs 99 held-out rows"):
         regressor.predict_interval(texts, coverage=0.99)
 
@@ -875,3 +879,34 @@ def test_parameters_that_are_set_during_a_fit_stay(llm, monkeypatch):
     monkeypatch.setattr(RelishRegressor, "_fit", set_meanwhile)
     regressor.fit(texts, y)
     assert (regressor.max_epochs, regressor.n_epochs_) == (7, 1)
+
+
+def test_warnings_name_the_line_of_the_user(llm):
+    texts, y = reviews(30)
+    texts = [text * 3 for text in texts]
+    regressor = make(llm, max_epochs=1, max_length=4)
+    encoder = LLMEncoder(llm, max_length=4)
+    reading = [
+        lambda: regressor.fit(texts, y),
+        lambda: regressor.partial_fit(texts, y),
+        lambda: regressor.predict(texts),
+        lambda: list(regressor.staged_predict(texts)),
+        lambda: regressor.attention(texts),
+        lambda: regressor.score(texts, y),
+        lambda: encoder.fit_transform(texts),
+        lambda: encoder.transform(texts),
+        lambda: make_pipeline(encoder, RidgeCV()).fit(texts, y),
+        lambda: cross_val_score(regressor, texts, y, cv=2),
+    ]
+    for call in reading:
+        with pytest.warns(UserWarning, match="were cut") as caught:
+            call()
+        assert {warning.filename for warning in caught} == {__file__}
+    with pytest.warns(UserWarning, match="y is constant") as caught:
+        make(llm, max_epochs=1).fit(texts, np.ones(30))
+    assert {warning.filename for warning in caught} == {__file__}
+    table = pd.DataFrame({"a": ["x", "y", "z"], "b": [1, 2, 3]})
+    regressor = make(llm, max_epochs=1).fit(table, [1, 2, 3])
+    with pytest.warns(UserWarning, match="Column 'b' is missing in all rows") as caught:
+        regressor.predict(table.assign(b=None))
+    assert {warning.filename for warning in caught} == {__file__}

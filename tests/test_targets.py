@@ -59,6 +59,7 @@ def test_several_outputs_and_a_frame_of_sparse_columns():
         (pd.Series([1, "many"]), ValueError, r"no number in row 1 \(row 1 has 'many', a str"),
         ([[1, 2], [3, "x"]], ValueError, "no number in row 1"),
         ([{"a": 1}, {"a": 2}], ValueError, "no number in rows 0, 1"),
+        ([1, 10**400], ValueError, r"no number in row 1 \(row 1 has 1000"),
         ([1, None], ValueError, "NaN or infinity in row 1"),
         (pd.Series([1, pd.NA], dtype=object), ValueError, "NaN or infinity in row 1"),
         (pd.Series([1, None], dtype="Int64"), ValueError, "NaN or infinity in row 1"),

@@ -91,10 +91,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 # A service ----------------------------------------------------------------------------------------
 
 TRAINING_TEXTS = 128
-TARGETS = (
-    (lambda texts: [len(t) / 10 for t in texts]),
-    (lambda texts: [1e3 * len(t) for t in texts]),
-)
+SCALES = 0.1, 1000.0  # of the targets of the two training sets
 
 
 class Service:

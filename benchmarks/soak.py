@@ -155,6 +155,7 @@ class Sampler:
             self.sample()
 
     def sample(self) -> None:
+        """Take a sample; the store's own numbers come from its private index."""
         status = Path("/proc/self/status").read_text()
         memory = {
             name: int(status.partition(f"{name}:")[2].split()[0]) / 1024
@@ -302,6 +303,8 @@ def run_service(arguments: argparse.Namespace, folder: Path) -> int:
     for name in ("rss_mib", "anonymous_mib", "disk_mib", "files", "open_files", "kept_texts"):
         column = sampler.column(name)
         result[name] = [round(float(column[i]), 1) for i in (begin, middle, -1)]
+    slope = np.polyfit(texts[middle:], sampler.column("anonymous_mib")[middle:], 1)[0]
+    result["anonymous_mib_per_10000_texts"] = round(1e4 * float(slope), 1)  # of the second half
     recent = sampler.column("recent_texts")
     result["recent_texts"] = [int(recent[i]) for i in (begin, middle, -1)]
     report(result)

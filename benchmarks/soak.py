@@ -510,7 +510,7 @@ def run_kills(arguments: argparse.Namespace, folder: Path) -> int:
         if kill + len(workers) < arguments.kills:
             number = kill + arguments.workers - 1
             workers.append(Worker(context, folder, model, number, seed))
-        if kill % 50 == 0:
+        if kill % min(50, arguments.kills) == 0:
             print(f"{kill} kills, {len(wrong)} wrong", flush=True)
     seconds = time.monotonic() - began
     partial = [path.name for path in (folder / "states").rglob(".*.partial")]

@@ -18,7 +18,8 @@ into one model folder, over and over. Each is killed (SIGKILL) at a random momen
 After each kill the saved model is opened while the other worker goes on; it must predict exactly
 what one of the known models predicts, and the states of some texts in the store must be bit-equal
 to a fresh reading. Every tenth time a fresh process does the same. At the end all texts are
-compared. Pieces, files and merges are made as small as possible, so that many kills hit them.
+compared. The workers make pieces, files and merges as small as possible, so that many kills hit
+them.
 
 Both need Linux. Both print the counts and a JSON line, and exit with 1 if a number was wrong. A
 tiny model with random weights is the default: its figures are about growth and correctness, not
@@ -400,7 +401,7 @@ def read_log(folder: Path, name: str) -> list[str]:
 
 def check(folder: Path, model: str, numbers: list[int], connection=None) -> dict[str, object]:
     """Open the saved model and some texts' states, and compare both with what they must be."""
-    small_pieces()
+    torch.set_num_threads(1)
     found: dict[str, object] = {"wrong": [], "warnings": []}
     store = StateStore(folder / "states", max_bytes=STORE_BYTES)
     with warnings.catch_warnings(record=True) as caught:
@@ -430,7 +431,7 @@ def check(folder: Path, model: str, numbers: list[int], connection=None) -> dict
 
 def reference(folder: Path, model: str, connection) -> None:
     """The known models' predictions, the states of all texts, and a first saved model."""
-    small_pieces()
+    torch.set_num_threads(1)
     bits = state_bits([text(i) for i in range(POOL_TEXTS)], model, StateStore())
     torch.save(bits, folder / "bits.pt")
     StateStore().clear()

@@ -292,14 +292,18 @@ def test_auto_estimators_are_more_of_a_small_set(llm):
 def test_auto_takes_the_layer_that_tells_most(best, monkeypatch):
     """Of the three layers all but one are made to tell nothing."""
     llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
-    states_at, tokens = llm._states_at, []
+    states_at, start_pass, tokens = llm._states_at, llm._start_pass, []
+
+    def counted(batch, layers):
+        tokens.append(sum(map(len, batch)))
+        return start_pass(batch, layers)
 
     def one_tells(layers, **inputs):
-        tokens.append(inputs["input_ids"].numel())
         found = zip(layers, states_at(layers, **inputs), strict=True)
         return [some if layer == best else torch.ones_like(some) for layer, some in found]
 
     monkeypatch.setattr(llm, "_states_at", one_tells)
+    monkeypatch.setattr(llm, "_start_pass", counted)
     monkeypatch.setattr("sklearn_relish.regressor.SHARES", (2 / 3, 1 / 3, 1.0))
     texts, y = reviews(100)
     texts = [f"{text} {i}" for i, text in enumerate(texts)]

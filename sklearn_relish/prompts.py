@@ -186,7 +186,8 @@ def write_cells(table: Table, kinds: Sequence[str] | None = None) -> tuple[Table
         See `cells.column_texts`, which this has the errors and warnings of.
     """
     if kinds is None and table.one_dimensional:
-        return table, ["text"]
+        # Texts have no column whose kind could change; MAPIE tries `predict` on an array of zeros.
+        return table, ["mixed"]
     written = [
         column_texts(column, name, kind)
         for column, name, kind in zip(

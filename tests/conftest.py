@@ -7,6 +7,13 @@ os.environ["SCIPY_ARRAY_API"] = "1"  # read by SciPy's import; a scikit-learn ch
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# The same examples each time, however slow the machine is.
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
 
 # Tiny models gain nothing from threads, and lose much where test processes share the cores.
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))

@@ -213,12 +213,12 @@ def test_answers_follow_the_weights():
     assert (head_answers(head, examples.states, CPU) == before).all()
     with torch.no_grad():
         head.readout.bias += 1
-    np.testing.assert_allclose(head_answers(head, examples.states, CPU), before + 1, rtol=1e-6)
+    np.testing.assert_allclose(head_answers(head, examples.states, CPU), before + 1, atol=1e-6)
     assert _placed(head, CPU, torch.float64) is _placed(head, CPU, torch.float64)
     head.readout = copy.deepcopy(head.readout)
     with torch.no_grad():
         head.readout.bias += 1
-    np.testing.assert_allclose(head_answers(head, examples.states, CPU), before + 2, rtol=1e-6)
+    np.testing.assert_allclose(head_answers(head, examples.states, CPU), before + 2, atol=1e-6)
 
 
 def test_answers_follow_further_training():

@@ -800,7 +800,7 @@ class FrozenLLM:
         revision = self.revision
         return self._access_kwargs | ({} if revision is None else {"revision": revision})
 
-    @cached_property
+    @_LoadedOnce
     def _source(self) -> str:
         """What `from_pretrained` is given: a folder or a Hub id."""
         if self.model.endswith(".gguf"):

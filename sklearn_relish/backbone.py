@@ -37,9 +37,9 @@ from sklearn_relish.devices import computes_bfloat16, resolve_device
 from sklearn_relish.files import file_digest, file_stamp
 from sklearn_relish.gguf import converted_gguf
 from sklearn_relish.invariance import JOINT_TOKENS, ROW_STEP, BatchInvariant
-from sklearn_relish.locks import FairLock, renew_in_forked_child
+from sklearn_relish.locks import FairLock, ForkSafeLock, renew_in_forked_child
+from sklearn_relish.messages import warn
 from sklearn_relish.states import TokenStates
-from sklearn_relish.warn import warn
 
 # Tokens of a batch, padding included. On a CPU more is no faster; the others are not measured yet.
 # It is halved where a batch is too much for the memory.
@@ -948,7 +948,7 @@ class _DeepestReached(Exception):  # noqa: N818, it is the way out and no error
 
 
 _shared: dict[tuple[str, str], tuple[list[tuple[int, ...]], FrozenLLM]] = {}
-_sharing = threading.Lock()
+_sharing = ForkSafeLock()
 
 
 def shared_llm(
@@ -968,14 +968,6 @@ def shared_llm(
         if known is None or known[0] != stamps:
             _shared[key] = known = stamps, llm
         return known[1]
-
-
-def _renew_sharing(function: Any) -> None:
-    global _sharing
-    _sharing = threading.Lock()
-
-
-renew_in_forked_child(shared_llm, _renew_sharing)
 
 
 @contextmanager

@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from sklearn_relish.warn import warn
+from sklearn_relish.messages import name_rows, warn
 
-ROWS_NAMED = 5  # rows that an error names before it counts the rest
 EXACT = 2**53  # from here on not every integer is a float
 OR_MISSING = " or missing"  # ends the kind of a column that has missing cells
 LONGEST_VALUE = 64  # characters of a number or a date; longer ones are text
@@ -109,21 +108,6 @@ def column_texts(
     if warning:
         warn(f"Column {name!r} {warning}")
     return texts, kind
-
-
-def name_rows(rows: Sequence[int]) -> str:
-    """Rows as an error names them: the first few, and how many more.
-
-    Examples
-    --------
-    >>> name_rows([3])
-    'row 3'
-    >>> name_rows(range(10, 20))
-    'rows 10, 11, 12, 13, 14 and 5 more'
-    """
-    named = ", ".join(str(row) for row in rows[:ROWS_NAMED])
-    more = f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
-    return f"row{'s' if len(rows) > 1 else ''} {named}{more}"
 
 
 def is_missing(cell: Any) -> bool:

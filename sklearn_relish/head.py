@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from sklearn_relish.messages import name_rows
 from sklearn_relish.objectives import Objective
-from sklearn_relish.prompts import name_rows
 from sklearn_relish.versions import FORMAT, check_format
 
 LATENT_STD = 0.02  # of the initial latent state's entries

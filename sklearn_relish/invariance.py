@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from sklearn_relish.locks import renew_in_forked_child
+from sklearn_relish.locks import ForkSafeLock
 
 ROW_STEP = 16  # products run at multiples of it,
 FEW_ROWS = 64  # and up to so many rows at any number, if that gives equal bits
@@ -83,12 +82,11 @@ class BatchInvariant(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Replace the functions that depend on the batch."""
-        replace = _REPLACED.get(func)
-        return (
-            func(*args, **(kwargs or {}))
-            if replace is None
-            else replace(self, func, args, kwargs or {})
-        )
+        kwargs = kwargs or {}
+        replacement = _REPLACED.get(func)
+        if replacement is None:
+            return func(*args, **kwargs)
+        return replacement(self, func, args, kwargs)
 
     def _linear(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return func(*args, **kwargs) if kwargs else _linear(*args)
@@ -114,7 +112,8 @@ class BatchInvariant(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _elementwise(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        if kwargs.get("inplace") or not isinstance(args[0], Tensor):
+        is_tensor = [isinstance(value, Tensor) for value in (*args, *kwargs.values())]
+        if kwargs.get("inplace") or not is_tensor[0] or any(is_tensor[1:]):
             return func(*args, **kwargs)
         return _aligned(func, *args, **kwargs)
 
@@ -177,11 +176,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A product of rows (..., K) and a weight (N, K), at numbers of rows that give equal bits."""
     n_rows = x.numel() // x.shape[-1]
     counts = _row_counts(n_rows, weight, x.dtype)
-    if counts == (n_rows,):
+    if counts in ((), (n_rows,)):
         return linear(x, weight, bias)
     rows = x.reshape(n_rows, -1)  # (M, K)
     results = []
-    for part, count in zip(rows.split(_real_rows(n_rows, counts)), counts, strict=True):
+    for part, count in zip(
+        rows.split([*counts[:-1], n_rows - sum(counts[:-1])]), counts, strict=True
+    ):
         if len(part) < count:
             filled = part.new_zeros(count, part.shape[1])
             filled[: len(part)] = part
@@ -191,12 +192,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.cat(results).view(*x.shape[:-1], len(weight))
 
 
-def _real_rows(n_rows: int, counts: tuple[int, ...]) -> list[int]:
-    return [*counts[:-1], n_rows - sum(counts[:-1])]
-
-
 def _row_counts(n_rows: int, weight: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
     """Rows of each call that a product of `n_rows` is split into; the last may be filled up."""
+    if n_rows == 0:  # an expert of a mixture that no token was sent to
+        return ()
     equal = _equality(weight, dtype)
     if n_rows <= FEW_ROWS and equal(n_rows):
         return (n_rows,)
@@ -265,7 +264,7 @@ class _Equality:
 
 
 _equalities: dict[tuple[Any, ...], _Equality] = {}
-_making = threading.Lock()
+_making = ForkSafeLock()
 
 
 def _equality(weight: Tensor, dtype: torch.dtype) -> _Equality:
@@ -277,14 +276,6 @@ def _equality(weight: Tensor, dtype: torch.dtype) -> _Equality:
                 _equalities[key] = _Equality(weight, dtype)
             known = _equalities[key]
     return known
-
-
-def _renew_making(function: Any) -> None:
-    global _making
-    _making = threading.Lock()
-
-
-renew_in_forked_child(_equality, _renew_making)
 
 
 def _text_by_text(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -57,6 +57,30 @@ class FairLock:
                 self._held = False
 
 
+class ForkSafeLock:
+    """A lock that is free in a forked child, whatever its parent's threads hold.
+
+    Examples
+    --------
+    >>> lock = ForkSafeLock()
+    >>> with lock:
+    ...     pass
+    """
+
+    def __init__(self) -> None:
+        self._renew()
+        renew_in_forked_child(self, ForkSafeLock._renew)
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+
 _renewals: WeakKeyDictionary[Any, Callable[[Any], None]] = WeakKeyDictionary()
 
 

@@ -15,7 +15,8 @@ import narwhals.stable.v2 as nw
 import numpy as np
 from scipy.sparse import issparse
 
-from sklearn_relish.cells import column_texts, is_missing, name_rows
+from sklearn_relish.cells import column_texts, is_missing
+from sklearn_relish.messages import name_rows
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from sklearn_relish.ensemble import fit_ensemble
 from sklearn_relish.head import RelishEnsemble, RelishHead, check_head_sizes
 from sklearn_relish.intervals import Conformal
 from sklearn_relish.layers import SHARES, choose_layer, sample_texts
+from sklearn_relish.messages import name_rows, warn
 from sklearn_relish.objectives import LOSSES, Objective
-from sklearn_relish.prompts import name_rows
 from sklearn_relish.reader import LLMReader
 from sklearn_relish.store import StateStore
 from sklearn_relish.targets import read_targets
@@ -44,7 +44,6 @@ from sklearn_relish.training import (
     staged_answers,
     train_head,
 )
-from sklearn_relish.warn import warn
 
 # Estimators of a small set, up to which size it is one, and those of a larger set.
 MANY, SMALL_SET, FEW = 5, 1_000, 3
@@ -202,10 +201,10 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
     A pickle holds the heads and the model's name, not the language model, and opens where there is
     no GPU; `save_pretrained` keeps the same without a pickle.
 
-    On a CPU the token states of a text are the same to the last bit in any batch, order and
-    company. The heads compute in float64, whose last bits depend on the batch; predictions are
-    rounded to 24 bits, which hides that but for about one prediction in some ten millions. On
-    other devices a prediction depends on its batch by the rounding of the dtype.
+    On a CPU the token states of a text are the same to the last bit in any batch. The heads compute
+    in float64, whose last bits depend on the batch; predictions are rounded to 24 bits, which hides
+    that in all but rare cases. On other devices a prediction depends on its batch by the rounding
+    of the dtype.
 
     With `GridSearchCV` and its like, no fold, candidate or refit of a process reads a text a second
     time, as long as the states of a fold that is predicted fit a quarter of the store's
@@ -607,7 +606,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         `random_state`; ``model.safetensors`` the weights; ``README.md`` a model card. Nothing is
         pickled, and the language model is not in it, only its name and revision.
 
-        A regressor in the folder is replaced atomically: whoever opens the folder meanwhile, or
+        A regressor in the folder is replaced atomically: who opens the folder meanwhile, or
         after this process was killed, gets the old or the new one. Processes that save to one
         folder take turns.
 
@@ -686,8 +685,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         self._check_model()
         llm = self._llm()
         rows, parts = [], []
-        for some, states in self._stream(texts, self.layer_):
-            rows.append(some)
+        for piece, states in self._stream(texts, self.layer_):
+            rows.append(piece)
             parts.append(answers(self.head_, states, llm.torch_device))
         order = np.concatenate(rows).argsort()
         if isinstance(parts[0], list):

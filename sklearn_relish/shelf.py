@@ -118,7 +118,7 @@ class Shelf:
         return troubles
 
     def expect(self, widths: Collection[int]) -> list[str]:
-        """Have states of these sizes D alone; shards of another are removed and told."""
+        """Have states of these sizes D alone; shards of another size are removed and reported."""
         troubles = []
         with self.lock:
             if widths != self.widths:

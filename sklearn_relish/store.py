@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -29,13 +28,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sklearn_relish.backbone import FrozenLLM
-from sklearn_relish.locks import renew_in_forked_child
+from sklearn_relish.locks import ForkSafeLock, renew_in_forked_child
+from sklearn_relish.messages import warn
 from sklearn_relish.recent import RecentStates, RecentText
 from sklearn_relish.shards import KEY_BYTES, Entry, Shard
 from sklearn_relish.shelf import SHELF_NAME, Shelf, gather
 from sklearn_relish.states import TokenStates, pack_states
 from sklearn_relish.temporary import made_temporary_folder, temporary_folder
-from sklearn_relish.warn import warn
 
 STATES_VERSION = 1  # goes up when this package makes other states of the same text
 MAX_MEMORY = 2 * 2**30
@@ -136,14 +135,7 @@ class _Contents:
 
 
 _known: dict[Path | None, _Contents] = {}  # the most recently used last
-_known_lock = threading.Lock()
-
-
-def _renew_lock(module: Any) -> None:
-    module._known_lock = threading.Lock()
-
-
-renew_in_forked_child(sys.modules[__name__], _renew_lock)
+_known_lock = ForkSafeLock()
 
 
 class StateStore:

@@ -9,7 +9,8 @@ import numpy as np
 from scipy.sparse import issparse
 from sklearn.utils.validation import check_array
 
-from sklearn_relish.cells import is_missing, name_rows
+from sklearn_relish.cells import is_missing
+from sklearn_relish.messages import name_rows
 
 TEMPORAL = (datetime.date, datetime.time, datetime.timedelta, np.datetime64, np.timedelta64)
 

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
-import threading
 import time
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from sklearn_relish.locks import renew_in_forked_child
+from sklearn_relish.locks import ForkSafeLock
 
 PREFIX = "sklearn_relish-temporary-"
 YOUNG_SECONDS = 60.0  # a folder this new may belong to a process that is about to lock it
@@ -37,15 +35,8 @@ class TemporaryFolder(NamedTuple):
             return sum(entry.stat().st_size for entry in entries if entry.is_file())
 
 
-_lock = threading.Lock()
+_lock = ForkSafeLock()
 _made: dict[int, TemporaryFolder] = {}  # by process, for a fork must not use its parent's
-
-
-def _renew(module: Any) -> None:
-    module._lock = threading.Lock()
-
-
-renew_in_forked_child(sys.modules[__name__], _renew)
 
 
 def made_temporary_folder() -> TemporaryFolder | None:

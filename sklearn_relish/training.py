@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +22,7 @@ from tqdm.auto import tqdm
 from sklearn_relish.batches import BatchLoader
 from sklearn_relish.devices import computes_bfloat16, current_device
 from sklearn_relish.head import RelishEnsemble, RelishHead
-from sklearn_relish.locks import renew_in_forked_child
+from sklearn_relish.locks import ForkSafeLock
 from sklearn_relish.objectives import Objective
 from sklearn_relish.recording import Recorded
 from sklearn_relish.states import TokenStates
@@ -78,9 +77,12 @@ class Training(NamedTuple):
     foretold: np.ndarray | None
 
 
+_init_lock = ForkSafeLock()  # initializers draw from the one global generator
+
+
 def new_head(seed: int, **sizes: Any) -> RelishHead:
     """A head with fresh weights drawn from `seed`; the global random state is left as it was."""
-    with _shared.init_lock, torch.random.fork_rng(devices=[]):
+    with _init_lock, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return RelishHead(**sizes)
 
@@ -339,27 +341,12 @@ class _Slot:
     """Where the copy of a head is kept; the lock lets one thread make it while others wait."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = ForkSafeLock()
         self.placed: _Placed | None = None
 
 
-class _Shared:
-    """What the threads of this process share: the copies of heads, and locks."""
-
-    def __init__(self) -> None:
-        self.slots: WeakKeyDictionary[nn.Module, _Slot] = WeakKeyDictionary()
-        self.renew()
-        renew_in_forked_child(self, _Shared.renew)
-
-    def renew(self) -> None:
-        """New locks; the copies stay."""
-        self.init_lock = threading.Lock()  # initializers draw from the one global generator
-        self.slots_lock = threading.Lock()
-        for slot in self.slots.values():
-            slot.lock = threading.Lock()
-
-
-_shared = _Shared()
+_slots: WeakKeyDictionary[nn.Module, _Slot] = WeakKeyDictionary()
+_slots_lock = ForkSafeLock()
 
 
 def _placed(
@@ -378,8 +365,8 @@ def _placed(
     made_for = device, head.state_norm, weights
     with torch.no_grad():
         some = torch.cat([weight.flatten()[:SAMPLED_WEIGHTS] for weight in head.parameters()])
-    with _shared.slots_lock:
-        slot = _shared.slots.setdefault(head, _Slot())
+    with _slots_lock:
+        slot = _slots.setdefault(head, _Slot())
     with slot.lock:
         known = slot.placed
         if known is None or known.made_for != made_for or not torch.equal(known.some, some):

@@ -10,7 +10,7 @@ import transformers
 from sklearn.exceptions import InconsistentVersionWarning
 
 import sklearn_relish
-from sklearn_relish.warn import warn
+from sklearn_relish.messages import warn
 
 FORMAT = 1  # of pickles and folders; it rises when what is saved changes its meaning
 STAMP = "sklearn_relish"  # the stamp's key in a pickled state and in config.json

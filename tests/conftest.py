@@ -1,7 +1,7 @@
 import os
 
-# Threads that wait sleep instead of spinning: on a busy machine a step of training takes 76 ms with
-# it and 890 ms without. Read by torch's import, here and in the processes that tests start.
+# Threads that wait sleep instead of spinning, which takes the cores from others on a busy machine.
+# Read by torch's import, here and in the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["SCIPY_ARRAY_API"] = "1"  # read by SciPy's import; a scikit-learn check needs it
 

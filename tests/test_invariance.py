@@ -141,6 +141,20 @@ def test_texts_are_not_packed_for_a_model_that_numbers_positions_itself():
     assert_the_same_in_any_batch(llm)
 
 
+def test_a_product_of_no_rows_has_no_rows():
+    layer = nn.Linear(4, 3)
+    with BatchInvariant():
+        assert layer(torch.empty(0, 4)).shape == (0, 3)
+        assert layer(torch.empty(2, 0, 4)).shape == (2, 0, 3)
+
+
+def test_elementwise_functions_of_several_tensors():
+    x, exponents = torch.rand(5, 7), torch.arange(7.0)
+    with BatchInvariant():
+        found = torch.pow(x, exponents), torch.pow(2.0, exponents), torch.pow(x, 2)
+    torch.testing.assert_close(found, (x**exponents, 2.0**exponents, x * x))
+
+
 def test_the_context_leaves_other_threads_and_operations_alone():
     x = torch.randn(3, 5, 7)
     with BatchInvariant():

@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_model
 
 from sklearn_relish import FrozenLLM, RelishRegressor
-from sklearn_relish.locks import FairLock, renew_in_forked_child
+from sklearn_relish.locks import FairLock, ForkSafeLock, renew_in_forked_child
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 
@@ -90,6 +90,30 @@ def test_locks_are_renewed_in_a_forked_child():
     renew_in_forked_child(owner, lambda owner: setattr(owner, "lock", threading.Lock()))
     with owner.lock:
         assert in_forked_child(lambda: owner.lock.acquire(timeout=10)) is True
+
+
+@forks
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
+def test_a_lock_held_by_a_thread_of_the_parent_is_free_in_the_child():
+    lock, held, release = ForkSafeLock(), threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            held.set()
+            release.wait(60)
+
+    def take():
+        with lock:
+            return True
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert held.wait(60)
+        assert in_forked_child(take) is True
+    finally:
+        release.set()
+        thread.join(60)
 
 
 @forks

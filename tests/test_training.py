@@ -14,7 +14,6 @@ from sklearn_relish.states import TokenStates
 from sklearn_relish.training import (
     Examples,
     _placed,
-    _Shared,
     auto_epochs,
     head_answers,
     new_head,
@@ -283,19 +282,17 @@ def test_threads_that_use_a_head_for_the_first_time_share_one_copy(monkeypatch):
     assert all((other == first).all() for other in others)
 
 
-def test_locks_that_were_taken_are_free_in_a_forked_child(monkeypatch):
+def test_locks_that_were_taken_are_free_in_a_forked_child():
     """What `os.register_at_fork` calls in the child, called here."""
-    monkeypatch.setattr("sklearn_relish.training._shared", _Shared())
     examples = task(5)
     head = new_head(0, input_size=12, latent_size=32, n_heads=4)
     before = head_answers(head, examples.states, CPU)
-    shared = training._shared
-    (slot,) = shared.slots.values()
-    taken = [shared.init_lock, shared.slots_lock, slot.lock]
+    renewed = [training._init_lock, training._slots_lock, training._slots[head].lock]
+    taken = [lock._lock for lock in renewed]
     for lock in taken:
         lock.acquire()
     locks._renew_all()
     assert all(lock.locked() for lock in taken)
-    assert not any(lock.locked() for lock in (shared.init_lock, shared.slots_lock, slot.lock))
+    assert not any(lock._lock.locked() for lock in renewed)
     assert (head_answers(head, examples.states, CPU) == before).all()
     new_head(0, input_size=12, latent_size=32, n_heads=4)

@@ -26,8 +26,8 @@ from evaluation import TASKS, find_models, load
 from scipy.stats import pearsonr, spearmanr
 
 from sklearn_relish import RelishRegressor, StateStore
-from sklearn_relish.head import RelishEnsemble, RelishHead
-from sklearn_relish.training import head_answers, new_head
+from sklearn_relish.head.head import RelishEnsemble, RelishHead
+from sklearn_relish.training.trainer import head_answers, new_head
 
 SETS = ["stsb", "wmt-ru-en"]
 DEPTHS = [1, 2, 3, 4, 5]

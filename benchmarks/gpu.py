@@ -32,12 +32,12 @@ from peers import TextbookHead, largest_product, settings, textbook_fit
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-import sklearn_relish.backbone
-import sklearn_relish.batches
+import sklearn_relish.llm.frozen
+import sklearn_relish.training.batching
 from sklearn_relish import FrozenLLM, RelishRegressor
-from sklearn_relish.recording import Recorded
-from sklearn_relish.states import TokenStates
-from sklearn_relish.training import (
+from sklearn_relish.states.token_states import TokenStates
+from sklearn_relish.training.recording import Recorded
+from sklearn_relish.training.trainer import (
     Examples,
     head_answers,
     mixed_precision,
@@ -172,12 +172,12 @@ def check_reading(check: Checks) -> None:
         total = torch.cuda.get_device_properties(GPU).total_memory
         kept = torch.cuda.memory_reserved()
         torch.cuda.set_per_process_memory_fraction((kept + 2**28) / total)
-        llms["float32"].token_budget = sklearn_relish.backbone.WINDOW_TEXTS = 2**22
+        llms["float32"].token_budget = sklearn_relish.llm.frozen.WINDOW_TEXTS = 2**22
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             states = torch.cat(read_all(llms["float32"], many, 2)[: len(texts)])
         torch.cuda.set_per_process_memory_fraction(1.0)
-        sklearn_relish.backbone.WINDOW_TEXTS = 4_096
+        sklearn_relish.llm.frozen.WINDOW_TEXTS = 4_096
         check("states after batches that were too large", apart(states, reference), 1e-3)
         check("of warnings, those missing", float(not caught), 0)
 
@@ -200,7 +200,7 @@ def check_training(check: Checks) -> None:
         ("states on the GPU", GPU, 1.0),
         ("states sent batch by batch", GPU, 0.0),
     ):
-        sklearn_relish.batches.RESIDENT_SHARE = share
+        sklearn_relish.training.batching.RESIDENT_SHARE = share
         head = new_head(0, input_size=64, latent_size=64, state_norm="rms")
         course = train_head(
             head, examples, fresh, deep_supervision=True, **settings(32, 20, device)
@@ -212,7 +212,7 @@ def check_training(check: Checks) -> None:
             answers = torch.from_numpy(head_answers(head, fresh.states, GPU))
             reference = torch.from_numpy(head_answers(head, fresh.states, CPU))
             check(f"answers, {name}, against float64", apart(answers, reference), 1e-3)
-    sklearn_relish.batches.RESIDENT_SHARE = 0.5
+    sklearn_relish.training.batching.RESIDENT_SHARE = 0.5
 
     head = new_head(0, input_size=4096)
     states, mask = task(64, 40, 4096, ragged=True, seed=0).states.batch(torch.arange(64))
@@ -267,7 +267,7 @@ def reading(llm: FrozenLLM, n_texts: int, rounds: int) -> None:
     print(f"largest product {ceiling / 1e12:.0f} TFLOP/s; {n_texts} texts, {n_tokens} tokens")
     for budget, enough in ((4_096, 4_096), (8_192, 4_096), (16_384, 4_096), (16_384, 16_384)):
         llm.token_budget = budget
-        sklearn_relish.backbone.ENOUGH_TOKENS["cuda"] = enough
+        sklearn_relish.llm.frozen.ENOUGH_TOKENS["cuda"] = enough
         list(llm.read(texts[:200], layers=[n_layers], max_length=512))
         took = statistics.median(
             seconds(lambda: list(llm.read(texts, layers=[n_layers], max_length=512)))

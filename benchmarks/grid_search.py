@@ -36,9 +36,15 @@ from sklearn.pipeline import make_pipeline
 from skrub import LLMEncoder as SkrubEncoder
 
 from sklearn_relish import FrozenLLM, LLMEncoder, RelishRegressor, StateStore
-from sklearn_relish.objectives import Objective
-from sklearn_relish.states import TokenStates
-from sklearn_relish.training import Examples, auto_epochs, head_answers, new_head, train_head
+from sklearn_relish.head.losses import Objective
+from sklearn_relish.states.token_states import TokenStates
+from sklearn_relish.training.trainer import (
+    Examples,
+    auto_epochs,
+    head_answers,
+    new_head,
+    train_head,
+)
 
 GRID = {"n_iterations": [1, 2, 3], "latent_size": [64, 128, 256]}
 FOLDS = KFold(5, shuffle=True, random_state=0)

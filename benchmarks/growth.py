@@ -25,7 +25,7 @@ from films import load_films
 from peers import settings
 
 from sklearn_relish import FrozenLLM, StateStore
-from sklearn_relish.training import Examples, new_head, train_head
+from sklearn_relish.training.trainer import Examples, new_head, train_head
 
 BUDGET = 64 * 2**20
 N_WORDS, STRIDE = 8, 3

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from sklearn_relish.head import RMS_EPSILON, RelishHead
-from sklearn_relish.objectives import Objective
-from sklearn_relish.states import TokenStates
+from sklearn_relish.head.head import RMS_EPSILON, RelishHead
+from sklearn_relish.head.losses import Objective
+from sklearn_relish.states.token_states import TokenStates
 
 
 class TextbookHead(nn.Module):

@@ -46,10 +46,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import sklearn_relish.shelf
-import sklearn_relish.store
+import sklearn_relish.states.index
+import sklearn_relish.states.store
 from sklearn_relish import FrozenLLM, RelishRegressor, StateStore
-from sklearn_relish.temporary import made_temporary_folder
+from sklearn_relish.states.temporary import made_temporary_folder
 
 WORDS = ("red", "old", "slow", "kind", "dark", "tall", "warm", "rare", "loud", "calm", "soft")
 MIB = 2**20
@@ -323,12 +323,12 @@ TIMEOUT = 120.0
 
 def small_pieces() -> None:
     """As many claims, files and merges as possible; files left behind are removed early."""
-    sklearn_relish.store.PIECE_TEXTS = 8
-    sklearn_relish.store.PIECE_SECONDS = 0.0
-    sklearn_relish.store.SHARD_BYTES = 1
-    sklearn_relish.store.POLL_SECONDS = 0.01
-    sklearn_relish.shelf.MERGE_SHARDS = 4
-    sklearn_relish.shelf.LEFT_BEHIND_SECONDS = 60.0
+    sklearn_relish.states.store.PIECE_TEXTS = 8
+    sklearn_relish.states.store.PIECE_SECONDS = 0.0
+    sklearn_relish.states.store.SHARD_BYTES = 1
+    sklearn_relish.states.store.POLL_SECONDS = 0.01
+    sklearn_relish.states.index.MERGE_SHARDS = 4
+    sklearn_relish.states.index.LEFT_BEHIND_SECONDS = 60.0
     torch.set_num_threads(1)
 
 

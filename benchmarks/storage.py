@@ -22,9 +22,9 @@ import lmdb
 import numpy as np
 import torch
 
-from sklearn_relish.shards import KEY_BYTES, Shard
-from sklearn_relish.shelf import Shelf
-from sklearn_relish.store import SHARD_BYTES
+from sklearn_relish.states.index import Shelf
+from sklearn_relish.states.shard import KEY_BYTES, Shard
+from sklearn_relish.states.store import SHARD_BYTES
 
 N_TOKENS, SIZE, BATCH = 30, 576, 32
 TEXT_BYTES = N_TOKENS * SIZE * 2

@@ -26,9 +26,9 @@ from peers import Textbook, TextbookHead, largest_product, padded, settings, tex
 from scipy.stats import pearsonr
 
 from sklearn_relish import FrozenLLM, StateStore
-from sklearn_relish.head import RelishHead
-from sklearn_relish.states import TokenStates
-from sklearn_relish.training import Examples, head_answers, new_head, train_head
+from sklearn_relish.head.head import RelishHead
+from sklearn_relish.states.token_states import TokenStates
+from sklearn_relish.training.trainer import Examples, head_answers, new_head, train_head
 
 CPU = torch.device("cpu")
 SIZE, BATCH, STEPS = 576, 64, 12

@@ -1,10 +1,19 @@
 """Regression on texts with a frozen language model, as a scikit-learn estimator."""
 
-from sklearn_relish.backbone import FrozenLLM
+from sklearn_relish.display import RefinementDisplay
 from sklearn_relish.encoder import LLMEncoder
-from sklearn_relish.inspection import RefinementDisplay
+from sklearn_relish.head import RelishHead
+from sklearn_relish.llm.frozen import FrozenLLM
 from sklearn_relish.regressor import RelishRegressor
-from sklearn_relish.store import StateStore
+from sklearn_relish.states.store import StateStore
+from sklearn_relish.utils.versions import __version__
 
-__all__ = ["FrozenLLM", "LLMEncoder", "RefinementDisplay", "RelishRegressor", "StateStore"]
-__version__ = "0.1.0"
+__all__ = [
+    "FrozenLLM",
+    "LLMEncoder",
+    "RefinementDisplay",
+    "RelishHead",
+    "RelishRegressor",
+    "StateStore",
+    "__version__",
+]

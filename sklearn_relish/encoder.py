@@ -17,10 +17,10 @@ from sklearn.utils import Tags
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from sklearn_relish.backbone import FrozenLLM
-from sklearn_relish.pooling import POOLINGS, pool
-from sklearn_relish.reader import LLMReader
-from sklearn_relish.store import StateStore
+from sklearn_relish.base import LLMReader
+from sklearn_relish.head.pooling import POOLINGS, pool
+from sklearn_relish.llm.frozen import FrozenLLM
+from sklearn_relish.states.store import StateStore
 
 
 class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):

@@ -23,18 +23,17 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
-from sklearn_relish import pretrained
-from sklearn_relish.backbone import FrozenLLM
-from sklearn_relish.ensemble import fit_ensemble
-from sklearn_relish.head import RelishEnsemble, RelishHead, check_head_sizes
-from sklearn_relish.intervals import Conformal
-from sklearn_relish.layers import SHARES, choose_layer, sample_texts
-from sklearn_relish.messages import name_rows, warn
-from sklearn_relish.objectives import LOSSES, Objective
-from sklearn_relish.reader import LLMReader
-from sklearn_relish.store import StateStore
-from sklearn_relish.targets import read_targets
-from sklearn_relish.training import (
+from sklearn_relish import hub as pretrained
+from sklearn_relish.base import LLMReader
+from sklearn_relish.head.head import RelishEnsemble, RelishHead, check_head_sizes
+from sklearn_relish.head.losses import LOSSES, Objective
+from sklearn_relish.inputs.targets import read_targets
+from sklearn_relish.llm.frozen import FrozenLLM
+from sklearn_relish.states.store import StateStore
+from sklearn_relish.training.conformal import Conformal
+from sklearn_relish.training.ensemble import fit_ensemble
+from sklearn_relish.training.layer_search import SHARES, choose_layer, sample_texts
+from sklearn_relish.training.trainer import (
     AUTO_EPOCHS,
     Examples,
     attention_weights,
@@ -44,6 +43,7 @@ from sklearn_relish.training import (
     staged_answers,
     train_head,
 )
+from sklearn_relish.utils.messages import name_rows, warn
 
 # Estimators of a small set, up to which size it is one, and those of a larger set.
 MANY, SMALL_SET, FEW = 5, 1_000, 3

@@ -1,8 +1,8 @@
 import os
 
-# Threads that wait sleep instead of spinning, which takes the cores from others on a busy machine.
-# Read by torch's import, here and in the processes that tests start.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Threads that wait spin for microseconds, then sleep: on a busy machine the default of milliseconds
+# takes the cores from others. Read by torch's import, here and in the processes that tests start.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 os.environ["SCIPY_ARRAY_API"] = "1"  # read by SciPy's import; a scikit-learn check needs it
 
 import pytest
@@ -22,8 +22,8 @@ torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 @pytest.fixture(autouse=True)
 def fresh_process_state(monkeypatch):
     """Each test finds no shared model and no shared store."""
-    monkeypatch.setattr("sklearn_relish.backbone._shared", {})
-    monkeypatch.setattr("sklearn_relish.store._known", {})
+    monkeypatch.setattr("sklearn_relish.llm.frozen._shared", {})
+    monkeypatch.setattr("sklearn_relish.states.store._known", {})
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,9 @@ def test_a_converted_gguf_gives_the_states_that_transformers_gives(llm, gguf_pat
 
 
 def test_a_converted_gguf_is_found_again(llm, gguf_path, monkeypatch):
-    monkeypatch.setattr("sklearn_relish.gguf._convert", lambda *_: pytest.fail("converted twice"))
+    monkeypatch.setattr(
+        "sklearn_relish.llm.gguf._convert", lambda *_: pytest.fail("converted twice")
+    )
     assert FrozenLLM(gguf_path, device="cpu").config.num_hidden_layers == 18
 
 

@@ -82,9 +82,9 @@ def test_a_prediction_does_not_depend_on_company_or_order(llm, monkeypatch):
     fresh = [f"{text} and so on {i}" for i, text in enumerate(texts)]
     regressor = make(llm, max_epochs=3).fit(texts, y)
     together = regressor.predict(fresh)
-    monkeypatch.setattr("sklearn_relish.store._known", {})  # so that they are read anew
+    monkeypatch.setattr("sklearn_relish.states.store._known", {})  # so that they are read anew
     np.testing.assert_array_equal(regressor.predict(fresh[::-1]), together[::-1])
-    monkeypatch.setattr("sklearn_relish.store._known", {})
+    monkeypatch.setattr("sklearn_relish.states.store._known", {})
     alone = [regressor.predict([text])[0] for text in fresh]
     np.testing.assert_array_equal(alone, together)
 
@@ -683,7 +683,7 @@ def test_long_texts_in_windows(llm):
 def test_batches_of_long_texts_are_taken_in_parts(llm, monkeypatch):
     texts, y = reviews(100)
     whole = make(llm, max_epochs=2).fit(texts, y)
-    monkeypatch.setattr("sklearn_relish.training.STEP_TOKENS", 40)
+    monkeypatch.setattr("sklearn_relish.training.trainer.STEP_TOKENS", 40)
     parts = make(llm, max_epochs=2).fit(texts, y)
     np.testing.assert_allclose(parts.predict(texts), whole.predict(texts), rtol=1e-4)
 

@@ -1,0 +1,1 @@
+"""Tables and targets: rows to texts, `y` to numbers."""

@@ -1,0 +1,506 @@
+"""Cells to text: one text for a value, whichever library or file format it comes from.
+
+A date is ``2012-01-01`` and an integral float is ``1979``, also after a CSV file. `fit` remembers
+the kind of each column; `predict` converts what converts without loss and refuses the rest.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Callable, Mapping, Sequence, Set
+from decimal import Decimal
+from functools import partial
+from numbers import Integral
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from sklearn_relish.utils.messages import name_rows, warn
+
+EXACT = 2**53  # from here on not every integer is a float
+OR_MISSING = " or missing"  # ends the kind of a column that has missing cells
+LONGEST_VALUE = 64  # characters of a number or a date; longer ones are text
+
+WRITTEN_MISSING = {"", "nan", "NaN", "None", "NaT", "<NA>"}  # a missing cell through str()
+WRITTEN_BOOLEANS = {"True": "True", "true": "True", "TRUE": "True"}
+WRITTEN_BOOLEANS |= {"False": "False", "false": "False", "FALSE": "False"}
+NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?|[+-]?inf")
+TIME = r"(?P<time>\d\d:\d\d)(?P<seconds>:\d\d)?(?:\.(?P<fraction>\d+))?"
+ISO_TIME = re.compile(TIME, re.ASCII)
+ISO_DATE = re.compile(
+    rf"(?P<date>\d{{4}}-\d\d-\d\d)(?:[ T]{TIME}(?P<zone>Z|[+-]\d\d:?\d\d)?)?", re.ASCII
+)
+DURATION = re.compile(rf"(?P<days>-?\d+) days?(?:,? \+?{TIME})?", re.ASCII)
+STABLE = ": a cell's argument must be a string, a number or another value of a stable text."
+ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
+
+WRITERS: list[tuple[tuple[type, ...], str, Callable[[Any], str]]]
+
+
+def column_texts(
+    column: Sequence[Any], name: str, kind: str | None = None
+) -> tuple[list[str | None], str]:
+    """The text of each cell of a column, and the kind of the column.
+
+    Parameters
+    ----------
+    column : sequence
+        Cells, missing ones among them.
+    name : str
+        For errors.
+    kind : str, default=None
+        What the column was in `fit`. None: it is found.
+
+    Returns
+    -------
+    texts : list of str or None
+        None for a missing cell. Equal values have the same text, whatever holds them. A string of
+        a text column is left as it is.
+    kind : str
+        ``"text"``, ``"integer"``, ``"number"``, ``"boolean"``, ``"date"`` (with or without a
+        time), ``"time"``, ``"duration"``, ``"other"``, ``"mixed"`` for several kinds, and
+        ``"missing"`` for no cell at all. ``"date text"`` are strings, all of them dates in ISO
+        form. ``"text/number"``, ``"text/boolean"`` and ``"text/boolean/number"`` are strings some
+        of which are written exactly as such values are. The kind of a column with missing cells
+        ends in ``" or missing"``.
+
+    Raises
+    ------
+    ValueError
+        If a cell cannot be of the kind of `fit`; the message names the column and the rows.
+    TypeError
+        If a cell has no text that would be the same in another process.
+
+    Warns
+    -----
+    UserWarning
+        If all cells are missing and none was in `fit`, or the other way round.
+
+    Examples
+    --------
+    >>> column_texts([1979.0, None], "year")
+    (['1979', None], 'number or missing')
+    >>> column_texts(["1979.0", "", True], "year", "integer or missing")
+    (['1979', None, '1'], 'integer or missing')
+    >>> column_texts(["2012-01-01T00:00:00", "2012-01-01 10:30:00.50"], "day", "date")
+    (['2012-01-01', '2012-01-01 10:30:00.5'], 'date')
+    >>> column_texts(["007", "12"], "code")
+    (['007', '12'], 'text')
+    """
+    kinds, texts = _write(column, name)
+    if kind is None:
+        kind = _common_kind(kinds, texts)
+        if kind.removesuffix(OR_MISSING) == "date text":
+            texts = _converted(kinds, texts, "date text", name)
+        return texts, kind
+    base = kind.removesuffix(OR_MISSING)
+    own = "text" if base.startswith("text") else base
+    if not {own, "missing"}.issuperset(kinds):
+        texts = _converted(kinds, texts, base, name)
+    warning = None
+    if base == "missing":
+        if any(text is not None for text in texts):
+            warning = "was missing in all rows of fit and is not now: it has no effect to rely on."
+    elif base == kind and all(text is None for text in texts):
+        warning = "is missing in all rows, and was missing in no row of fit."
+    if warning:
+        warn(f"Column {name!r} {warning}")
+    return texts, kind
+
+
+def is_missing(cell: Any) -> bool:
+    """None, NaN, NaT or pandas.NA."""
+    if cell is None:
+        return True
+    if isinstance(cell, Decimal):
+        return cell.is_nan()
+    try:
+        return bool(cell != cell)  # NaN and NaT differ from themselves
+    except TypeError:  # pandas.NA refuses to be true or false
+        return True
+    except ValueError:  # an array, of several truths
+        return False
+
+
+class _NoTextError(Exception):
+    """A cell has no text: the class of the public error, and the reason."""
+
+
+def _write(column: Sequence[Any], name: str) -> tuple[list[str], list[str | None]]:
+    """The kind and the text of each cell, by its own type alone."""
+    types = set(map(type, column))
+    if types == {str}:
+        return ["text"] * len(column), list(column)
+    writers = {cell_type: _writer(cell_type) for cell_type in types}
+    texts: list[str | None] = []
+    try:
+        if len(types) == 1:
+            texts.extend(map(writers[type(column[0])][1], column))
+        else:
+            texts.extend(writers[type(cell)][1](cell) for cell in column)
+    except _NoTextError as refusal:
+        error, what, advice = refusal.args
+        raise error(f"X has {what} in row {len(texts)} of column {name!r}{advice}") from None
+    kinds = [
+        "missing" if text is None else writers[type(cell)][0]
+        for cell, text in zip(column, texts, strict=True)
+    ]
+    return kinds, texts
+
+
+def _common_kind(kinds: list[str], texts: list[str | None]) -> str:
+    """The kind of a column of such cells."""
+    found = set(kinds) - {"missing"}
+    ending = OR_MISSING if "missing" in kinds else ""
+    if not found:
+        return "missing"
+    if found == {"integer", "number"}:
+        return "number" + ending
+    if len(found) > 1:
+        return "mixed" + ending
+    (kind,) = found
+    return (_kind_of_texts(texts) if kind == "text" else kind) + ending
+
+
+def _writer(cell_type: type) -> tuple[str, Callable[[Any], str | None]]:
+    """The kind of cells of one type, and the function that gives their text."""
+    for types, kind, write in WRITERS:
+        if issubclass(cell_type, types):
+            if kind in ("text", "boolean", "integer"):  # which have no missing value
+                return kind, write
+            return kind, partial(_unless_missing, write)
+    return "other", _other_text
+
+
+def _unless_missing(write: Callable[[Any], str], cell: Any) -> str | None:
+    return None if is_missing(cell) else write(cell)
+
+
+def _converted(kinds: list[str], texts: list[str | None], base: str, name: str) -> list[str | None]:
+    """Texts of cells in the kind of `fit`."""
+    convert = CONVERSIONS.get(base)
+    if convert is None:  # anything may stand there
+        return texts
+    converted, refused = [], []
+    for row, (kind, text) in enumerate(zip(kinds, texts, strict=True)):
+        try:
+            converted.append(None if text is None else convert(kind, text))
+        except ValueError:
+            refused.append(row)
+    if not refused:
+        return converted
+    row = refused[0]
+    shown = repr(texts[row])[:LONGEST_VALUE]
+    if "text" in base:
+        advice = (
+            "Keep the column as text: a CSV file is read with"
+            f" pandas.read_csv(..., dtype={{{name!r}: str}})."
+        )
+    elif base == "integer" and kinds[row] == "number":
+        advice = "A float does not hold every such integer: keep integers, as pandas' Int64 does."
+    else:
+        advice = "Convert the column, and leave out what is missing with None or NaN."
+    raise ValueError(
+        f"Column {name!r} was of kind {base!r} in fit, but {name_rows(refused)} cannot be converted"
+        f" to it: row {row} has {shown}, of kind {kinds[row]!r}. {advice}"
+    )
+
+
+def _kind_of_texts(texts: Sequence[str | None]) -> str:
+    """Text, and which other values may stand for some of it."""
+    if all(text is None or _written_date(text) for text in texts):
+        return "date text"
+    kind = "text"
+    for other, pattern, write in (
+        ("boolean", None, WRITTEN_BOOLEANS.get),
+        ("number", NUMBER, _written_number),
+    ):
+        found = {
+            text
+            for text in texts
+            if text is not None
+            and len(text) <= LONGEST_VALUE
+            and (pattern.fullmatch(text) if pattern else text in WRITTEN_BOOLEANS)
+        }
+        if found and all(write(text) == text for text in found):
+            kind += f"/{other}"
+    return kind
+
+
+def _number(kind: str, text: str) -> str | None:
+    if kind in ("integer", "number"):
+        return text
+    if kind == "boolean":
+        return str(int(text == "True"))
+    if kind == "text" and text in WRITTEN_MISSING:
+        return None
+    if kind == "text" and len(text) <= LONGEST_VALUE and NUMBER.fullmatch(text.strip()):
+        return _written_number(text.strip())
+    raise ValueError
+
+
+def _integer(kind: str, text: str) -> str | None:
+    if kind == "number" and EXACT <= abs(float(text)) < np.inf:
+        raise ValueError
+    return _number(kind, text)
+
+
+def _boolean(kind: str, text: str) -> str | None:
+    if kind == "boolean":
+        return text
+    if kind == "text" and text in WRITTEN_MISSING:
+        return None
+    if kind == "text" and text.strip() in WRITTEN_BOOLEANS:
+        return WRITTEN_BOOLEANS[text.strip()]
+    if kind in ("integer", "number") and text in ("0", "1"):
+        return str(text == "1")
+    raise ValueError
+
+
+def _as_written(own: str, read: Callable[[str], str | None]) -> Callable[[str, str], str | None]:
+    """The conversion to a kind from strings alone."""
+
+    def convert(kind: str, text: str) -> str | None:
+        if kind == own:
+            return text
+        if kind == "text" and text in WRITTEN_MISSING:
+            return None
+        written = read(text.strip()) if kind == "text" else None
+        if written is None:
+            raise ValueError
+        return written
+
+    return convert
+
+
+def _text_or(*others: str) -> Callable[[str, str], str]:
+    """The conversion to text, which other values may stand for."""
+
+    def convert(kind: str, text: str) -> str:
+        if kind == "text" or kind in others:
+            return text
+        raise ValueError
+
+    return convert
+
+
+def _date_or_text(kind: str, text: str) -> str:
+    if kind == "date":
+        return text
+    if kind == "text":
+        return _written_date(text) or text
+    raise ValueError
+
+
+def _written_number(text: str) -> str:
+    if text.lstrip("+-").isdigit():
+        return str(int(text))
+    return _fraction_text(Decimal(text))
+
+
+def _written_date(text: str) -> str | None:
+    """The text of a date in ISO form, None for any other string."""
+    match = ISO_DATE.fullmatch(text) if len(text) <= LONGEST_VALUE else None
+    if match is None:
+        return None
+    try:
+        datetime.date.fromisoformat(match["date"])
+    except ValueError:
+        return None
+    if match["time"] is None:
+        return match["date"]
+    time = _time_of(match)
+    zone = {None: "", "Z": "+00:00"}.get(match["zone"], match["zone"])
+    if zone and ":" not in zone:
+        zone = f"{zone[:3]}:{zone[3:]}"
+    return time and _without_zeros(f"{match['date']} {time}{zone}")
+
+
+def _written_time(text: str) -> str | None:
+    match = ISO_TIME.fullmatch(text)
+    return match and _time_of(match)
+
+
+def _written_duration(text: str) -> str | None:
+    match = DURATION.fullmatch(text) if len(text) <= LONGEST_VALUE else None
+    if match is None:
+        return None
+    time = _time_of(match) if match["time"] else "00:00:00"
+    return time and _without_zeros(f"{int(match['days'])} days {time}")
+
+
+def _time_of(match: re.Match[str]) -> str | None:
+    """The time of day of a match, None if there is no such time."""
+    time = match["time"] + (match["seconds"] or ":00")
+    try:
+        datetime.time.fromisoformat(time)
+    except ValueError:
+        return None
+    fraction = (match["fraction"] or "").rstrip("0")
+    return f"{time}.{fraction}" if fraction else time
+
+
+def _without_zeros(text: str) -> str:
+    """Without the zeros that end a fraction of a second, and without a time of midnight."""
+    if "." in text:
+        start, _, rest = text.partition(".")
+        digits = re.match("[0-9]*", rest)[0]
+        fraction = digits.rstrip("0")
+        text = start + ("." + fraction if fraction else "") + rest[len(digits) :]
+    return text.removesuffix(" 00:00:00")
+
+
+def _float_text(cell: float) -> str:
+    if abs(cell) < EXACT and cell.is_integer():
+        return str(int(cell))  # 1979.0 is how a column with missing cells keeps 1979
+    text = repr(float(cell))
+    if len(text) > 9 and abs(cell) < 1e38 and float(np.float32(cell)) == cell:
+        short = str(np.float32(cell))
+        if len(text) - len(short) > 3:  # 0.1, and not the 0.10000000149011612 it was cast to
+            return short
+    return text
+
+
+def _decimal_text(cell: Decimal) -> str:
+    is_integer = cell.is_finite() and cell.as_tuple().exponent == 0
+    return str(int(cell)) if is_integer else _fraction_text(cell)
+
+
+def _fraction_text(cell: Decimal) -> str:
+    """The text of the float of the same digits, all digits where there is none."""
+    number = float(cell)
+    if not cell.is_finite() or (np.isfinite(number) and Decimal(repr(number)) == cell):
+        return _float_text(number)
+    if abs(cell.adjusted()) > LONGEST_VALUE:
+        return str(cell)
+    text = format(cell, "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _numpy_date_text(cell: np.datetime64) -> str:
+    unit, _ = np.datetime_data(cell.dtype)
+    if unit in ("Y", "M", "W", "D"):
+        return str(cell.astype("M8[D]"))
+    text = np.datetime_as_string(cell, unit="s" if unit in ("h", "m") else unit)
+    return _without_zeros(text.replace("T", " "))
+
+
+def _duration_text(cell: datetime.timedelta) -> str:
+    nanoseconds = (cell.days * 86_400 + cell.seconds) * 10**9 + cell.microseconds * 1000
+    return _nanoseconds_text(nanoseconds + getattr(cell, "nanoseconds", 0))  # of pandas
+
+
+def _nanoseconds_text(nanoseconds: int) -> str:
+    seconds, fraction = divmod(nanoseconds, 10**9)
+    minutes, second = divmod(seconds, 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return _without_zeros(f"{days} days {hour:02}:{minute:02}:{second:02}.{fraction:09}")
+
+
+def _refuse(error: type[Exception], what: str, advice: str) -> Callable[[Any], str]:
+    def refuse(cell: Any) -> str:
+        raise _NoTextError(error, what, advice)
+
+    return refuse
+
+
+def _other_text(cell: Any) -> str | None:
+    """The text of any other object, if another process would give the same."""
+    if _is_array(cell):
+        cell = np.asarray(cell).tolist()
+        if not isinstance(cell, list):
+            return _writer(type(cell))[1](cell)
+    if isinstance(cell, (list, tuple, dict)):
+        try:
+            return str(_plain(cell))
+        except RecursionError:
+            what, advice = f"a {type(cell).__name__} that holds itself", "."
+            raise _NoTextError(TypeError, what, advice) from None
+    kind = f"a {type(cell).__name__}"
+    if isinstance(cell, (Set, Mapping)):
+        raise _NoTextError(TypeError, kind, ", whose order is not fixed: sort it into a list.")
+    if isinstance(cell, ModuleType) or callable(cell):
+        raise _NoTextError(TypeError, kind, STABLE)
+    if is_missing(cell):
+        return None
+    text = str(cell)
+    if ADDRESS.search(text):
+        raise _NoTextError(TypeError, kind, f", whose text holds a memory address{STABLE}")
+    return text
+
+
+def _is_array(cell: Any) -> bool:
+    return hasattr(cell, "__array__") and not isinstance(cell, (np.generic, type))
+
+
+def _plain(cell: Any) -> Any:
+    """Nested cells as Python's own lists, dicts and values."""
+    if isinstance(cell, dict):
+        return {str(_plain(name)): _plain(value) for name, value in cell.items()}
+    if _is_array(cell):
+        cell = np.asarray(cell).tolist()
+    if isinstance(cell, (list, tuple)):
+        return [_plain(value) for value in cell]
+    kind, write = _writer(type(cell))
+    text = write(cell)
+    if text is None or kind in ("text", "date", "time", "duration", "other"):
+        return text
+    if kind == "boolean":
+        return text == "True"
+    return int(text) if re.fullmatch("-?[0-9]+", text) else float(text)
+
+
+WRITERS = [
+    ((type(None),), "missing", str),
+    ((str,), "text", lambda cell: cell),
+    ((bool, np.bool_), "boolean", str),
+    ((np.datetime64,), "date", _numpy_date_text),
+    ((np.timedelta64,), "duration", lambda cell: _nanoseconds_text(_in_nanoseconds(cell))),
+    ((Integral,), "integer", lambda cell: str(int(cell))),
+    ((float,), "number", _float_text),
+    # A float32 is the number that is written with its digits, as after a CSV file.
+    ((np.floating,), "number", lambda cell: _float_text(float(str(cell)))),
+    ((Decimal,), "number", _decimal_text),
+    ((datetime.datetime,), "date", lambda cell: _without_zeros(cell.isoformat(" "))),
+    ((datetime.date,), "date", lambda cell: cell.isoformat()),
+    ((datetime.time,), "time", lambda cell: _without_zeros(cell.isoformat())),
+    ((datetime.timedelta,), "duration", _duration_text),
+    (
+        (complex, np.complexfloating),
+        "other",
+        _refuse(ValueError, "a complex number", ". Complex data not supported."),
+    ),
+    (
+        (bytes, bytearray, memoryview),
+        "other",
+        _refuse(TypeError, "bytes", ": decode them first, bytes.decode()."),
+    ),
+]
+
+CONVERSIONS: dict[str, Callable[[str, str], str | None]] = {
+    "integer": _integer,
+    "number": _number,
+    "boolean": _boolean,
+    "date": _as_written("date", _written_date),
+    "time": _as_written("time", _written_time),
+    "duration": _as_written("duration", _written_duration),
+    "date text": _date_or_text,
+    "text": _text_or(),
+    "text/number": _text_or("integer", "number"),
+    "text/boolean": _text_or("boolean"),
+    "text/boolean/number": _text_or("boolean", "integer", "number"),
+}
+
+
+def _in_nanoseconds(cell: np.timedelta64) -> int:
+    """A NumPy duration as an integer, of any size."""
+    unit, count = np.datetime_data(cell.dtype)
+    one = {"W": 7 * 86_400 * 10**9, "D": 86_400 * 10**9, "h": 3_600 * 10**9, "m": 60 * 10**9}
+    one |= {"s": 10**9, "ms": 10**6, "us": 1_000, "ns": 1}
+    if unit not in one:
+        what = f"a duration in units of {unit!r}"
+        raise _NoTextError(TypeError, what, ": give it in days or seconds.")
+    return int(cell.astype(np.int64)) * count * one[unit]

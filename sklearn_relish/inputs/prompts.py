@@ -1,0 +1,307 @@
+"""Rows to texts: what a language model reads for each row of `X`.
+
+A list of strings is read as it is; rows of several columns become ``column: value`` lines, or
+whatever a template says. `cells` decides how a value is written.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, MappingView, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+import narwhals.stable.v2 as nw
+import numpy as np
+from scipy.sparse import issparse
+
+from sklearn_relish.inputs.cells import column_texts, is_missing
+from sklearn_relish.utils.messages import name_rows
+
+
+@dataclass(frozen=True)
+class Table:
+    """The columns of an input, and what it was.
+
+    Parameters
+    ----------
+    columns : list of sequences
+        Cells by column, each of length `n_rows`.
+    names : list of str
+        The names of the columns; ``text`` for texts in one dimension, ``x0``, ``x1``, ... for
+        arrays and for frames whose names are not all strings, as in scikit-learn.
+    n_rows : int
+    one_dimensional : bool
+        Whether the input was texts in one dimension, which are never converted.
+    """
+
+    columns: list[Sequence[Any]]
+    names: list[str]
+    n_rows: int
+    one_dimensional: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.n_rows, len(self.columns)
+
+
+def read_table(X: Any) -> Table:
+    """Columns of texts or of a table, checked.
+
+    Parameters
+    ----------
+    X : sequence of str, array, Series or data frame
+        One-dimensional input holds a text a row. Two-dimensional input (a NumPy array, nested
+        lists, a frame of pandas, Polars or another library that Narwhals knows) holds columns.
+
+    Returns
+    -------
+    Table
+
+    Raises
+    ------
+    ValueError, TypeError
+        If `X` is not such an input; the message names the rows.
+    """
+    if isinstance(X, (str, bytes)):
+        raise ValueError(
+            f"X is a single {type(X).__name__}: pass a list of texts, [text] for one text."
+        )
+    if issparse(X):
+        raise TypeError("X is sparse: a language model reads texts or a dense table.")
+    frame = nw.from_native(X, pass_through=True, allow_series=True)
+    if isinstance(frame, nw.LazyFrame):
+        raise TypeError("X is a lazy frame: collect it first.")
+    if isinstance(frame, nw.DataFrame):
+        columns = [_frame_cells(column) for column in frame.iter_columns()]
+        names = list(frame.columns)
+        if not all(isinstance(name, str) for name in names):
+            names = _array_names(len(names))
+        table = Table(columns, names, len(frame))
+    else:
+        table = _read_array(frame.to_list() if isinstance(frame, nw.Series) else X)
+    if table.n_rows == 0:
+        raise ValueError(f"Found array with 0 sample(s) (shape={table.shape}): X has no rows.")
+    if not table.columns:
+        raise ValueError(
+            f"Found array with 0 feature(s) (shape={table.shape}) while a minimum of 1 is required."
+        )
+    return table
+
+
+def _frame_cells(column: nw.Series) -> list[Any]:
+    """The cells of a frame's column, none of them rounded."""
+    if column.dtype == nw.Float32:  # whose cells are lists of float64 otherwise
+        return [None if is_missing(cell) else np.float32(cell) for cell in column.to_list()]
+    if column.dtype == nw.Datetime("ns"):  # which Python's own datetime does not hold
+        return list(column.to_numpy())
+    return column.to_list()
+
+
+def _read_array(X: Any) -> Table:
+    if hasattr(X, "__array__"):
+        array = X if isinstance(X, np.ma.MaskedArray) else np.asarray(X)
+        if isinstance(array, np.ma.MaskedArray):
+            cells = np.empty(array.shape, dtype=object)
+            cells.flat = list(array.data.flat)  # NumPy's scalars, which hold what Python's do not
+            array = np.where(np.ma.getmaskarray(array), None, cells)
+        if array.ndim == 2:
+            _refuse_complex(array)
+            exact = array.dtype.kind in "mM" or array.dtype in (np.float16, np.float32)
+            columns = [list(column) if exact else column.tolist() for column in array.T]
+            return Table(columns, _array_names(len(columns)), len(array))
+        if array.ndim != 1:
+            raise ValueError(
+                f"X has {array.ndim} dimensions: expected texts in one dimension, or two dimensions"
+                " of rows and columns."
+            )
+        X = array.tolist()
+    elif not (hasattr(X, "__len__") and hasattr(X, "__iter__")) or isinstance(
+        X, (Mapping, MappingView, Set)
+    ):
+        raise TypeError(
+            f"X is a {type(X).__name__}: expected a list of texts, an array or a frame,"
+            " whose rows have an order."
+        )
+    else:
+        X = list(X)
+        if X and all(isinstance(row, (list, tuple, np.ndarray)) for row in X):
+            widths = {len(row) for row in X}
+            if len(widths) > 1:
+                raise ValueError(f"X has rows of {min(widths)} to {max(widths)} columns.")
+            return _read_array(np.array(X, dtype=object))
+    return Table([_checked_texts(X)], ["text"], len(X), one_dimensional=True)
+
+
+def _array_names(n_columns: int) -> list[str]:
+    """Names for columns that have none, as scikit-learn makes them."""
+    return [f"x{i}" for i in range(n_columns)]
+
+
+def _refuse_complex(array: np.ndarray) -> None:
+    if np.iscomplexobj(array):
+        raise ValueError(f"Complex data not supported: X has dtype {array.dtype}.")
+
+
+def _checked_texts(texts: list[Any]) -> list[str]:
+    """Texts of one-dimensional input, all of them strings."""
+    if all(isinstance(text, str) for text in texts):
+        return texts
+    missing = [row for row, text in enumerate(texts) if is_missing(text)]
+    if missing:
+        raise ValueError(
+            f"X has missing texts in {name_rows(missing)}: drop these rows, or put '' where a"
+            " missing text means an empty one."
+        )
+    wrong = [row for row, text in enumerate(texts) if not isinstance(text, str)]
+    row, kind = wrong[0], type(texts[wrong[0]]).__name__
+    if isinstance(texts[row], dict):
+        raise TypeError(
+            f"X holds a dict in {name_rows(wrong)}: pass a frame, such as pandas.DataFrame(X) or a"
+            " Dataset's to_pandas(), or one column of texts."
+        )
+    if isinstance(texts[row], bytes):
+        raise TypeError(f"X has bytes in {name_rows(wrong)}: decode them first, bytes.decode().")
+    raise ValueError(
+        f"X is one-dimensional and holds no text in {name_rows(wrong)} (row {row} is a {kind})."
+        " Texts must be strings. Reshape your data if these are numbers: X.reshape(-1, 1) if it is"
+        " a single column, X.reshape(1, -1) if it is a single row."
+    )
+
+
+def write_cells(table: Table, kinds: Sequence[str] | None = None) -> tuple[Table, list[str]]:
+    """The table with texts for cells, and the kinds of its columns.
+
+    Parameters
+    ----------
+    table : Table
+    kinds : sequence of str, default=None
+        The kinds of the columns in `fit`, which cells are converted to. None: they are found.
+
+    Returns
+    -------
+    table : Table
+        Its cells are strings, or None where they are missing.
+    kinds : list of str
+        See `cells.column_texts`, which this has the errors and warnings of.
+    """
+    if kinds is None and table.one_dimensional:
+        # Texts have no column whose kind could change; MAPIE tries `predict` on an array of zeros.
+        return table, ["mixed"]
+    written = [
+        column_texts(column, name, kind)
+        for column, name, kind in zip(
+            table.columns, table.names, kinds or [None] * len(table.columns), strict=True
+        )
+    ]
+    columns, kinds = [texts for texts, _ in written], [kind for _, kind in written]
+    return replace(table, columns=columns), kinds
+
+
+def render(table: Table, names: Sequence[str], prompt: str | None) -> list[str]:
+    r"""The text of each row.
+
+    Parameters
+    ----------
+    table : Table
+        Of texts, see `write_cells`.
+    names : sequence of str
+        What the columns are called in the text.
+    prompt : str or None
+        A template with a ``{name}`` for each column that it uses. None: the cell itself for one
+        column, a line ``name: value`` for each column that is not missing for several.
+
+    Returns
+    -------
+    list of str
+        Missing cells leave their line out, or an empty place in a template.
+
+    Raises
+    ------
+    ValueError
+        If the template names a column that is not there, or a row has no cell.
+
+    Examples
+    --------
+    >>> table, _ = write_cells(read_table([["Alien", 1979], ["Solaris", None]]))
+    >>> print(render(table, ["title", "year"], None))
+    ['title: Alien\nyear: 1979', 'title: Solaris']
+    >>> render(table, ["title", "year"], "{title} ({year})")
+    ['Alien (1979)', 'Solaris ()']
+    """
+    columns = table.columns
+    empty = [
+        row
+        for row, cells in enumerate(zip(*columns, strict=True))
+        if cells.count(None) == len(cells)
+    ]
+    if empty:
+        raise ValueError(
+            f"X has missing texts in {name_rows(empty)}, where no column has a cell: drop these"
+            " rows, or put '' where a missing text means an empty one."
+        )
+    if prompt is not None:
+        pieces = parse_prompt(prompt, names)
+        texts = [
+            "".join(
+                literal + (row[place] or "" if place is not None else "")
+                for literal, place in pieces
+            )
+            for row in zip(*columns, strict=True)
+        ]
+    elif len(columns) == 1:
+        texts = [cell or "" for cell in columns[0]]
+    else:
+        texts = [
+            "\n".join(
+                f"{name}: {cell}" for name, cell in zip(names, row, strict=True) if cell is not None
+            )
+            for row in zip(*columns, strict=True)
+        ]
+    broken = [row for row, text in enumerate(texts) if not _is_unicode(text)]
+    if broken:
+        raise ValueError(
+            f"X has lone surrogates, which are no Unicode text, in {name_rows(broken)}: clean them,"
+            " text.encode('utf-8', 'replace').decode()."
+        )
+    return texts
+
+
+def parse_prompt(prompt: str, names: Sequence[str]) -> list[tuple[str, int | None]]:
+    """Pieces of a template: a literal, and the place of the column that follows it, if any.
+
+    Raises
+    ------
+    ValueError
+        If a field is none of the columns, or no column is used.
+    """
+    try:
+        parts = list(string.Formatter().parse(prompt))
+    except ValueError as error:
+        raise ValueError(f"prompt={prompt!r} is not a template: {error}.") from None
+    formatted = [field for _, field, spec, conversion in parts if spec or conversion]
+    if formatted:
+        raise ValueError(
+            f"prompt={prompt!r} formats {formatted[0]!r}: cells are put in as they are, so a field"
+            " is a name alone; format the column first."
+        )
+    parsed = [(literal, field) for literal, field, _, _ in parts]
+    fields = [field for _, field in parsed if field is not None]
+    unknown = [field for field in fields if field not in names]
+    if unknown or not fields:
+        what = f"names {{{unknown[0]}}}, which is no column" if unknown else "names no column"
+        raise ValueError(
+            f"prompt={prompt!r} {what}: the columns are {', '.join(map(repr, names))}. A brace that"
+            " belongs to the text is written twice."
+        )
+    place = {name: i for i, name in enumerate(names)}
+    return [(literal, None if field is None else place[field]) for literal, field in parsed]
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

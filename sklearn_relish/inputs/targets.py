@@ -1,0 +1,97 @@
+"""Targets to float64: `y` as scikit-learn takes it, with the rows named that hold no number."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import numpy as np
+from scipy.sparse import issparse
+from sklearn.utils.validation import check_array
+
+from sklearn_relish.inputs.cells import is_missing
+from sklearn_relish.utils.messages import name_rows
+
+TEMPORAL = (datetime.date, datetime.time, datetime.timedelta, np.datetime64, np.timedelta64)
+
+
+def read_targets(y: Any) -> np.ndarray:
+    """Targets as numbers, checked.
+
+    Parameters
+    ----------
+    y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+        Numbers, or strings that are numbers, in whatever scikit-learn converts to an array.
+
+    Returns
+    -------
+    float64 ndarray of the same shape
+        All values are finite.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If `y` is something else; the message names the rows.
+    """
+    if issparse(y):
+        raise TypeError("y is sparse: pass its dense form, y.toarray().")
+    if np.ma.is_masked(y):
+        masked = _rows(np.ma.getmaskarray(y))
+        raise ValueError(f"y has masked values in {name_rows(masked)}: drop these rows.")
+    try:
+        array = np.asarray(y)
+    except ValueError as error:
+        raise ValueError(f"y cannot be converted to an array of numbers: {error}") from None
+    if array.ndim == 0:
+        what = "a single value" if np.isscalar(y) else f"a {type(y).__name__}"
+        raise ValueError(f"y must hold a number for each row, got {what}.")
+    if array.dtype.kind in "mMOSTU":
+        array = _numbers(array)
+    y = check_array(
+        array,
+        dtype=np.float64,
+        ensure_2d=False,
+        ensure_all_finite=False,
+        ensure_min_samples=0,
+        input_name="y",
+    )
+    broken = _rows(~np.isfinite(y))
+    if len(broken):
+        raise ValueError(
+            f"Input y contains NaN or infinity in {name_rows(broken)}: drop these rows."
+        )
+    return y
+
+
+def _rows(found: np.ndarray) -> np.ndarray:
+    """The rows that have something that is found."""
+    return np.flatnonzero(found.reshape(len(found), -1).any(axis=1))
+
+
+def _numbers(array: np.ndarray) -> np.ndarray:
+    """An array of objects or strings as floats, NaN where cells are missing."""
+    if array.dtype.kind in "STU":
+        array = array.astype(object)
+    numbers = np.empty(array.shape)
+    wrong = np.zeros(array.shape, dtype=bool)
+    for place in np.ndindex(array.shape):
+        cell = array[place]
+        if is_missing(cell):
+            numbers[place] = np.nan
+            continue
+        try:
+            if isinstance(cell, TEMPORAL):
+                raise TypeError
+            numbers[place] = float(cell)
+        except (TypeError, ValueError, OverflowError):
+            wrong[place] = True
+    rows = _rows(wrong)
+    if len(rows):
+        cell = array[wrong][0]
+        what = "a date or a time" if isinstance(cell, TEMPORAL) else f"a {type(cell).__name__}"
+        advice = ", such as days or seconds" if isinstance(cell, TEMPORAL) else ""
+        raise ValueError(
+            f"y holds no number in {name_rows(rows)} (row {rows[0]} has {repr(cell)[:64]}, {what}):"
+            f" y must hold a number for each row{advice}."
+        )
+    return numbers

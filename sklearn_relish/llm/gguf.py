@@ -1,0 +1,77 @@
+"""GGUF files: converted once to safetensors, which load in seconds, in the user's cache folder."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from platformdirs import user_cache_path
+from transformers import AutoModel, AutoTokenizer
+
+from sklearn_relish.utils.files import file_digest
+
+
+def converted_gguf(path: Path) -> Path:
+    """Folder with the model of a GGUF file as Transformers saves it, made on first use.
+
+    The folder is named by the file's content. Quantized weights are unpacked to bfloat16, whose
+    rounding is finer than theirs.
+
+    Parameters
+    ----------
+    path : Path
+        A ``.gguf`` file of an architecture that Transformers reads.
+
+    Raises
+    ------
+    ImportError
+        If the packages of the extra ``gguf`` are not installed.
+    OSError
+        If the file can't be converted.
+    """
+    digest = file_digest(path)[:16]
+    cache = user_cache_path("sklearn_relish") / "gguf"
+    folder = cache / f"{path.stem}-{digest}"
+    if folder.exists():
+        return folder
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"Converting {path.name} takes {' and '.join(missing)}:"
+            " pip install 'sklearn-relish[gguf]'"
+        )
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
+            try:
+                try:
+                    _convert(path, partial)
+                except (MemoryError, ImportError):
+                    raise
+                except Exception as error:  # whatever a damaged file makes of the parser
+                    raise OSError(
+                        f"{path} can't be converted: it is damaged or incomplete, or Transformers"
+                        f" does not read its architecture ({' '.join(str(error).split())})."
+                    ) from error
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _convert(path: Path, folder: Path) -> None:
+    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    loaded = AutoModel.from_pretrained(**source, dtype=torch.bfloat16)
+    # A model that came from GGUF refuses to be saved; its twin from the configuration does not.
+    config = loaded.config.to_dict()
+    config.pop("quantization_config", None)
+    with torch.device("meta"):
+        twin = AutoModel.from_config(type(loaded.config).from_dict(config), dtype=torch.bfloat16)
+    twin.load_state_dict(loaded.state_dict(), assign=True)
+    twin.save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""Token states that are kept: in memory or in a folder, found again by text."""

@@ -1,0 +1,76 @@
+"""States of texts that were predicted lately: in this process's memory alone, and bounded.
+
+A search predicts a fold, and fits with the same fold next: what was read for the prediction need
+not be read again for the fit.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sklearn_relish.states.shard import Entry
+
+TEXT_BYTES = 1024  # what a text's entry takes besides its states
+
+
+@dataclass(eq=False)
+class RecentText:
+    """Token states of one text, of shape (n_tokens, D) or packed."""
+
+    states: Tensor
+
+
+class RecentStates:
+    """Entries by text key, the least recently used first. It is not safe between threads.
+
+    Attributes
+    ----------
+    n_bytes : int
+        What all of them take.
+    """
+
+    def __init__(self) -> None:
+        self.n_bytes = 0
+        self._entries: OrderedDict[bytes, Entry] = OrderedDict()
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: bytes) -> Entry | None:
+        """A text's entry, which is the most recently used then."""
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
+
+    def put(self, key: bytes, states: Tensor, full_length: int, bound: float) -> None:
+        """Keep a copy of a text's states if they fit the bound; others are dropped for it."""
+        n_bytes = states.nbytes + TEXT_BYTES
+        if n_bytes <= bound:
+            self.pop(key)
+            self.shrink(bound - n_bytes)
+            # A copy, for a view would keep the whole batch.
+            self._entries[key] = Entry(RecentText(states.clone()), 0, len(states), full_length)
+            self.n_bytes += n_bytes
+
+    def pop(self, key: bytes) -> Entry | None:
+        """Remove a text's entry."""
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self.n_bytes -= entry.shard.states.nbytes + TEXT_BYTES
+        return entry
+
+    def shrink(self, bound: float) -> None:
+        """Drop the least recently used until the rest is within a bound."""
+        while self._entries and self.n_bytes > bound:
+            self.pop(next(iter(self._entries)))
+
+    def clear(self) -> None:
+        """Drop all."""
+        self._entries.clear()
+        self.n_bytes = 0

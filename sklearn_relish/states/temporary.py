@@ -1,0 +1,84 @@
+"""The process's temporary folder: made when something must be put there, gone with the process.
+
+A process that was killed leaves its folder behind; the next one to make a folder removes it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from multiprocessing.util import Finalize
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock, Timeout
+
+from sklearn_relish.utils.locks import ForkSafeLock
+
+PREFIX = "sklearn_relish-temporary-"
+YOUNG_SECONDS = 60.0  # a folder this new may belong to a process that is about to lock it
+
+
+class TemporaryFolder(NamedTuple):
+    """A folder, the lock that says that its process lives, and how much may be put there."""
+
+    path: Path
+    holder: FileLock
+    max_bytes: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the files that lie there."""
+        with os.scandir(self.path) as entries:
+            return sum(entry.stat().st_size for entry in entries if entry.is_file())
+
+
+_lock = ForkSafeLock()
+_made: dict[int, TemporaryFolder] = {}  # by process, for a fork must not use its parent's
+
+
+def made_temporary_folder() -> TemporaryFolder | None:
+    """The process's temporary folder if it has been made."""
+    return _made.get(os.getpid())
+
+
+def temporary_folder() -> TemporaryFolder:
+    """The process's temporary folder, made on first use, readable by its user alone.
+
+    At most half of what its disk has free by then is to be put there.
+
+    Raises
+    ------
+    OSError
+        If it can't be made.
+    """
+    with _lock:
+        if os.getpid() not in _made:
+            _remove_left_behind()
+            path = Path(tempfile.mkdtemp(prefix=PREFIX))
+            # Unlike atexit, this runs at the end of multiprocessing's child processes too, and
+            # never in a fork of the process that asks for it.
+            Finalize(None, shutil.rmtree, args=(path, True), exitpriority=0)
+            holder = FileLock(path / "holder", thread_local=False, fallback_to_soft=False)
+            try:
+                holder.acquire()
+                n_bytes = shutil.disk_usage(path).free // 2
+            except BaseException:  # it is tried again with another folder
+                shutil.rmtree(path, ignore_errors=True)
+                raise
+            _made[os.getpid()] = TemporaryFolder(path, holder, n_bytes)
+        return _made[os.getpid()]
+
+
+def _remove_left_behind() -> None:
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        holder = path / "holder"
+        try:
+            old = time.time() - path.stat().st_mtime > YOUNG_SECONDS
+            if old and holder.is_file() and not path.is_symlink():
+                with FileLock(holder, fallback_to_soft=False).acquire(timeout=0):
+                    shutil.rmtree(path, ignore_errors=True)
+        except (OSError, Timeout):  # another user's, or in use
+            continue

@@ -1,0 +1,1 @@
+"""Fitting on token states: heads, ridges, their weights, the layer, intervals."""

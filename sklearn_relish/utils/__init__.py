@@ -1,0 +1,1 @@
+"""What several packages need: devices, files, locks, messages, versions."""

@@ -1,0 +1,68 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sklearn_relish.states.token_states import TokenStates, pack_states, unpack_states
+
+
+def make():
+    """Texts of 2, 4 and 1 tokens in one array, and of 3 in another."""
+    return TokenStates(
+        arrays=(torch.arange(14.0).reshape(7, 2), -torch.arange(8.0).reshape(4, 2)),
+        array=torch.tensor([0, 0, 0, 1]),
+        starts=torch.tensor([0, 2, 6, 1]),
+        lengths=torch.tensor([2, 4, 1, 3]),
+    )
+
+
+def test_batch_pads_to_its_own_longest_text():
+    states, mask = make().batch(torch.tensor([2, 0]))
+    assert mask.tolist() == [[True, False], [True, True]]
+    assert states.tolist() == [[[12.0, 13.0], [0.0, 0.0]], [[0.0, 1.0], [2.0, 3.0]]]
+
+
+def test_batch_takes_texts_from_several_arrays():
+    states, mask = make().batch(torch.tensor([3, 2, 3]))
+    assert mask.sum(dim=1).tolist() == [3, 1, 3]
+    assert states[0].tolist() == states[2].tolist() == [[-2.0, -3.0], [-4.0, -5.0], [-6.0, -7.0]]
+    assert states[1, 0].tolist() == [12.0, 13.0]
+
+
+def test_selection_shares_the_arrays_and_may_repeat_texts():
+    states = make()
+    chosen = states[torch.tensor([1, 1, 2])]
+    assert chosen.arrays is states.arrays
+    assert chosen.lengths.tolist() == [4, 4, 1]
+    assert [len(text) for text in chosen] == [4, 4, 1]
+    assert next(iter(chosen)).data_ptr() == states.arrays[0][2:].data_ptr()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gathering_by_token_gives_the_same_batch_as_copying_by_text(packed):
+    states = make()
+    if packed:
+        states = replace(states, arrays=tuple(map(pack_states, states.arrays)))
+    rows = torch.tensor([3, 0, 1, 1, 2])
+    there = states.to(torch.device("cpu"))[rows]  # as it would lie on a GPU, in one array
+    batch, mask = states.batch(rows, n_tokens=6)
+    assert batch.shape == (5, 6, 2)
+    assert torch.equal(there._gathered(mask), batch)
+
+
+def test_a_batch_may_be_wider_than_its_longest_text():
+    narrow, mask = make().batch(torch.tensor([2, 0]))
+    wide, wide_mask = make().batch(torch.tensor([2, 0]), n_tokens=5)
+    assert torch.equal(wide[:, :2], narrow)
+    assert not wide[:, 2:].any()
+    assert wide_mask.sum() == mask.sum()
+
+
+def test_packed_states_are_within_a_sixteenth_of_each_value():
+    states = torch.randn(200, 64) * torch.logspace(-6, 6, 200)[:, None]
+    states[:, 0] *= 100  # one value that dwarfs the others, as middle layers have
+    states[7] = 0
+    unpacked = unpack_states(pack_states(states)).float()
+    error = (unpacked - states).abs()
+    assert (error <= states.abs() / 16 + states.abs().amax(1, keepdim=True) * 2**-17).all()
+    assert torch.equal(unpack_states(pack_states(unpacked)).float(), unpacked)

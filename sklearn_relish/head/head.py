@@ -6,6 +6,7 @@ attend to them a few times, read the answer off the latent. It knows tensors and
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -339,6 +340,12 @@ class RelishEnsemble(nn.Module):
         if ensemble.linear is not None:
             ensemble.linear.load_state_dict(known.linear.state_dict())
         return ensemble.eval()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RelishEnsemble:
+        """A copy as of any other module, not by way of `__getstate__`."""
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         """Arrays and plain values alone, which open wherever NumPy does."""

@@ -370,9 +370,29 @@ def _placed(
     with slot.lock:
         known = slot.placed
         if known is None or known.made_for != made_for or not torch.equal(known.some, some):
-            known = _Placed(copy.deepcopy(head).to(device, dtype), made_for, some)
+            known = _Placed(_copied(head, device, dtype), made_for, some)
             slot.placed = known
     return known.head
+
+
+def _copied(
+    head: RelishHead | RelishEnsemble, device: torch.device, dtype: torch.dtype
+) -> RelishHead | RelishEnsemble:
+    """A copy of a head whose weights are views of one tensor.
+
+    The system gets that memory back when the copy is deleted. Small tensors would stay with the
+    allocator's arena of the thread that made them: a service with many threads that is refitted
+    would grow by a copy for each thread.
+    """
+    weights = list(head.parameters())
+    with torch.no_grad():
+        vector = torch.empty(sum(map(torch.numel, weights)), device=device, dtype=dtype)
+        parts = vector.split([weight.numel() for weight in weights])
+        copies = {
+            id(weight): nn.Parameter(part.view_as(weight).copy_(weight), requires_grad=False)
+            for weight, part in zip(weights, parts, strict=True)
+        }
+    return copy.deepcopy(head, copies)
 
 
 def _answers(answer: Callable[[Tensor, Tensor], Tensor], loader: BatchLoader) -> Tensor:

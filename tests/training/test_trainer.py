@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from sklearn_relish.head.head import RelishEnsemble
 from sklearn_relish.head.losses import Objective
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training import trainer as training
@@ -297,3 +298,14 @@ def test_locks_that_were_taken_are_free_in_a_forked_child():
     assert not any(lock._lock.locked() for lock in renewed)
     assert (head_answers(head, examples.states, CPU) == before).all()
     new_head(0, input_size=12, latent_size=32, n_heads=4)
+
+
+def test_the_weights_of_a_copy_for_predictions_are_one_tensor():
+    """Then the system gets its memory back when the next fit replaces it."""
+    heads = [new_head(seed, input_size=8, latent_size=16, n_heads=2) for seed in (0, 1)]
+    ensemble = RelishEnsemble(heads, linear_path=True)
+    placed = _placed(ensemble, torch.device("cpu"), torch.float64)
+    assert len({weight.untyped_storage().data_ptr() for weight in placed.parameters()}) == 1
+    copied = dict(placed.named_parameters())
+    for name, weight in ensemble.named_parameters(remove_duplicate=False):
+        assert torch.equal(copied[name], weight.double()), name

@@ -27,7 +27,7 @@ from scipy.stats import pearsonr, spearmanr
 
 from sklearn_relish import RelishRegressor, StateStore
 from sklearn_relish.head.head import RelishEnsemble, RelishHead
-from sklearn_relish.training.trainer import head_answers, new_head
+from sklearn_relish.training.trainer import new_head, predict_states
 
 SETS = ["stsb", "wmt-ru-en"]
 DEPTHS = [1, 2, 3, 4, 5]
@@ -146,7 +146,7 @@ def main() -> None:
     print(f"\nA head's time on {len(texts)} texts of {set_name}, as a share of reading them\n")
     for depth in DEPTHS:
         head = new_head(0, input_size=llm.hidden_size, n_iterations=depth)
-        seconds = fastest(lambda head=head: head_answers(head, states, llm.torch_device))
+        seconds = fastest(lambda head=head: predict_states(head, states, llm.torch_device))
         print(f"{depth} iterations: {100 * seconds / reading:.1f} %")
 
 

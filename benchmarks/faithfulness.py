@@ -27,7 +27,7 @@ from sklearn_relish import RelishRegressor, StateStore
 from sklearn_relish.head.head import RelishEnsemble
 from sklearn_relish.regressor import TextAttention
 from sklearn_relish.states.token_states import TokenStates
-from sklearn_relish.training.trainer import head_answers
+from sklearn_relish.training.trainer import predict_states
 
 SETS = ["stsb", "wmt-ru-en"]
 COLUMNS = ["text_a", "text_b"]
@@ -81,7 +81,7 @@ def main() -> None:
         def answers(states: list[Tensor], head: RelishEnsemble = regressor.head_) -> np.ndarray:
             lengths = torch.tensor([len(some) for some in states])
             ragged = TokenStates.from_lengths(torch.cat(states), lengths)
-            return head_answers(head, ragged, llm.torch_device)[:, 0]
+            return predict_states(head, ragged, llm.torch_device)[:, 0]
 
         whole = answers(states)
         for share in SHARES:

@@ -39,9 +39,9 @@ from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.recording import Recorded
 from sklearn_relish.training.trainer import (
     Examples,
-    head_answers,
     mixed_precision,
     new_head,
+    predict_states,
     train_head,
 )
 
@@ -209,8 +209,8 @@ def check_training(check: Checks) -> None:
         if device == GPU:
             difference = abs(losses[name] / losses["CPU"] - 1)
             check(f"validation loss, {name}, against the CPU's", difference, 0.03)
-            answers = torch.from_numpy(head_answers(head, fresh.states, GPU))
-            reference = torch.from_numpy(head_answers(head, fresh.states, CPU))
+            answers = torch.from_numpy(predict_states(head, fresh.states, GPU))
+            reference = torch.from_numpy(predict_states(head, fresh.states, CPU))
             check(f"answers, {name}, against float64", apart(answers, reference), 1e-3)
     sklearn_relish.training.batching.RESIDENT_SHARE = 0.5
 
@@ -226,7 +226,7 @@ def check_training(check: Checks) -> None:
 
     def gradients(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         with mixed_precision(GPU):
-            answers = head.answer(states, mask)
+            answers = head.raw_prediction(states, mask)
         head.zero_grad(set_to_none=False)
         answers.square().mean().backward()
         return answers.detach().sum()

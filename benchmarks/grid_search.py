@@ -36,13 +36,13 @@ from sklearn.pipeline import make_pipeline
 from skrub import LLMEncoder as SkrubEncoder
 
 from sklearn_relish import FrozenLLM, LLMEncoder, RelishRegressor, StateStore
-from sklearn_relish.head.losses import Objective
+from sklearn_relish.head.losses import Loss
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.trainer import (
     Examples,
     auto_epochs,
-    head_answers,
     new_head,
+    predict_states,
     train_head,
 )
 
@@ -85,7 +85,7 @@ def seconds_of_heads(states: TokenStates, y: np.ndarray, llm: FrozenLLM) -> floa
             head,
             examples[learned],
             examples[held_out],
-            objective=Objective(defaults["loss"]),
+            loss_fn=Loss(defaults["loss"]),
             **{name: defaults[name] for name in ("learning_rate", "weight_decay")},
             batch_size=defaults["batch_size"],
             max_epochs=auto_epochs(len(learned), defaults["batch_size"]),
@@ -96,7 +96,7 @@ def seconds_of_heads(states: TokenStates, y: np.ndarray, llm: FrozenLLM) -> floa
             deep_supervision=defaults["deep_supervision"],
         )
         if len(test):
-            head_answers(head, states[torch.from_numpy(test)], llm.torch_device)
+            predict_states(head, states[torch.from_numpy(test)], llm.torch_device)
     return time.perf_counter() - start
 
 

@@ -28,7 +28,7 @@ from scipy.stats import pearsonr
 from sklearn_relish import FrozenLLM, StateStore
 from sklearn_relish.head.head import RelishHead
 from sklearn_relish.states.token_states import TokenStates
-from sklearn_relish.training.trainer import Examples, head_answers, new_head, train_head
+from sklearn_relish.training.trainer import Examples, new_head, predict_states, train_head
 
 CPU = torch.device("cpu")
 SIZE, BATCH, STEPS = 576, 64, 12
@@ -121,7 +121,7 @@ def fits(data: Path, model: str, memory: str | None, rounds: int) -> list[dict]:
         textbook = textbook_fit(head, train, y, dev, dev_y, epochs=10, device=CPU, seed=seed)
         row = {"seed": seed, "ours": seconds, "textbook": time.perf_counter() - start}
         for name, answers in (
-            ("ours", torch.from_numpy(head_answers(ours, dev, CPU))),
+            ("ours", torch.from_numpy(predict_states(ours, dev, CPU))),
             ("textbook", textbook.answers(dev)),
         ):
             row[f"{name}_r"] = 100 * float(pearsonr(answers[:, 0], dev_y[:, 0]).statistic)

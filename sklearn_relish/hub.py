@@ -39,7 +39,7 @@ from sklearn.utils._param_validation import (
 )
 
 from sklearn_relish.head.head import RelishEnsemble, RelishHead
-from sklearn_relish.head.losses import LOSSES, Objective
+from sklearn_relish.head.losses import LOSSES, Loss
 from sklearn_relish.llm.frozen import FrozenLLM
 from sklearn_relish.training.conformal import Conformal
 from sklearn_relish.utils.versions import FORMAT, STAMP, check_format, stamp, warn_versions
@@ -78,7 +78,7 @@ HEAD: dict[str, list[Any]] = {
     "sizes": [dict],
     "n_heads": COUNT,
     "linear_path": ["boolean"],
-    "objective": [dict],
+    "loss_fn": [dict],
 }
 SIZES: dict[str, list[Any]] = {
     "input_size": COUNT,
@@ -89,7 +89,7 @@ SIZES: dict[str, list[Any]] = {
     "share_weights": ["boolean"],
     "state_norm": [StrOptions({"rms"}), None],
 }
-OBJECTIVE: dict[str, list[Any]] = {"loss": [StrOptions(set(LOSSES))], "quantiles": [list]}
+LOSS: dict[str, list[Any]] = {"name": [StrOptions(set(LOSSES))], "quantiles": [list]}
 # What a file may ask for in `model_kwargs`; anything else could run or write what it likes.
 HARMLESS = {"revision": str, "subfolder": str, "quantization_config": dict}
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
@@ -224,7 +224,7 @@ def load(
     regressor._conformal = None
     if "conformal.scores" in arrays:
         scores, weight = arrays["conformal.scores"], arrays["conformal.weight"]
-        regressor._conformal = Conformal(regressor.head_.objective, scores, weight)
+        regressor._conformal = Conformal(regressor.head_.loss_fn, scores, weight)
     fitted["_y_shape"] = (fitted["n_outputs_"],) if fitted["_y_shape"] else ()
     if fitted["layer_scores_"] is not None:
         fitted["layer_scores_"] = {int(n): r2 for n, r2 in fitted["layer_scores_"].items()}
@@ -394,7 +394,7 @@ def _check_config(config: dict[str, Any], cls: type[RelishRegressor], path: Path
     _check_fields(fitted, FITTED, path, "fitted.")
     _check_fields(fitted["head"], HEAD, path, "fitted.head.")
     _check_fields(fitted["head"]["sizes"], SIZES, path, "fitted.head.sizes.")
-    _check_fields(fitted["head"]["objective"], OBJECTIVE, path, "fitted.head.objective.")
+    _check_fields(fitted["head"]["loss_fn"], LOSS, path, "fitted.head.loss_fn.")
     _check_fitted(fitted, path)
 
 
@@ -441,25 +441,25 @@ def _check_fitted(fitted: dict[str, Any], path: Path) -> None:
         "_y_shape",
         f"must be the shape of {n_outputs} outputs",
     )
-    loss, quantiles = head["objective"]["loss"], head["objective"]["quantiles"]
+    loss, quantiles = head["loss_fn"]["name"], head["loss_fn"]["quantiles"]
     check(
         all(type(level) in (int, float) and 0 < level < 1 for level in quantiles)
         and all(low < high for low, high in pairwise(quantiles))
         and (len(quantiles) > 0) == (loss == "quantile"),
-        "head.objective.quantiles",
+        "head.loss_fn.quantiles",
         f"must be {'levels between 0 and 1 in rising order' if loss == 'quantile' else 'empty'}"
         f" with the loss {loss!r}",
     )
-    objective = Objective(loss, tuple(quantiles))
+    loss_fn = Loss(loss, tuple(quantiles))
     check(
-        objective.of_mean or not head["linear_path"],
+        loss_fn.predicts_mean or not head["linear_path"],
         "head.linear_path",
         f"must be false with the loss {loss!r}",
     )
     check(
-        head["sizes"]["n_outputs"] == n_outputs * objective.n_answers,
+        head["sizes"]["n_outputs"] == n_outputs * loss_fn.n_predictions,
         "head.sizes.n_outputs",
-        f"must be {objective.n_answers} for each of {n_outputs} outputs",
+        f"must be {loss_fn.n_predictions} for each of {n_outputs} outputs",
     )
     check(
         head["sizes"]["latent_size"] % head["sizes"]["n_heads"] == 0,

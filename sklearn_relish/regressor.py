@@ -26,7 +26,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 from sklearn_relish import hub as pretrained
 from sklearn_relish.base import LLMReader
 from sklearn_relish.head.head import RelishEnsemble, RelishHead, check_head_sizes
-from sklearn_relish.head.losses import LOSSES, Objective
+from sklearn_relish.head.losses import LOSSES, Loss
 from sklearn_relish.inputs.targets import read_targets
 from sklearn_relish.llm.frozen import FrozenLLM
 from sklearn_relish.states.store import StateStore
@@ -38,9 +38,9 @@ from sklearn_relish.training.trainer import (
     Examples,
     attention_weights,
     auto_epochs,
-    head_answers,
     new_head,
-    staged_answers,
+    predict_states,
+    staged_predict_states,
     train_head,
 )
 from sklearn_relish.utils.messages import name_rows, warn
@@ -358,17 +358,17 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         return self
 
     def _fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
-        going_on = self.warm_start and hasattr(self, "head_")
-        rows = self._check_rows(X, y, sample_weight, going_on)
-        n_estimators = self._n_estimators(len(rows.texts), going_on)
+        continuing = self.warm_start and hasattr(self, "head_")
+        rows = self._check_rows(X, y, sample_weight, continuing)
+        n_estimators = self._n_estimators(len(rows.texts), continuing)
         text = rows.groups
         random = self._random()
         held_out = self._held_out(text, n_estimators, random)
-        if not going_on:
+        if not continuing:
             self.layer_, self.layer_scores_ = self._find_layer(rows, random)
         states = self._states(rows.texts, self.layer_)
-        heads = list(self.head_.heads) if going_on else []
-        sizes = self._head_sizes(states.hidden_size, rows.targets.shape[1], rows.objective)
+        heads = list(self.head_.heads) if continuing else []
+        sizes = self._head_sizes(states.hidden_size, rows.targets.shape[1], rows.loss_fn)
 
         def make_head(number: int, seed: int) -> RelishHead:
             return copy.deepcopy(heads[number]) if heads else new_head(seed, **sizes)
@@ -376,20 +376,20 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         max_epochs = self.max_epochs
         if max_epochs == "auto":
             max_epochs = auto_epochs(len(text) - len(held_out[0]), self.batch_size)
-        ensemble, trainings, foretold = fit_ensemble(
+        ensemble, trainings, oof_predictions = fit_ensemble(
             Examples.of(states, rows.targets, rows.weight),
             text,
             held_out,
             make_head=make_head,
-            linear_path=bool(self.linear_path) and not going_on,
+            linear_path=bool(self.linear_path) and not continuing,
             random=random,
             max_epochs=max_epochs,
             n_iter_no_change=self.n_iter_no_change,
-            **self._training(rows.objective),
+            **self._training(rows.loss_fn),
         )
-        if going_on:  # rows that a head has seen before tell nothing of what it is worth
-            ensemble = RelishEnsemble.beside(self.head_, ensemble.heads, rows.objective)
-            foretold = np.full_like(foretold, np.nan)
+        if continuing:  # rows that a head has seen before tell nothing of what it is worth
+            ensemble = RelishEnsemble.with_heads(self.head_, ensemble.heads, rows.loss_fn)
+            oof_predictions = np.full_like(oof_predictions, np.nan)
         self.head_ = ensemble
         self._learned_from(rows)
         self.history_ = [
@@ -400,11 +400,11 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         self.best_epoch_ = [training.best_epoch for training in trainings]
         self.n_epochs_ = len(self.history_)
         self.validation_score_, self._conformal = None, None
-        seen = np.isfinite(foretold[:, 0])
+        seen = np.isfinite(oof_predictions[:, 0])
         if seen.any():
-            told, targets, weight = foretold[seen], rows.targets[seen], rows.weight[seen]
-            self._conformal = Conformal.of(rows.objective, told, targets, weight)
-            point = rows.objective.point(torch.from_numpy(told)).numpy()
+            told, targets, weight = oof_predictions[seen], rows.targets[seen], rows.weight[seen]
+            self._conformal = Conformal.of(rows.loss_fn, told, targets, weight)
+            point = rows.loss_fn.point_prediction(torch.from_numpy(told)).numpy()
             varied = rows.scale > 0
             if len(point) > 1 and varied.any():
                 self.validation_score_ = r2_score(
@@ -442,18 +442,18 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         return self
 
     def _partial_fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
-        going_on = hasattr(self, "head_")
-        rows = self._check_rows(X, y, sample_weight, going_on)
-        n_estimators = self._n_estimators(0, going_on)
+        continuing = hasattr(self, "head_")
+        rows = self._check_rows(X, y, sample_weight, continuing)
+        n_estimators = self._n_estimators(0, continuing)
         random = self._random()
-        if not going_on:
+        if not continuing:
             self.layer_, self.layer_scores_ = self._find_layer(rows, random)
         states = self._states(rows.texts, self.layer_)
-        if not going_on:
-            sizes = self._head_sizes(states.hidden_size, rows.targets.shape[1], rows.objective)
+        if not continuing:
+            sizes = self._head_sizes(states.hidden_size, rows.targets.shape[1], rows.loss_fn)
             seeds = random.randint(np.iinfo(np.int32).max, size=n_estimators)
             heads = [new_head(int(seed), **sizes) for seed in seeds]
-            self.head_ = RelishEnsemble(heads, False, rows.objective).eval()
+            self.head_ = RelishEnsemble(heads, False, rows.loss_fn).eval()
             self.history_, self.best_epoch_, self.n_epochs_ = [], [], 0
         examples = Examples.of(states, rows.targets, rows.weight)
         ensemble, history = copy.deepcopy(self.head_), []
@@ -466,10 +466,10 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
                 n_iter_no_change=None,
                 constant_rate=True,
                 seed=random.randint(np.iinfo(np.int32).max),
-                **self._training(rows.objective),
+                **self._training(rows.loss_fn),
             )
             history += [{"estimator": number, **epoch} for epoch in training.history]
-        self.head_ = RelishEnsemble.beside(self.head_, ensemble.heads, rows.objective)
+        self.head_ = RelishEnsemble.with_heads(self.head_, ensemble.heads, rows.loss_fn)
         self._learned_from(rows)
         self.history_ = self.history_ + history
         self.n_epochs_ = len(self.history_)
@@ -507,7 +507,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             `n_iterations` of them; the last is that of `predict`.
         """
         fitted = self._snapshot()
-        stages = fitted._responses(X, staged_answers)  # (n, n_iterations, n_answers)
+        stages = fitted._responses(X, staged_predict_states)  # (n, n_iterations, n_predictions)
         return map(fitted._point_in_units, stages.transpose(1, 0, 2))
 
     def attention(self, X: ArrayLike) -> list[TextAttention]:
@@ -674,8 +674,8 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         """
         return pretrained.load(cls, source, revision, token, parameters)
 
-    def _responses(self, X: ArrayLike, answers: Callable[..., Any] = head_answers) -> Any:
-        """The ensemble's responses in standardized units, (n_samples, n_outputs * n_answers).
+    def _responses(self, X: ArrayLike, answers: Callable[..., Any] = predict_states) -> Any:
+        """The ensemble's responses in standardized units, (n_samples, n_outputs * n_predictions).
 
         Or what another function of it and the texts' states gives, an array or a list with an entry
         a text. The states of all texts are never held at once.
@@ -692,11 +692,11 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         if isinstance(parts[0], list):
             found = [entry for part in parts for entry in part]
             return [found[place] for place in order]
-        return _rounded(np.concatenate(parts)[order], self.head_.objective)
+        return _rounded(np.concatenate(parts)[order], self.head_.loss_fn)
 
     def _point_in_units(self, responses: np.ndarray) -> np.ndarray:
         """One number for each output, of the target's shape."""
-        point = self.head_.objective.point(torch.from_numpy(responses)).numpy()
+        point = self.head_.loss_fn.point_prediction(torch.from_numpy(responses)).numpy()
         return self._in_units(point[:, :, None])[..., 0]
 
     def _in_units(self, responses: np.ndarray) -> np.ndarray:
@@ -723,35 +723,35 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             )
 
     def _check_rows(
-        self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None, going_on: bool
+        self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None, continuing: bool
     ) -> _Rows:
         """What is learned from, checked before anything is read."""
-        table = self._read_table(X, reset=not going_on)
+        table = self._read_table(X, reset=not continuing)
         y = self._check_y(y)
         check_consistent_length(np.empty(table.n_rows), y)
         weight = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
         check_head_sizes(self.latent_size, self.n_heads)
-        objective = self._objective(y)
+        loss_fn = self._loss_fn(y)
         y_shape = y.shape[1:]
         texts, groups, y, weight = _unique_pairs(self._render(table), y.reshape(len(y), -1), weight)
-        if going_on:
-            self._check_going_on(objective, y.shape[1])
-        kept = self._y_scale > 0 if going_on else np.zeros(y.shape[1], dtype=bool)
-        mean, scale = _units(y, weight, objective, kept)
+        if continuing:
+            self._check_continuing(loss_fn, y.shape[1])
+        kept = self._y_scale > 0 if continuing else np.zeros(y.shape[1], dtype=bool)
+        mean, scale = _units(y, weight, loss_fn, kept)
         if kept.any():
             mean, scale = np.where(kept, self._y_mean, mean), np.where(kept, self._y_scale, scale)
         return _Rows(
             texts=texts,
             groups=groups,
-            targets=_standardized(y, mean, scale, objective),
+            targets=_standardized(y, mean, scale, loss_fn),
             weight=weight,
             mean=mean,
             scale=scale,
             y_shape=y_shape,
-            objective=objective,
+            loss_fn=loss_fn,
         )
 
-    def _objective(self, y: np.ndarray) -> Objective:
+    def _loss_fn(self, y: np.ndarray) -> Loss:
         """The loss, and whether the targets are such as it is made for."""
         if self.loss == "quantile":
             quantiles = np.atleast_1d(np.asarray(self.quantile, dtype=float))
@@ -761,20 +761,20 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
                     f"quantile={self.quantile!r} is neither a number above 0 and below 1 nor"
                     " several of them in rising order."
                 )
-            objective = Objective(self.loss, tuple(quantiles.tolist()))
+            loss_fn = Loss(self.loss, tuple(quantiles.tolist()))
         elif isinstance(self.quantile, Real) and self.quantile == 0.5:
-            objective = Objective(self.loss)
+            loss_fn = Loss(self.loss)
         else:
             raise ValueError(
                 f"quantile={self.quantile!r} has no effect with loss={self.loss!r}: pass"
                 " loss='quantile', or leave quantile at 0.5."
             )
-        if self.linear_path != "auto" and self.linear_path and not objective.of_mean:
+        if self.linear_path != "auto" and self.linear_path and not loss_fn.predicts_mean:
             raise ValueError(
                 "linear_path=True needs a loss that asks for a mean, 'huber' or 'squared_error',"
                 f" and loss={self.loss!r} does not: pass linear_path='auto' or False."
             )
-        if objective.log_link:
+        if loss_fn.log_link:
             low = y <= 0 if self.loss == "gamma" else y < 0
             rows = np.flatnonzero(low.reshape(len(y), -1).any(axis=1))
             if len(rows):
@@ -782,32 +782,32 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
                 raise ValueError(
                     f"loss={self.loss!r} is for targets {what}: y is not in {name_rows(rows)}."
                 )
-        return objective
+        return loss_fn
 
-    def _check_going_on(self, objective: Objective, n_outputs: int) -> None:
+    def _check_continuing(self, loss_fn: Loss, n_outputs: int) -> None:
         """Refuse to train the heads further as others than they are."""
         self._check_model()
-        before, head = self.head_.objective, self.head_.heads[0]
+        before, head = self.head_.loss_fn, self.head_.heads[0]
         known = head.sizes | {"n_outputs": self.n_outputs_, "log-link": before.log_link}
-        known |= {"number of quantiles": before.n_answers}
-        wanted = self._head_sizes(self._llm().hidden_size, n_outputs, objective)
-        wanted |= {"n_outputs": n_outputs, "log-link": objective.log_link}
-        wanted |= {"number of quantiles": objective.n_answers}
+        known |= {"number of quantiles": before.n_predictions}
+        wanted = self._head_sizes(self._llm().hidden_size, n_outputs, loss_fn)
+        wanted |= {"n_outputs": n_outputs, "log-link": loss_fn.log_link}
+        wanted |= {"number of quantiles": loss_fn.n_predictions}
         for name, value in known.items():
             if value != wanted[name]:
                 raise ValueError(
                     f"The heads to go on with have {name}={value}, and {wanted[name]} is asked for:"
                     " keep to that, or fit anew with warm_start=False."
                 )
-        if self.head_.linear is not None and not objective.of_mean:
+        if self.head_.linear is not None and not loss_fn.predicts_mean:
             raise ValueError(
                 f"Ridges stand beside the heads to go on with, and loss={self.loss!r} asks for"
                 " something else than their mean: fit anew with warm_start=False."
             )
 
-    def _n_estimators(self, n_rows: int, going_on: bool) -> int:
+    def _n_estimators(self, n_rows: int, continuing: bool) -> int:
         """Heads to fit; as many as there are, to go on with them."""
-        if going_on:
+        if continuing:
             n_heads = len(self.head_.heads)
             if self.n_estimators not in ("auto", n_heads):
                 raise ValueError(
@@ -819,13 +819,13 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             return MANY if 0 < n_rows <= SMALL_SET else FEW
         return self.n_estimators
 
-    def _head_sizes(self, input_size: int, n_outputs: int, objective: Objective) -> dict[str, Any]:
+    def _head_sizes(self, input_size: int, n_outputs: int, loss_fn: Loss) -> dict[str, Any]:
         return {
             "input_size": input_size,
             "latent_size": self.latent_size,
             "n_heads": self.n_heads,
             "n_iterations": self.n_iterations,
-            "n_outputs": n_outputs * objective.n_answers,
+            "n_outputs": n_outputs * loss_fn.n_predictions,
             "share_weights": self.share_weights,
             "state_norm": self.state_norm,
         }
@@ -836,10 +836,10 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
             return np.random.RandomState()
         return check_random_state(self.random_state)
 
-    def _training(self, objective: Objective) -> dict[str, Any]:
+    def _training(self, loss_fn: Loss) -> dict[str, Any]:
         """What all trainings of this regressor have in common."""
         return {
-            "objective": objective,
+            "loss_fn": loss_fn,
             "learning_rate": self.learning_rate,
             "weight_decay": self.weight_decay,
             "batch_size": self.batch_size,
@@ -958,7 +958,7 @@ class _Rows(NamedTuple):
     mean: np.ndarray
     scale: np.ndarray
     y_shape: tuple[int, ...]
-    objective: Objective
+    loss_fn: Loss
 
 
 def _unique_pairs(
@@ -995,25 +995,23 @@ def _unique_pairs(
     return [texts[row] for row in first], groups, y[first], weight / weight.mean()
 
 
-def _rounded(responses: np.ndarray, objective: Objective) -> np.ndarray:
+def _rounded(responses: np.ndarray, loss_fn: Loss) -> np.ndarray:
     """Responses to 24 bits, as exact as the head's weights are.
 
     The last bits of float64 depend on the texts that are in a batch.
     """
-    mantissa, exponent = np.frexp(responses) if objective.log_link else (responses, 0)
+    mantissa, exponent = np.frexp(responses) if loss_fn.log_link else (responses, 0)
     return np.ldexp(np.round(mantissa * 2**24), exponent - 24)
 
 
-def _standardized(
-    y: np.ndarray, mean: np.ndarray, scale: np.ndarray, objective: Objective
-) -> np.ndarray:
+def _standardized(y: np.ndarray, mean: np.ndarray, scale: np.ndarray, loss_fn: Loss) -> np.ndarray:
     """Targets in standardized units; of a constant one whatever the loss has its minimum at."""
-    nothing = 1.0 if objective.log_link else 0.0
+    nothing = 1.0 if loss_fn.log_link else 0.0
     return np.where(scale > 0, (y - mean) / np.where(scale > 0, scale, 1.0), nothing)
 
 
 def _units(
-    y: np.ndarray, weight: np.ndarray, objective: Objective, kept: np.ndarray
+    y: np.ndarray, weight: np.ndarray, loss_fn: Loss, kept: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The mean and the scale of targets: 0 and their mean under a log-link.
 
@@ -1033,6 +1031,6 @@ def _units(
             "y, or sample_weight, spans more than float64 can square: bring it nearer to 1 first,"
             " by a factor or a logarithm."
         )
-    if objective.log_link:
+    if loss_fn.log_link:
         mean, scale = np.where(constant, mean, 0.0), mean
     return mean, np.where(constant, 0.0, scale)

@@ -415,8 +415,8 @@ def test_what_can_not_work_is_refused(three, saved, monkeypatch):
         ("fitted.head.n_heads", 3_000),
         ("fitted.head.n_heads", 1),
         ("fitted.head.linear_path", "yes"),
-        ("fitted.head.objective.loss", "cubic"),
-        ("fitted.head.objective.quantiles", [0.5]),
+        ("fitted.head.loss_fn.name", "cubic"),
+        ("fitted.head.loss_fn.quantiles", [0.5]),
         ("fitted.head.sizes.n_iterations", 10_000_000),
         ("fitted.head.sizes.n_iterations", 1_000),
         ("fitted.head.sizes.n_iterations", 1),
@@ -513,8 +513,11 @@ def with_digest(folder):
         ({"_y_mean": np.zeros(1, "f4")}, "'_y_mean' should be F64 .* is F32"),
         ({"_y_mean": None}, "'_y_mean' should be F64 .* is none"),
         ({"more": np.zeros(1)}, "'more' should be none, but is F64"),
-        ({"head.share": np.full(1, np.nan, "f4")}, "'head.share' does not hold finite numbers"),
-        ({"head.share": np.zeros(1, "i4")}, "'head.share' should be F32 .* is I32"),
+        (
+            {"head.head_weight": np.full(1, np.nan, "f4")},
+            "'head.head_weight' does not hold finite numbers",
+        ),
+        ({"head.head_weight": np.zeros(1, "i4")}, "'head.head_weight' should be F32 .* is I32"),
         ({"conformal.scores": None}, r"'conformal\.scores' should be F64 .* is none"),
         ({"conformal.weight": np.zeros((2, 2))}, r"'conformal\.scores' should be"),
         ({"conformal.weight": np.array(1.0)}, r"'conformal\.scores' should be"),
@@ -543,8 +546,8 @@ def test_truncated_and_altered_weights_are_refused(saved):
 
 def test_what_would_not_open_is_not_saved(three, saved):
     regressor = copy.deepcopy(three[1])
-    regressor.head_.share[0] = np.nan
-    with pytest.raises(ValueError, match=r"'head\.share' does not hold finite numbers"):
+    regressor.head_.head_weight[0] = np.nan
+    with pytest.raises(ValueError, match=r"'head\.head_weight' does not hold finite numbers"):
         regressor.save_pretrained(saved)
     regressor = copy.deepcopy(three[1]).set_params(n_iterations=0)
     with pytest.raises(ValueError, match=r"parameters\.n_iterations must be"):

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from sklearn_relish.head.losses import Objective
+from sklearn_relish.head.losses import Loss
 from sklearn_relish.utils.messages import name_rows
 from sklearn_relish.utils.versions import FORMAT, check_format
 
 LATENT_STD = 0.02  # of the initial latent state's entries
 MLP_RATIO = 4  # hidden units of a block's MLP, in latent sizes
 RMS_EPSILON = 1e-6  # added to the mean square of a token's state
-HUBER = Objective("huber")
+HUBER = Loss("huber")
 
 
 def check_head_sizes(latent_size: int, n_heads: int) -> None:
@@ -240,9 +240,9 @@ class RelishHead(nn.Module):
         ValueError
             If the mask has no real token for a text.
         """
-        return self.answer(_without_padding(states, mask), mask)
+        return self.raw_prediction(_without_padding(states, mask), mask)
 
-    def answer(self, states: Tensor, mask: Tensor) -> Tensor:
+    def raw_prediction(self, states: Tensor, mask: Tensor) -> Tensor:
         """The same as `forward`, faster, for states whose padding holds finite numbers."""
         *_, last = self.steps(states, mask)
         return self.readout(last.latent)  # (B, n_outputs)
@@ -301,7 +301,7 @@ class RelishEnsemble(nn.Module):
         Of one input size, `state_norm` and number of outputs.
     linear_path : bool
         Whether there is a linear path; it has no influence until its weights are set.
-    objective : Objective
+    loss_fn : Loss
         Says what the heads' raw answers mean.
 
     Attributes
@@ -312,31 +312,29 @@ class RelishEnsemble(nn.Module):
         From a text's mean and last token state, normalized as the heads', to its answer.
     """
 
-    def __init__(
-        self, heads: list[RelishHead], linear_path: bool, objective: Objective = HUBER
-    ) -> None:
+    def __init__(self, heads: list[RelishHead], linear_path: bool, loss_fn: Loss = HUBER) -> None:
         super().__init__()
         self.heads = nn.ModuleList(heads)
-        self.objective = objective
+        self.loss_fn = loss_fn
         self.state_norm = heads[0].state_norm
         readout, projection = heads[0].readout, heads[0].projection
-        self.share = nn.Parameter(torch.ones(readout.out_features), requires_grad=False)
+        self.head_weight = nn.Parameter(torch.ones(readout.out_features), requires_grad=False)
         self.linear = None
         if linear_path:
             # Made without values: initial ones would be drawn from torch's global generator.
             sizes = 2 * projection.in_features, readout.out_features
-            self.linear = nn.Linear(*sizes, device="meta").to_empty(device=self.share.device)
+            self.linear = nn.Linear(*sizes, device="meta").to_empty(device=self.head_weight.device)
             self.linear.requires_grad_(False)
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
 
     @classmethod
-    def beside(
-        cls, known: RelishEnsemble, heads: Iterable[RelishHead], objective: Objective
+    def with_heads(
+        cls, known: RelishEnsemble, heads: Iterable[RelishHead], loss_fn: Loss
     ) -> RelishEnsemble:
         """Other heads in the place of a known ensemble's, beside its linear path."""
-        ensemble = cls(list(heads), known.linear is not None, objective)
-        ensemble.share.copy_(known.share)
+        ensemble = cls(list(heads), known.linear is not None, loss_fn)
+        ensemble.head_weight.copy_(known.head_weight)
         if ensemble.linear is not None:
             ensemble.linear.load_state_dict(known.linear.state_dict())
         return ensemble.eval()
@@ -355,39 +353,41 @@ class RelishEnsemble(nn.Module):
             "sizes": self.heads[0].sizes,
             "n_heads": len(self.heads),
             "linear_path": self.linear is not None,
-            "objective": {
-                "loss": self.objective.loss,
-                "quantiles": list(self.objective.quantiles),
+            "loss_fn": {
+                "name": self.loss_fn.name,
+                "quantiles": list(self.loss_fn.quantiles),
             },
             "weights": weights,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         check_format(state, f"The saved {type(self).__name__}")
-        objective = Objective(state["objective"]["loss"], tuple(state["objective"]["quantiles"]))
+        loss_fn = Loss(state["loss_fn"]["name"], tuple(state["loss_fn"]["quantiles"]))
         with torch.device("meta"):
             heads = [RelishHead(**state["sizes"]) for _ in range(state["n_heads"])]
-            self.__init__(heads, state["linear_path"], objective)
+            self.__init__(heads, state["linear_path"], loss_fn)
         weights = {name: torch.tensor(array) for name, array in state["weights"].items()}
         self.load_state_dict(weights, assign=True)
         self.eval()
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """Answer for each text of a padded batch, as `RelishHead`."""
-        return self.answer(_without_padding(states, mask), mask)
+        return self.raw_prediction(_without_padding(states, mask), mask)
 
-    def answer(self, states: Tensor, mask: Tensor) -> Tensor:
+    def raw_prediction(self, states: Tensor, mask: Tensor) -> Tensor:
         """The same as `forward`, faster, for states whose padding holds finite numbers."""
-        states = states.to(self.share.dtype)
-        respond = self.objective.respond
-        answers = sum(respond(head.answer(states, mask)) for head in self.heads) / len(self.heads)
+        states = states.to(self.head_weight.dtype)
+        inverse_link = self.loss_fn.inverse_link
+        answers = sum(inverse_link(head.raw_prediction(states, mask)) for head in self.heads) / len(
+            self.heads
+        )
         if self.linear is None:
             return answers  # (B, n_outputs)
-        return self.share * answers + self.linear(self._pooled(states, mask))
+        return self.head_weight * answers + self.linear(self._pooled(states, mask))
 
     def attention(self, states: Tensor, mask: Tensor) -> Tensor:
         """Weights of the tokens, (n_estimators, n_iterations, B, n_heads, S), of sum 1."""
-        states = states.to(self.share.dtype)
+        states = states.to(self.head_weight.dtype)
         return torch.stack(
             [
                 torch.stack([step.attention for step in head.steps(states, mask)])
@@ -397,12 +397,12 @@ class RelishEnsemble(nn.Module):
 
     def staged(self, states: Tensor, mask: Tensor) -> Tensor:
         """The answer after each iteration of the heads, (n_iterations, B, n_outputs)."""
-        states = states.to(self.share.dtype)
-        respond = self.objective.respond
+        states = states.to(self.head_weight.dtype)
+        inverse_link = self.loss_fn.inverse_link
         answers = torch.stack(
             [
                 sum(
-                    respond(head.readout(step.latent))
+                    inverse_link(head.readout(step.latent))
                     for head, step in zip(self.heads, steps, strict=True)
                 )
                 for steps in zip(*(head.steps(states, mask) for head in self.heads), strict=True)
@@ -410,7 +410,7 @@ class RelishEnsemble(nn.Module):
         ) / len(self.heads)
         if self.linear is None:
             return answers
-        return self.share * answers + self.linear(self._pooled(states, mask))
+        return self.head_weight * answers + self.linear(self._pooled(states, mask))
 
     def _pooled(self, states: Tensor, mask: Tensor) -> Tensor:
         """Mean and last token state of each text, side by side, (B, 2 D)."""

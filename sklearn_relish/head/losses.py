@@ -19,7 +19,7 @@ LOSSES = IDENTITY | LOG
 
 
 @dataclass(frozen=True)
-class Objective:
+class Loss:
     """A loss on standardized targets.
 
     Parameters
@@ -35,64 +35,66 @@ class Objective:
     Examples
     --------
     >>> import torch
-    >>> objective = Objective("quantile", (0.1, 0.5, 0.9))
-    >>> responses = objective.respond(torch.tensor([[-1.0, 0.0, 3.0]]))
+    >>> loss_fn = Loss("quantile", (0.1, 0.5, 0.9))
+    >>> responses = loss_fn.inverse_link(torch.tensor([[-1.0, 0.0, 3.0]]))
     >>> [round(float(some), 3) for some in responses[0]]
     [-1.0, -0.307, 2.742]
-    >>> objective.point(responses).shape
+    >>> loss_fn.point_prediction(responses).shape
     torch.Size([1, 1])
     """
 
-    loss: str
+    name: str
     quantiles: tuple[float, ...] = ()
 
     @property
-    def n_answers(self) -> int:
+    def n_predictions(self) -> int:
         """Raw answers for each output."""
         return max(1, len(self.quantiles))
 
     @property
     def log_link(self) -> bool:
         """Whether raw answers are logarithms of responses."""
-        return self.loss in LOG
+        return self.name in LOG
 
     @property
-    def of_mean(self) -> bool:
+    def predicts_mean(self) -> bool:
         """Whether it asks for a mean in the target's own units, as a least squares fit does."""
-        return self.loss in ("huber", "squared_error")
+        return self.name in ("huber", "squared_error")
 
-    def respond(self, raw: Tensor) -> Tensor:
-        """Responses, of the same shape as raw answers, (n, n_outputs * n_answers)."""
+    def inverse_link(self, raw: Tensor) -> Tensor:
+        """Responses, of the same shape as raw answers, (n, n_outputs * n_predictions)."""
         if self.log_link:
             return raw.exp()
-        if self.n_answers == 1:
+        if self.n_predictions == 1:
             return raw
-        first, *steps = raw.unflatten(1, (-1, self.n_answers)).unbind(2)
+        first, *steps = raw.unflatten(1, (-1, self.n_predictions)).unbind(2)
         rising = torch.stack([first, *(softplus(step) for step in steps)], dim=2)
         return rising.cumsum(2).flatten(1)
 
-    def point(self, responses: Tensor) -> Tensor:
+    def point_prediction(self, responses: Tensor) -> Tensor:
         """One response for each output, (n, n_outputs): of several quantiles the middle one.
 
         Where two are as near to the median as each other, their mean.
         """
-        if self.n_answers == 1:
+        if self.n_predictions == 1:
             return responses
-        return responses.unflatten(1, (-1, self.n_answers))[:, :, middle(self.quantiles)].mean(2)
+        return responses.unflatten(1, (-1, self.n_predictions))[:, :, middle(self.quantiles)].mean(
+            2
+        )
 
     def losses(self, raw: Tensor, y: Tensor) -> Tensor:
         """Loss of each output, (n, n_outputs), of raw answers for targets of that shape."""
-        if self.loss == "huber":
+        if self.name == "huber":
             return huber_loss(raw, y, reduction="none")
-        if self.loss == "squared_error":
+        if self.name == "squared_error":
             return (raw - y) ** 2
-        if self.loss == "absolute_error":
+        if self.name == "absolute_error":
             return (raw - y).abs()
-        if self.loss == "poisson":
+        if self.name == "poisson":
             return raw.exp() - y * raw
-        if self.loss == "gamma":
+        if self.name == "gamma":
             return raw + y * (-raw).exp()
-        responses = self.respond(raw).unflatten(1, (-1, self.n_answers)).unbind(2)
+        responses = self.inverse_link(raw).unflatten(1, (-1, self.n_predictions)).unbind(2)
         losses = [
             torch.maximum(quantile * (y - response), (quantile - 1) * (y - response))
             for quantile, response in zip(self.quantiles, responses, strict=True)

@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sklearn_relish.head.losses import Objective
+from sklearn_relish.head.losses import Loss
 
 
 @dataclass(frozen=True)
 class Conformal:
     """Conformity scores of held-out rows.
 
-    A score says how far a target lies outside of what was foretold. With several quantiles that is
-    the way to the nearer of the outermost two, negative between them [1]_. With one number for a
-    target it is the distance from it, as a share of its size under the gamma loss, and of the
-    root of it under Poisson's, whose spread grows like that.
+    A score says how far a target lies outside of its out-of-fold prediction. With several
+    quantiles that is the distance to the nearer of the outermost two, negative between them [1]_.
+    With one prediction it is the distance from it, divided by the prediction under the gamma loss,
+    and by its square root under Poisson's, since the spread grows like that.
 
     Parameters
     ----------
-    objective : Objective
+    loss_fn : Loss
     scores : ndarray of shape (n, n_outputs)
     weight : ndarray of shape (n,)
         Of the rows, with a mean of 1.
@@ -34,23 +34,23 @@ class Conformal:
     --------
     >>> import numpy as np
     >>> y = np.arange(-99.0, 100.0)[:, None]
-    >>> conformal = Conformal.of(Objective("huber"), np.zeros_like(y), y, np.ones(len(y)))
+    >>> conformal = Conformal.of(Loss("huber"), np.zeros_like(y), y, np.ones(len(y)))
     >>> conformal.interval(np.array([[1000.0]]), coverage=0.9).tolist()
     [[[910.0, 1090.0]]]
     """
 
-    objective: Objective
+    loss_fn: Loss
     scores: np.ndarray
     weight: np.ndarray
 
     @classmethod
     def of(
-        cls, objective: Objective, foretold: np.ndarray, y: np.ndarray, weight: np.ndarray
+        cls, loss_fn: Loss, oof_predictions: np.ndarray, y: np.ndarray, weight: np.ndarray
     ) -> Conformal:
-        """Scores of targets (n, n_outputs), given the responses that were foretold for them."""
-        low, high = _ends(objective, foretold)
-        scores = np.maximum(low - y, y - high) / _spread(objective, low)
-        return cls(objective, scores, weight / weight.mean())
+        """Scores of targets (n, n_outputs), given their out-of-fold predictions."""
+        low, high = _ends(loss_fn, oof_predictions)
+        scores = np.maximum(low - y, y - high) / _spread(loss_fn, low)
+        return cls(loss_fn, scores, weight / weight.mean())
 
     def interval(self, responses: np.ndarray, coverage: float) -> np.ndarray:
         """Lower and upper ends, (m, n_outputs, 2), that hold a share `coverage` of fresh targets.
@@ -74,23 +74,23 @@ class Conformal:
             total = self.weight[order].cumsum()
             # Sums of weights that should be equal differ by rounding.
             widening[j] = scores[order[np.searchsorted(total, bound * (1 - 1e-12))]]
-        low, high = _ends(self.objective, responses)
-        widening = widening * _spread(self.objective, low)
+        low, high = _ends(self.loss_fn, responses)
+        widening = widening * _spread(self.loss_fn, low)
         low, high = low - widening, high + widening
-        if self.objective.log_link:
+        if self.loss_fn.log_link:
             low = np.maximum(low, 0.0)
         crossed = low > high  # a negative score of the middle: nothing lies between
         low = np.where(crossed, (low + high) / 2, low)
         return np.stack([low, np.maximum(low, high)], axis=2)
 
 
-def _ends(objective: Objective, responses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _ends(loss_fn: Loss, responses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The lowest and the highest response for each output, (n, n_outputs)."""
-    responses = responses.reshape(len(responses), -1, objective.n_answers)
+    responses = responses.reshape(len(responses), -1, loss_fn.n_predictions)
     return responses[:, :, 0], responses[:, :, -1]
 
 
-def _spread(objective: Objective, responses: np.ndarray) -> np.ndarray:
+def _spread(loss_fn: Loss, responses: np.ndarray) -> np.ndarray:
     """What a score is a multiple of."""
     powers = {"poisson": 0.5, "gamma": 1.0}
-    return responses ** powers.get(objective.loss, 0.0)
+    return responses ** powers.get(loss_fn.name, 0.0)

@@ -1,4 +1,4 @@
-"""Several heads and a linear path, weighed by what each foretold of texts it had not seen."""
+"""Several heads and a linear path, weighted by their out-of-fold error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sklearn_relish.head.head import RelishEnsemble, RelishHead
-from sklearn_relish.head.losses import Objective
+from sklearn_relish.head.losses import Loss
 from sklearn_relish.training.ridges import fit_ridges, stack
 from sklearn_relish.training.trainer import Examples, Training, train_head
 
@@ -21,14 +21,14 @@ PRIOR = (0.5, 0.3, 0.2)  # the weights of heads and ridges that no rows would gi
 class Fitted(NamedTuple):
     """What came of a fit.
 
-    `ensemble` is on the CPU, `trainings` has the course of each head's, and `foretold`,
-    (n, n_outputs * n_answers), what it foretells of each row by heads and ridges that have not
+    `ensemble` is on the CPU, `trainings` has the course of each head's, and `oof_predictions`,
+    (n, n_outputs * n_predictions), what it foretells of each row by heads and ridges that have not
     seen it, NaN where there are none.
     """
 
     ensemble: RelishEnsemble
     trainings: list[Training]
-    foretold: np.ndarray
+    oof_predictions: np.ndarray
 
 
 def fit_ensemble(
@@ -38,7 +38,7 @@ def fit_ensemble(
     *,
     make_head: Callable[[int, int], RelishHead],
     linear_path: bool,
-    objective: Objective,
+    loss_fn: Loss,
     random: np.random.RandomState,
     device: torch.device,
     **training: Any,
@@ -47,8 +47,8 @@ def fit_ensemble(
 
     Each head is trained on all other rows and stopped by its own. The linear path is a ridge on
     the mean of a text's token states and one on its last state, whose leave-one-out predictions
-    come with the fit. Heads and ridges are weighed by what they foretold of texts that they had
-    not seen, see `sklearn_relish.training.ridges.stack`. A head is weighed alone, and
+    come with the fit. Heads and ridges are weighted by their out-of-fold predictions,
+    see `sklearn_relish.training.ridges.stack`. A head is weighed alone, and
     counts for no more than that in the mean of several.
 
     Parameters
@@ -61,9 +61,9 @@ def fit_ensemble(
     make_head : callable
         Given a number from 0 and a seed, a head, which is trained in place.
     linear_path : bool
-        Whether there is a linear path, given enough held-out texts and an objective that asks for
+        Whether there is a linear path, given enough held-out texts and an loss_fn that asks for
         a mean.
-    objective : Objective
+    loss_fn : Loss
     random : RandomState
         Draws each head's seed, the order of its texts and the texts of the ridges.
     device : torch.device
@@ -77,9 +77,9 @@ def fit_ensemble(
     """
     n_rows = len(examples.states)
     heads, trainings = [], []
-    foretold = np.zeros((n_rows, examples.y.shape[1] * objective.n_answers))
-    known, times = np.zeros_like(foretold), np.zeros(n_rows)
-    linear_path = linear_path and objective.of_mean
+    oof_predictions = np.zeros((n_rows, examples.y.shape[1] * loss_fn.n_predictions))
+    known, times = np.zeros_like(oof_predictions), np.zeros(n_rows)
+    linear_path = linear_path and loss_fn.predicts_mean
     for number, rows in enumerate(held_out):
         learned = np.setdiff1d(np.arange(n_rows), rows)
         head = make_head(number, random.randint(np.iinfo(np.int32).max))
@@ -87,53 +87,53 @@ def fit_ensemble(
             head,
             examples[learned],
             examples[rows] if len(rows) else None,
-            objective=objective,
+            loss_fn=loss_fn,
             seed=random.randint(np.iinfo(np.int32).max),
             device=device,
             **training,
         )
         if len(rows):
-            foretold[rows] += course.foretold
+            oof_predictions[rows] += course.oof_predictions
             times[rows] += 1
             if linear_path:
                 y, weight = examples.y[learned].numpy(), examples.weight[learned].numpy()
                 known[rows] += np.average(y, axis=0, weights=weight)
         heads.append(head)
         trainings.append(course)
-    foretold[times == 0] = np.nan
-    foretold /= np.maximum(times, 1)[:, None]
+    oof_predictions[times == 0] = np.nan
+    oof_predictions /= np.maximum(times, 1)[:, None]
     known /= np.maximum(times, 1)[:, None]
     _, first = np.unique(text, return_index=True)
     chosen = np.sort(random.permutation(len(first))[:RIDGE_TEXTS])
     seen = times[first[chosen]] > 0
     linear_path = linear_path and np.count_nonzero(seen) >= LEAST_TEXTS
-    ensemble = RelishEnsemble(heads, linear_path, objective)
+    ensemble = RelishEnsemble(heads, linear_path, loss_fn)
     if linear_path:
-        weighed = np.full((len(first), foretold.shape[1]), np.nan)
+        weighed = np.full((len(first), oof_predictions.shape[1]), np.nan)
         weighed[chosen] = _set_linear_path(
-            ensemble, examples.merged(text)[chosen], seen, (foretold - known)[first[chosen]]
+            ensemble, examples.merged(text)[chosen], seen, (oof_predictions - known)[first[chosen]]
         )
-        foretold = weighed[text]
-    return Fitted(ensemble.eval(), trainings, foretold)
+        oof_predictions = weighed[text]
+    return Fitted(ensemble.eval(), trainings, oof_predictions)
 
 
 def _set_linear_path(
-    ensemble: RelishEnsemble, texts: Examples, seen: np.ndarray, foretold: np.ndarray
+    ensemble: RelishEnsemble, texts: Examples, seen: np.ndarray, oof_predictions: np.ndarray
 ) -> np.ndarray:
     """Fit the ridges, weigh them and the heads on the texts that were held out, set weights.
 
-    `foretold` is what heads foretold, less the mean that they knew. What all of them together
-    foretell of each text is returned.
+    `oof_predictions` are the heads', less the mean of their training targets. Those of all models
+    together are returned.
     """
     y, weight = texts.y.double().numpy(), texts.weight.double().numpy()
     ridges = fit_ridges(texts.states, ensemble.state_norm, y, weight)
-    together = np.empty_like(foretold)
+    together = np.empty_like(oof_predictions)
     for j in range(y.shape[1]):
-        told = [foretold[:, j], *(ridge.foretold[:, j] for ridge in ridges)]
+        told = [oof_predictions[:, j], *(ridge.oof_predictions[:, j] for ridge in ridges)]
         weights = stack([some[seen] for some in told], y[seen, j], weight[seen], PRIOR)
         together[:, j] = np.column_stack(told) @ weights
         share, *shares = weights
-        ensemble.share[j] = share
+        ensemble.head_weight[j] = share
         coefs = [part * ridge.coef[j] for part, ridge in zip(shares, ridges, strict=True)]
         ensemble.linear.weight[j] = torch.from_numpy(np.concatenate(coefs))
         ensemble.linear.bias[j] = sum(

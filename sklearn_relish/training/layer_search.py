@@ -50,7 +50,7 @@ def choose_layer(
         ridges = fit_ridges(texts.states, state_norm, y, weight)
         squared = np.zeros(len(y))
         for j in range(y.shape[1]):
-            told = [ridge.foretold[:, j] for ridge in ridges]
+            told = [ridge.oof_predictions[:, j] for ridge in ridges]
             share = stack(told, y[:, j], weight, [0.5, 0.5])
             squared += (np.column_stack(told) @ share - y[:, j]) ** 2
         errors[layer] = squared / y.shape[1]

@@ -22,13 +22,13 @@ SIZE, SIZE_ROWS, LEAST_SIZE = 0.6, 30.0, 0.1  # of all together: expected, its r
 class Ridge(NamedTuple):
     """A linear function of pooled states, and what it foretells of its training rows.
 
-    `coef` is (n_outputs, D), `intercept` (n_outputs,), `foretold` (n_texts, n_outputs): for each
-    row the prediction of the ridge without that row, less the mean of the others' targets.
+    `coef` is (n_outputs, D), `intercept` (n_outputs,), `oof_predictions` (n_texts, n_outputs): for
+    each row the prediction of the ridge without that row, less the mean of the others' targets.
     """
 
     coef: np.ndarray
     intercept: np.ndarray
-    foretold: np.ndarray
+    oof_predictions: np.ndarray
 
 
 def fit_ridges(
@@ -66,13 +66,13 @@ def fit_ridges(
         coef = ridge.coef_.reshape(y.shape[1], -1) / scaler.scale_
         stored = ridge.cv_results_.reshape(len(y), y.shape[1], len(PENALTIES))
         chosen = np.searchsorted(PENALTIES, np.broadcast_to(ridge.alpha_, y.shape[1]))
-        foretold = np.take_along_axis(stored, chosen[None, :, None], axis=2)[:, :, 0]
-        ridges.append(Ridge(coef, ridge.intercept_ - coef @ scaler.mean_, foretold - others))
+        oof_predictions = np.take_along_axis(stored, chosen[None, :, None], axis=2)[:, :, 0]
+        ridges.append(Ridge(coef, ridge.intercept_ - coef @ scaler.mean_, oof_predictions - others))
     return ridges
 
 
 def stack(
-    foretold: Sequence[np.ndarray], y: np.ndarray, weight: np.ndarray, prior: Sequence[float]
+    oof_predictions: Sequence[np.ndarray], y: np.ndarray, weight: np.ndarray, prior: Sequence[float]
 ) -> np.ndarray:
     """Weights that make one prediction of several.
 
@@ -83,7 +83,7 @@ def stack(
 
     Parameters
     ----------
-    foretold : sequence of ndarray of shape (n,)
+    oof_predictions : sequence of ndarray of shape (n,)
         Predictions for rows that their makers had not seen, less the mean of the targets that they
         had: it is the lower, the higher the row's own target is, and where there is little else to
         a prediction, it would seem worse than nothing.
@@ -94,7 +94,7 @@ def stack(
 
     Returns
     -------
-    ndarray of shape (len(foretold),)
+    ndarray of shape (len(oof_predictions),)
 
     References
     ----------
@@ -108,7 +108,7 @@ def stack(
     >>> stack([y + noise, 0.01 * (y - noise)], y, np.ones(10_000), [0.5, 0.5]).round(1)
     array([ 0.5, 49.9])
     """
-    told = np.column_stack(foretold)
+    told = np.column_stack(oof_predictions)
     size = np.sqrt(np.average(told**2, axis=0, weights=weight))
     size = np.where(size > 0, size, np.inf)
     told, root, firmness = told / size, np.sqrt(weight), np.sqrt(PRIOR_ROWS)

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from tqdm.auto import tqdm
 
 from sklearn_relish.head.head import RelishEnsemble, RelishHead
-from sklearn_relish.head.losses import Objective
+from sklearn_relish.head.losses import Loss
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.batching import BatchLoader
 from sklearn_relish.training.recording import Recorded
@@ -68,13 +68,13 @@ class Examples:
 class Training(NamedTuple):
     """What a training gave: its course, and which epoch's weights the head carries.
 
-    `foretold`, (n, n_outputs * n_answers), are responses for the validation examples, each of an
-    epoch that was not chosen by that example; None without any.
+    `oof_predictions`, (n, n_outputs * n_predictions), are those of the validation examples, each of
+    an epoch that was not chosen by that example; None without any.
     """
 
     history: list[dict[str, float]]
     best_epoch: int
-    foretold: np.ndarray | None
+    oof_predictions: np.ndarray | None
 
 
 _init_lock = ForkSafeLock()  # initializers draw from the one global generator
@@ -104,7 +104,7 @@ def train_head(
     train: Examples,
     validation: Examples | None,
     *,
-    objective: Objective,
+    loss_fn: Loss,
     learning_rate: float,
     weight_decay: float,
     batch_size: int,
@@ -129,7 +129,7 @@ def train_head(
         Trained on `device`, left on the CPU.
     train, validation : Examples
         What is learned from, and what is held out; no validation, no early stopping.
-    objective : Objective
+    loss_fn : Loss
         The loss on standardized targets.
     learning_rate : float
         Peak of the schedule.
@@ -186,8 +186,12 @@ def train_head(
     def losses_of(states: Tensor, mask: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """What is minimized, and the loss of the last answers, of each text, (B,)."""
         with mixed_precision(device):
-            stages = head.staged(states, mask) if deep_supervision else [head.answer(states, mask)]
-        losses = [objective.losses(raw.float(), y).mean(dim=1) * weight for raw in stages]
+            stages = (
+                head.staged(states, mask)
+                if deep_supervision
+                else [head.raw_prediction(states, mask)]
+            )
+        losses = [loss_fn.losses(raw.float(), y).mean(dim=1) * weight for raw in stages]
         return torch.stack(losses).mean(dim=0), losses[-1]
 
     def gradients(states: Tensor, mask: Tensor, y: Tensor, weight: Tensor) -> Tensor:
@@ -241,8 +245,8 @@ def train_head(
             }
             if held_out is not None:
                 with torch.inference_mode():
-                    validated.append(_answers(head.answer, held_out))
-                entry |= evaluate(validated[-1], validation, objective)
+                    validated.append(_answers(head.raw_prediction, held_out))
+                entry |= evaluate(validated[-1], validation, loss_fn)
                 bar.set_postfix({"validation R²": f"{entry['validation_r2']:.3f}"})
                 if entry["validation_loss"] < best_loss:
                     best_loss, best_epoch = entry["validation_loss"], epoch
@@ -255,41 +259,41 @@ def train_head(
         head.load_state_dict(best_weights)
     head.zero_grad(set_to_none=True)
     head.to("cpu").eval()
-    foretold = _foretold(torch.stack(validated), validation, objective) if validated else None
-    return Training(history, best_epoch, foretold)
+    oof_predictions = _foretold(torch.stack(validated), validation, loss_fn) if validated else None
+    return Training(history, best_epoch, oof_predictions)
 
 
-def _foretold(validated: Tensor, examples: Examples, objective: Objective) -> np.ndarray:
+def _foretold(validated: Tensor, examples: Examples, loss_fn: Loss) -> np.ndarray:
     """Responses for each half of the examples, of the epoch that is best on the other half.
 
     The lowest of many losses is lower than a fresh text's would be: it is of the luckiest epoch.
     """
-    losses = torch.stack([objective.losses(raw, examples.y).mean(dim=1) for raw in validated])
+    losses = torch.stack([loss_fn.losses(raw, examples.y).mean(dim=1) for raw in validated])
     losses = losses * examples.weight  # (n_epochs, n)
     half = torch.arange(validated.shape[1]) % 2 == 0
     raw = torch.empty_like(validated[0])
     for chosen, others in ((half, ~half), (~half, half)):
         raw[chosen] = validated[losses[:, others].sum(dim=1).argmin(), chosen]
-    return objective.respond(raw).double().numpy()
+    return loss_fn.inverse_link(raw).double().numpy()
 
 
-def evaluate(raw: Tensor, examples: Examples, objective: Objective) -> dict[str, float]:
+def evaluate(raw: Tensor, examples: Examples, loss_fn: Loss) -> dict[str, float]:
     """Validation loss and R² of raw answers for the examples, both weighted."""
     weight = examples.weight[:, None]
-    predicted = objective.point(objective.respond(raw))
+    predicted = loss_fn.point_prediction(loss_fn.inverse_link(raw))
     mean = (weight * examples.y).sum(dim=0) / weight.sum()
     residual = (weight * (predicted - examples.y) ** 2).sum(dim=0)
     spread = (weight * (examples.y - mean) ** 2).sum(dim=0)
     r2 = torch.where(spread > 0, 1 - residual / spread, torch.nan).nanmean()
-    loss = (weight * objective.losses(raw, examples.y)).sum() / weight.sum() / examples.y.shape[1]
+    loss = (weight * loss_fn.losses(raw, examples.y)).sum() / weight.sum() / examples.y.shape[1]
     return {"validation_loss": float(loss), "validation_r2": float(r2)}
 
 
 @torch.inference_mode()
-def head_answers(
+def predict_states(
     head: RelishHead | RelishEnsemble, states: TokenStates, device: torch.device
 ) -> np.ndarray:
-    """Answers of a trained head, or of several, for all texts: float64, (n_texts, n_answers).
+    """Answers of a trained head, or of several, for all texts: float64, (n_texts, n_predictions).
 
     On a CPU the head computes in float64: a text's answer depends on its batch by no more than the
     rounding of that.
@@ -297,12 +301,14 @@ def head_answers(
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     with current_device(device):
         loader = BatchLoader(states, device, dtype)
-        return _answers(_placed(head, device, dtype).answer, loader).double().numpy()
+        return _answers(_placed(head, device, dtype).raw_prediction, loader).double().numpy()
 
 
 @torch.inference_mode()
-def staged_answers(head: RelishEnsemble, states: TokenStates, device: torch.device) -> np.ndarray:
-    """The same after each iteration, (n_texts, n_iterations, n_answers)."""
+def staged_predict_states(
+    head: RelishEnsemble, states: TokenStates, device: torch.device
+) -> np.ndarray:
+    """The same after each iteration, (n_texts, n_iterations, n_predictions)."""
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     with current_device(device):
         placed = _placed(head, device, dtype)

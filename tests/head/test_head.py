@@ -145,7 +145,9 @@ def test_answer_takes_any_finite_padding(padding, folding, monkeypatch):
     head = randomized(RelishHead(24, **TEXTBOOK_SIZES))
     states, mask = ragged_batch()
     padded = states.masked_fill(~mask[:, :, None], padding)
-    torch.testing.assert_close(head.answer(padded, mask), head(states, mask), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        head.raw_prediction(padded, mask), head(states, mask), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(

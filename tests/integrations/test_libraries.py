@@ -16,7 +16,7 @@ def test_optuna_search(regressor, reviews):
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-    def objective(trial):
+    def loss_fn(trial):
         regressor.set_params(
             latent_size=trial.suggest_categorical("latent_size", [8, 16]),
             learning_rate=trial.suggest_float("learning_rate", 1e-3, 1e-2, log=True),
@@ -24,7 +24,7 @@ def test_optuna_search(regressor, reviews):
         return cross_val_score(regressor, *reviews, cv=2).mean()
 
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
-    study.optimize(objective, n_trials=3)
+    study.optimize(loss_fn, n_trials=3)
     assert study.best_value > 0.3
 
 

@@ -7,16 +7,16 @@ from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import StandardScaler
 
 from sklearn_relish.head.head import RelishEnsemble, RelishHead
-from sklearn_relish.head.losses import Objective
+from sklearn_relish.head.losses import Loss
 from sklearn_relish.head.pooling import pool
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.ensemble import fit_ensemble
 from sklearn_relish.training.ridges import PENALTIES, fit_ridges, stack
-from sklearn_relish.training.trainer import Examples, head_answers, new_head
+from sklearn_relish.training.trainer import Examples, new_head, predict_states
 
 SIZES = {"input_size": 6, "latent_size": 8, "n_heads": 2}
 TRAINING = {
-    "objective": Objective("huber"),
+    "loss_fn": Loss("huber"),
     "learning_rate": 5e-3,
     "weight_decay": 0.01,
     "batch_size": 16,
@@ -54,9 +54,9 @@ def test_a_linear_target_is_learned_by_the_linear_path(n_outputs):
     folds = np.array_split(np.random.RandomState(0).permutation(300), 3)
     ensemble, trainings = fit(examples, folds, max_epochs=1)
     assert len(ensemble.heads) == len(trainings) == 3
-    answers = head_answers(ensemble, fresh.states, torch.device("cpu"))
+    answers = predict_states(ensemble, fresh.states, torch.device("cpu"))
     alone, _ = fit(examples, folds, max_epochs=1, linear_path=False)
-    alone = head_answers(alone, fresh.states, torch.device("cpu"))
+    alone = predict_states(alone, fresh.states, torch.device("cpu"))
     for j in range(n_outputs):
         y = fresh.y[:, j].numpy()
         assert np.corrcoef(answers[:, j], y)[0, 1] > 0.95
@@ -72,7 +72,7 @@ def test_the_answer_is_the_mean_of_the_heads_and_the_linear_path():
     mean = sum(head(states, mask) for head in heads) / 3
     torch.testing.assert_close(ensemble(states, mask), mean)
 
-    ensemble.share.fill_(0.5)
+    ensemble.head_weight.fill_(0.5)
     ensemble.linear.weight.copy_(torch.arange(12.0)[None])
     ensemble.linear.bias.fill_(2.0)
     texts = TokenStates.from_lengths(states[mask], mask.sum(1))
@@ -147,7 +147,7 @@ def test_a_ridge_that_tells_little_is_not_taken_for_one_that_misleads():
         examples = linear_examples(60, noise=5.0, seed=seed)
         y = examples.y.double().numpy()
         ridges = fit_ridges(examples.states, "rms", y, np.ones(60))
-        told = [ridge.foretold[:, 0] for ridge in ridges]
+        told = [ridge.oof_predictions[:, 0] for ridge in ridges]
         shares.append(stack(told, y[:, 0], np.ones(60), [0.5, 0.5]).sum())
     assert np.mean(shares) > 0.5
 

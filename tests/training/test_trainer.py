@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from sklearn_relish.head.head import RelishEnsemble
-from sklearn_relish.head.losses import Objective
+from sklearn_relish.head.losses import Loss
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training import trainer as training
 from sklearn_relish.training.trainer import (
     Examples,
     _placed,
     auto_epochs,
-    head_answers,
     new_head,
+    predict_states,
     shuffled_batches,
     train_head,
 )
@@ -42,7 +42,7 @@ def train(examples, validation=None, seed=0, head=None, **changes):
         seed, input_size=12, latent_size=32, n_heads=4, n_iterations=2, state_norm=None
     )
     settings = {
-        "objective": Objective("huber"),
+        "loss_fn": Loss("huber"),
         "learning_rate": 3e-3,
         "weight_decay": 0.01,
         "batch_size": 32,
@@ -58,7 +58,7 @@ def train(examples, validation=None, seed=0, head=None, **changes):
 def test_learns_what_pooling_cannot():
     head, _ = train(task(1500), max_epochs=20)
     fresh = task(300, seed=1)
-    predicted = head_answers(head, fresh.states, CPU)[:, 0]
+    predicted = predict_states(head, fresh.states, CPU)[:, 0]
     assert np.corrcoef(predicted, fresh.y[:, 0])[0, 1] > 0.9
 
 
@@ -71,7 +71,7 @@ def test_deep_supervision_asks_every_iteration_to_be_right():
         stages = head.staged(states, mask).detach()
         assert len(stages) == 2
         last = training.history[training.best_epoch - 1]["validation_loss"]
-        found = [float(Objective("huber").losses(raw, fresh.y).mean()) for raw in stages]
+        found = [float(Loss("huber").losses(raw, fresh.y).mean()) for raw in stages]
         assert found[-1] == pytest.approx(last, rel=1e-4)  # what is told is of the last answer
         return found
 
@@ -102,7 +102,7 @@ def test_history_and_best_epoch():
     assert training.best_epoch == 1 + int(np.argmin(losses))
     assert training.best_epoch < len(losses)  # it overfits: otherwise this shows nothing
 
-    residual = torch.from_numpy(head_answers(head, validation.states, CPU)) - validation.y
+    residual = torch.from_numpy(predict_states(head, validation.states, CPU)) - validation.y
     restored = torch.nn.functional.huber_loss(residual, torch.zeros_like(residual))
     assert float(restored) == pytest.approx(min(losses), rel=1e-5)
     r2 = training.history[training.best_epoch - 1]["validation_r2"]
@@ -156,7 +156,7 @@ def test_gradients_are_clipped(monkeypatch):
     examples = task(64)
     train(
         Examples(examples.states, 1e6 * examples.y, examples.weight),
-        objective=Objective("squared_error"),
+        loss_fn=Loss("squared_error"),
     )
     assert max(norms) <= 1.0 + 1e-4
 
@@ -165,8 +165,8 @@ def test_validation_is_weighted():
     examples = task(64, noise=1.0)
     weight = torch.linspace(0, 2, 64)
     validation = Examples(examples.states, examples.y, weight)
-    head, training = train(task(64), validation, objective=Objective("squared_error"), max_epochs=1)
-    error = (torch.from_numpy(head_answers(head, examples.states, CPU)) - examples.y)[:, 0] ** 2
+    head, training = train(task(64), validation, loss_fn=Loss("squared_error"), max_epochs=1)
+    error = (torch.from_numpy(predict_states(head, examples.states, CPU)) - examples.y)[:, 0] ** 2
     expected = float((weight * error).sum() / weight.sum())
     assert training.history[0]["validation_loss"] == pytest.approx(expected, rel=1e-4)
 
@@ -183,15 +183,15 @@ def test_weights_count():
     wrong[100:] = -wrong[100:]
     trusted = Examples(examples.states, wrong, (torch.arange(200) < 100).float() * 2 + 1e-9)
     head, _ = train(trusted, max_epochs=40)
-    predicted = head_answers(head, examples.states, CPU)
+    predicted = predict_states(head, examples.states, CPU)
     assert np.corrcoef(predicted[100:, 0], examples.y[100:, 0])[0, 1] > 0.3
 
 
 @pytest.mark.parametrize("loss", ["huber", "squared_error"])
 def test_losses(loss):
     examples = task(100)
-    head, training = train(examples, objective=Objective(loss), max_epochs=1, learning_rate=1e-12)
-    residual = (torch.from_numpy(head_answers(head, examples.states, CPU)) - examples.y).abs()
+    head, training = train(examples, loss_fn=Loss(loss), max_epochs=1, learning_rate=1e-12)
+    residual = (torch.from_numpy(predict_states(head, examples.states, CPU)) - examples.y).abs()
     huber = torch.where(residual < 1, 0.5 * residual**2, residual - 0.5)
     expected = huber if loss == "huber" else residual**2
     assert training.history[0]["train_loss"] == pytest.approx(float(expected.mean()), rel=1e-4)
@@ -200,36 +200,36 @@ def test_losses(loss):
 def test_answers_keep_order_and_do_not_depend_on_company(monkeypatch):
     examples = task(50)
     head, _ = train(examples)
-    together = head_answers(head, examples.states, CPU)
+    together = predict_states(head, examples.states, CPU)
     monkeypatch.setattr("sklearn_relish.training.trainer.PREDICT_TOKENS", 16)
     for rows in ([7], [3, 3, 40], list(range(49, -1, -1))):
-        some = head_answers(head, examples.states[torch.tensor(rows)], CPU)
+        some = predict_states(head, examples.states[torch.tensor(rows)], CPU)
         np.testing.assert_allclose(some, together[rows], rtol=1e-10, atol=1e-12)
 
 
 def test_answers_follow_the_weights():
     examples = task(20)
     head, _ = train(examples)
-    before = head_answers(head, examples.states, CPU)
-    assert (head_answers(head, examples.states, CPU) == before).all()
+    before = predict_states(head, examples.states, CPU)
+    assert (predict_states(head, examples.states, CPU) == before).all()
     with torch.no_grad():
         head.readout.bias += 1
-    np.testing.assert_allclose(head_answers(head, examples.states, CPU), before + 1, atol=1e-6)
+    np.testing.assert_allclose(predict_states(head, examples.states, CPU), before + 1, atol=1e-6)
     assert _placed(head, CPU, torch.float64) is _placed(head, CPU, torch.float64)
     head.readout = copy.deepcopy(head.readout)
     with torch.no_grad():
         head.readout.bias += 1
-    np.testing.assert_allclose(head_answers(head, examples.states, CPU), before + 2, atol=1e-6)
+    np.testing.assert_allclose(predict_states(head, examples.states, CPU), before + 2, atol=1e-6)
 
 
 def test_answers_follow_further_training():
     examples = task(20)
     head, _ = train(examples)
-    before = head_answers(head, examples.states, CPU)
+    before = predict_states(head, examples.states, CPU)
     train(examples, head=head, max_epochs=1)
-    after = head_answers(head, examples.states, CPU)
+    after = predict_states(head, examples.states, CPU)
     assert np.abs(after - before).max() > 1e-3
-    assert (head_answers(copy.deepcopy(head), examples.states, CPU) == after).all()
+    assert (predict_states(copy.deepcopy(head), examples.states, CPU) == after).all()
 
 
 def test_a_head_copied_in_inference_mode_answers():
@@ -237,8 +237,8 @@ def test_a_head_copied_in_inference_mode_answers():
     head, _ = train(examples)
     with torch.inference_mode():
         copied = copy.deepcopy(head)
-        answers = head_answers(copied, examples.states, CPU)
-    assert (answers == head_answers(head, examples.states, CPU)).all()
+        answers = predict_states(copied, examples.states, CPU)
+    assert (answers == predict_states(head, examples.states, CPU)).all()
 
 
 def test_batches_hold_every_row_once_with_like_lengths_together():
@@ -266,17 +266,17 @@ def test_threads_that_use_a_head_for_the_first_time_share_one_copy(monkeypatch):
     head = new_head(0, input_size=12, latent_size=32, n_heads=4)
     copies, original = [], copy.deepcopy
 
-    def counted(module):
+    def counted(module, memo):
         copies.append(module)
         time.sleep(0.05)  # so that the others come meanwhile
-        return original(module)
+        return original(module, memo)
 
     monkeypatch.setattr(training, "copy", SimpleNamespace(deepcopy=counted))
     barrier = threading.Barrier(20)
 
     def answer(_):
         barrier.wait()
-        return head_answers(head, examples.states, CPU)
+        return predict_states(head, examples.states, CPU)
 
     with ThreadPoolExecutor(20) as pool:
         first, *others = pool.map(answer, range(20))
@@ -288,7 +288,7 @@ def test_locks_that_were_taken_are_free_in_a_forked_child():
     """What `os.register_at_fork` calls in the child, called here."""
     examples = task(5)
     head = new_head(0, input_size=12, latent_size=32, n_heads=4)
-    before = head_answers(head, examples.states, CPU)
+    before = predict_states(head, examples.states, CPU)
     renewed = [training._init_lock, training._slots_lock, training._slots[head].lock]
     taken = [lock._lock for lock in renewed]
     for lock in taken:
@@ -296,7 +296,7 @@ def test_locks_that_were_taken_are_free_in_a_forked_child():
     locks._renew_all()
     assert all(lock.locked() for lock in taken)
     assert not any(lock._lock.locked() for lock in renewed)
-    assert (head_answers(head, examples.states, CPU) == before).all()
+    assert (predict_states(head, examples.states, CPU) == before).all()
     new_head(0, input_size=12, latent_size=32, n_heads=4)
 
 

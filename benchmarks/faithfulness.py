@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sklearn_relish import RelishRegressor, StateStore
 from sklearn_relish.head.head import RelishEnsemble
-from sklearn_relish.regressor import TextAttention
+from sklearn_relish.predictor import TextAttention
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.trainer import predict_states
 

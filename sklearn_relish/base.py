@@ -1,4 +1,4 @@
-"""What the estimators share: from scikit-learn's `X` to the token states of its rows."""
+"""What the estimators share: the parameters of the language model, and rows to token states."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.utils.versions import STAMP, check_format, stamp, warn_versions
 
 
-class LLMReader(BaseEstimator):
-    """Base of the estimators in front of a frozen language model.
+class BaseLLMEstimator(BaseEstimator):
+    """Base class of the estimators that read texts with a frozen language model.
 
-    A subclass has the parameters that are constrained here among its own.
+    A subclass has the parameters that are constrained here, and its own.
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
@@ -65,7 +65,7 @@ class LLMReader(BaseEstimator):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a state, unless a version that can't be understood has made it."""
+        """Restore a state, unless an incompatible version of this package saved it."""
         state, name = dict(state), type(self).__name__
         given = state.pop(STAMP, None)
         check_format(given, f"The pickled {name}")
@@ -80,26 +80,29 @@ class LLMReader(BaseEstimator):
         super().__setstate__(state)
 
     def _snapshot(self) -> Self:
-        """A shallow copy, made at once: a `fit` in another thread does not change it."""
+        """A shallow copy, which a `fit` in another thread does not change."""
         snapshot = object.__new__(type(self))
         snapshot.__dict__.update(self.__dict__)
         return snapshot
 
-    def _become(self, fitted: Self) -> None:
-        """Take all that was fitted, in one assignment; parameters set meanwhile stay."""
-        state = self.__dict__
-        self.__dict__ = fitted.__dict__ | {name: state[name] for name in self._get_param_names()}
+    def _update_from(self, fitted: Self) -> None:
+        """Take over the fitted attributes in one assignment, so that no thread sees half of them.
+
+        Parameters that were set since the snapshot are kept.
+        """
+        parameters = {name: self.__dict__[name] for name in self._get_param_names()}
+        self.__dict__ = fitted.__dict__ | parameters
 
     def _read_table(self, X: Any, *, reset: bool) -> Table:
-        """`X` as a table of texts that agrees with the one of `fit`.
+        """`X` as a table of texts.
 
-        With `reset`, the names and kinds of the columns are set; otherwise cells are converted to
-        the kinds of `fit`.
+        With `reset`, the names and kinds of the columns are set. Otherwise they are checked, and
+        cells are converted to the kinds of `fit`.
         """
         table = read_table(X)
-        # scikit-learn looks at names and shape alone; an array of strings would cost memory.
-        shown = X if hasattr(X, "columns") else np.broadcast_to(np.float64(0), table.shape)
-        validate_data(self, shown, reset=reset, skip_check_array=True)
+        # scikit-learn only checks names and shape; an array of strings would take memory.
+        placeholder = X if hasattr(X, "columns") else np.broadcast_to(np.float64(0), table.shape)
+        validate_data(self, placeholder, reset=reset, skip_check_array=True)
         if reset:
             self._column_names = table.names
             table, self._column_kinds = write_cells(table)
@@ -116,22 +119,22 @@ class LLMReader(BaseEstimator):
             return shared_llm(self.model, self.device, self.dtype, self.model_kwargs)
         if self.device is not None or self.dtype != "auto" or self.model_kwargs is not None:
             raise ValueError(
-                "device, dtype and model_kwargs concern a model that is given by name: model is a"
-                " FrozenLLM here, which takes them itself."
+                "device, dtype and model_kwargs apply to a model given by name, but model is a"
+                " FrozenLLM: pass them to FrozenLLM instead."
             )
         return self.model
 
     def _states(self, texts: list[str], layer: int, also: Sequence[int] = ()) -> TokenStates:
-        """States for a fit, which are kept; see `StateStore.fetch`."""
+        """States of texts for a fit; they are kept, see `StateStore.fetch`."""
         store = open_store(self.memory)
-        return store.fetch(texts, self._llm(), layer=layer, also=also, **self._reading())
+        return store.fetch(texts, self._llm(), layer=layer, also=also, **self._reading_options())
 
     def _stream(self, texts: list[str], layer: int) -> Iterator[tuple[np.ndarray, TokenStates]]:
-        """States for a prediction, piece by piece; see `StateStore.stream`."""
+        """States of texts for a prediction, batch by batch; see `StateStore.stream`."""
         store = open_store(self.memory)
-        return store.stream(texts, self._llm(), layer=layer, **self._reading())
+        return store.stream(texts, self._llm(), layer=layer, **self._reading_options())
 
-    def _reading(self) -> dict[str, Any]:
+    def _reading_options(self) -> dict[str, Any]:
         return {
             "max_length": self.max_length,
             "windows": self.long_text == "window",

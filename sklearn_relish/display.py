@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from sklearn_relish.regressor import RelishRegressor, TextAttention
+    from sklearn_relish.predictor import RelishPredictor, TextAttention
 
 CHARACTER = 0.602  # width of a monospaced character, in font sizes
 LINE = 1.45  # height of a line, in font sizes
@@ -85,7 +85,7 @@ class RefinementDisplay:
     @classmethod
     def from_estimator(
         cls,
-        estimator: RelishRegressor,
+        estimator: RelishPredictor,
         X: ArrayLike,
         y: ArrayLike | None = None,
         *,

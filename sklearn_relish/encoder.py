@@ -17,13 +17,13 @@ from sklearn.utils import Tags
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from sklearn_relish.base import LLMReader
+from sklearn_relish.base import BaseLLMEstimator
 from sklearn_relish.head.pooling import POOLINGS, pool
 from sklearn_relish.llm.frozen import FrozenLLM
 from sklearn_relish.states.store import StateStore
 
 
-class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
+class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstimator):
     """Texts to vectors: a frozen language model's token states, pooled.
 
     It reads and keeps the same states as :class:`RelishRegressor`: with the same `model`, `layer`,
@@ -81,7 +81,7 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **LLMReader._parameter_constraints,
+        **BaseLLMEstimator._parameter_constraints,
         "pooling": [StrOptions(set(POOLINGS))],
     }
 
@@ -141,7 +141,7 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, LLMReader):
         llm = fitted._llm()
         fitted.layer_ = llm.resolve_layer(fitted.layer)
         fitted._n_features_out = llm.hidden_size
-        self._become(fitted)
+        self._update_from(fitted)
         return self
 
     def transform(self, X: ArrayLike) -> np.ndarray:

@@ -11,7 +11,7 @@ from tiny import tiny_model
 
 from sklearn_relish import FrozenLLM, RefinementDisplay, RelishRegressor
 from sklearn_relish.head.head import RelishHead
-from sklearn_relish.regressor import TextAttention
+from sklearn_relish.predictor import TextAttention
 
 pd = pytest.importorskip("pandas")
 

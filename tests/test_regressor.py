@@ -25,6 +25,7 @@ from sklearn_relish import (
     RelishRegressor,
     StateStore,
 )
+from sklearn_relish.training.splits import held_out_rows
 
 WORDS = ["awful", "poor", "fair", "good", "superb"]
 
@@ -188,7 +189,7 @@ def test_unknown_options_and_options_of_a_given_model(llm):
         RelishRegressor(n_iteration=3)
     with pytest.raises(ValueError, match="Invalid parameter 'depth'"):
         RelishRegressor().set_params(depth=3)
-    with pytest.raises(ValueError, match="model is a FrozenLLM here, which takes them itself"):
+    with pytest.raises(ValueError, match="pass them to FrozenLLM instead"):
         make(llm, dtype="bfloat16").fit(["a", "b"], [1, 2])
 
 
@@ -272,9 +273,9 @@ def test_several_estimators_hold_out_different_rows_and_are_averaged(llm):
     assert len(regressor.head_.heads) == len(regressor.best_epoch_) == 3
     assert [epoch["estimator"] for epoch in regressor.history_] == [0, 0, 1, 1, 2, 2]
     text = np.repeat(np.arange(50), 2)  # each text twice
-    held_out = regressor._held_out(text, 3, np.random.RandomState(0))
+    held_out = held_out_rows(text, 0.3, 3, np.random.RandomState(0))
     assert len(np.unique(text[np.concatenate(held_out)])) == 45
-    many = regressor._held_out(text, 5, np.random.RandomState(0))
+    many = held_out_rows(text, 0.3, 5, np.random.RandomState(0))
     for rows in [*held_out, *many]:
         assert len(rows) == 2 * len(np.unique(text[rows])) == 30
     assert regressor.head_.linear is not None
@@ -378,7 +379,9 @@ def test_another_model_than_the_fitted_one_is_said():
     texts, y = reviews(40)
     regressor = make(str(tiny_model()), max_epochs=1).fit(texts, y)
     regressor.set_params(model=str(tiny_model("gpt2")))
-    with pytest.warns(UserWarning, match="is not the model, or not the revision of it"):
+    with pytest.warns(
+        UserWarning, match="differs from the language model, or from its revision, used in fit"
+    ):
         regressor.predict(texts)
 
 
@@ -518,7 +521,7 @@ def test_intervals_need_held_out_rows(llm):
     texts, y = reviews(60)
     regressor = make(llm, max_epochs=1, early_stopping=False).fit(texts, y)
     assert regressor.validation_score_ is None
-    with pytest.raises(ValueError, match="Nothing was held out"):
+    with pytest.raises(ValueError, match="Intervals need held-out rows"):
         regressor.predict_interval(texts)
     regressor.set_params(early_stopping=True).fit(texts, y)
     with pytest.raises(ValueError, match="coverage must be above 0 and below 1, got 90"):
@@ -616,7 +619,7 @@ def test_warm_start_goes_on_where_the_last_fit_ended(llm):
     np.testing.assert_allclose(regressor.predict(texts), before, rtol=1e-4)
     # Other texts are held out now, and the heads may have seen them.
     assert regressor.validation_score_ is None
-    with pytest.raises(ValueError, match="Nothing was held out"):
+    with pytest.raises(ValueError, match="Intervals need held-out rows"):
         regressor.predict_interval(texts)
     fresh = make(llm, max_epochs=1).fit(texts, y).history_[0]["train_loss"]
     regressor.set_params(learning_rate=3e-3, max_epochs=1).fit(texts, y)
@@ -626,11 +629,11 @@ def test_warm_start_goes_on_where_the_last_fit_ended(llm):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"latent_size": 16}, "latent_size=32, and 16 is asked for"),
-        ({"n_estimators": 3}, "n_estimators=3, but there are 2 heads"),
-        ({"loss": "poisson"}, "log-link=False, and True"),
-        ({"loss": "quantile", "quantile": [0.1, 0.9]}, "number of quantiles=1, and 2"),
-        ({"loss": "quantile", "quantile": 0.9}, "Ridges stand beside the heads"),
+        ({"latent_size": 16}, "latent_size=32, but 16 was requested"),
+        ({"n_estimators": 3}, "n_estimators=3, but 2 heads are fitted"),
+        ({"loss": "poisson"}, "log-link=False, but True"),
+        ({"loss": "quantile", "quantile": [0.1, 0.9]}, "number of quantiles=1, but 2"),
+        ({"loss": "quantile", "quantile": 0.9}, "The fitted ridges predict a mean"),
     ],
 )
 def test_heads_are_not_trained_further_as_others(llm, changes, message):
@@ -657,7 +660,7 @@ def test_data_that_arrives_in_pieces(llm):
     assert scores[-1] > 0.9
     assert scores[-1] > scores[0]
     assert regressor.n_epochs_ == len(regressor.history_) == 6 * 10 * 2
-    with pytest.raises(ValueError, match="Nothing was held out"):
+    with pytest.raises(ValueError, match="Intervals need held-out rows"):
         regressor.predict_interval(fresh)
     kept = pickle.loads(pickle.dumps(regressor))
     regressor.partial_fit(texts[:1], y[:1])  # a row alone is no constant target

@@ -22,13 +22,13 @@ from sklearn.exceptions import InconsistentVersionWarning
 from tiny import tiny_model
 
 from sklearn_relish import FrozenLLM, LLMEncoder, RelishRegressor
-from sklearn_relish import hub as room
+from sklearn_relish.hub import checks, pretrained
 from sklearn_relish.utils import versions
 
 SMALL = {"latent_size": 16, "n_heads": 2, "max_epochs": 2, "n_estimators": 2, "random_state": 0}
 FRAME = pd.DataFrame({"title": [f"film {i}" for i in range(40)], "year": range(1980, 2020)})
 Y = np.arange(40.0)
-FILES = {room.CONFIG, room.WEIGHTS, room.CARD}
+FILES = {checks.CONFIG, checks.WEIGHTS, pretrained.CARD}
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ def test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new_regressor(
         kept = which(folder, three)
         found.add(kept)
         assert kept in (0, 1)
-        state = (kept, *sorted(set(os.listdir(folder)) - {room.LOCK}))
+        state = (kept, *sorted(set(os.listdir(folder)) - {pretrained.LOCK}))
         if state in states:
             continue
         states.add(state)
@@ -262,7 +262,7 @@ def test_the_first_save_that_is_killed_leaves_nothing_or_the_regressor(three, tm
         folder = tmp_path / f"killed-{operation}"
         if not killer.kills(three[0].save_pretrained, folder, operation):
             break
-        if folder.exists() and (folder / room.CONFIG).exists():
+        if folder.exists() and (folder / checks.CONFIG).exists():
             assert which(folder, three[:1]) == 0
         else:
             with pytest.raises(OSError, match=r"has no config\.json|No regressor"):
@@ -310,7 +310,7 @@ def test_a_save_replaces_links_and_does_not_follow_them(three, saved, tmp_path):
     for name in FILES:
         (saved / name).unlink()
         (saved / name).symlink_to(elsewhere / name)
-    (saved / room.PARTIAL).symlink_to(elsewhere / room.CONFIG)
+    (saved / pretrained.PARTIAL).symlink_to(elsewhere / checks.CONFIG)
     assert which(saved, three) == 0  # as the cache of the Hub has them
     three[1].save_pretrained(saved)
     assert which(saved, three) == 1
@@ -432,13 +432,13 @@ def test_what_can_not_work_is_refused(three, saved, monkeypatch):
     ],
 )
 def test_a_crafted_configuration_is_refused_by_the_name_of_the_field(saved, field, value):
-    config = json.loads((saved / room.CONFIG).read_text())
+    config = json.loads((saved / checks.CONFIG).read_text())
     *within, last = field.split(".")
     part = config
     for name in within:
         part = part[name]
     part[last] = value
-    (saved / room.CONFIG).write_text(json.dumps(config))
+    (saved / checks.CONFIG).write_text(json.dumps(config))
     # The number of heads is first compared with what each of them has.
     alias = {"fitted.head.n_heads": r"fitted\.(head\.n_heads|best_epoch_)"}
     alias["fitted.n_outputs_"] = r"fitted\.(n_outputs_|_y_shape)"
@@ -453,7 +453,7 @@ def test_iterations_that_share_weights_are_bounded(tmp_path):
     regressor = RelishRegressor(tiny_model(), share_weights=True, **SMALL).fit(FRAME, Y)
     regressor.save_pretrained(tmp_path)
     sizes = regressor.head_.heads[0].sizes | {"n_iterations": 10_000_000}
-    head = json.loads((tmp_path / room.CONFIG).read_text())["fitted"]["head"]
+    head = json.loads((tmp_path / checks.CONFIG).read_text())["fitted"]["head"]
     rewritten(tmp_path, fitted={"head": head | {"sizes": sizes}})
     with pytest.raises(ValueError, match=r"fitted\.head\.sizes\.n_iterations must be"):
         RelishRegressor.from_pretrained(tmp_path)
@@ -465,41 +465,41 @@ def test_iterations_that_share_weights_are_bounded(tmp_path):
     ids=["empty", "deep", "NaN", "infinite", "list", "null", "long", "surrogate"],
 )
 def test_a_configuration_that_is_none_is_refused(saved, text):
-    (saved / room.CONFIG).write_bytes(text.encode("utf-8", "surrogatepass"))
+    (saved / checks.CONFIG).write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError, match=r"config\.json is not (valid JSON|the configuration)"):
         RelishRegressor.from_pretrained(saved)
 
 
 def test_a_huge_configuration_is_not_read(saved):
-    with (saved / room.CONFIG).open("r+b") as file:
+    with (saved / checks.CONFIG).open("r+b") as file:
         file.truncate(2**30)  # sparse
     with pytest.raises(ValueError, match=r"has more than 16,777,216 bytes"):
         RelishRegressor.from_pretrained(saved)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-@pytest.mark.parametrize("name", [room.CONFIG, room.WEIGHTS])
+@pytest.mark.parametrize("name", [checks.CONFIG, checks.WEIGHTS])
 def test_a_pipe_is_not_waited_for(three, saved, name):
     (saved / name).unlink()
     os.mkfifo(saved / name)
     with pytest.raises(ValueError, match="is not a regular file"):
         RelishRegressor.from_pretrained(saved)
-    if name == room.CONFIG:
+    if name == checks.CONFIG:
         with pytest.raises(FileExistsError, match="would be lost"):
             three[0].save_pretrained(saved)
 
 
 def with_weights(folder, **changes):
     """The folder with other tensors, and their digest; None leaves one out."""
-    arrays = load_file(folder / room.WEIGHTS) | changes
-    save_file({k: v for k, v in arrays.items() if v is not None}, folder / room.WEIGHTS)
+    arrays = load_file(folder / checks.WEIGHTS) | changes
+    save_file({k: v for k, v in arrays.items() if v is not None}, folder / checks.WEIGHTS)
     return with_digest(folder)
 
 
 def with_digest(folder):
-    config = json.loads((folder / room.CONFIG).read_text())
-    config["weights_sha256"] = hashlib.sha256((folder / room.WEIGHTS).read_bytes()).hexdigest()
-    (folder / room.CONFIG).write_text(json.dumps(config))
+    config = json.loads((folder / checks.CONFIG).read_text())
+    config["weights_sha256"] = hashlib.sha256((folder / checks.WEIGHTS).read_bytes()).hexdigest()
+    (folder / checks.CONFIG).write_text(json.dumps(config))
     return folder
 
 
@@ -530,16 +530,16 @@ def test_tensors_that_do_not_fit_are_refused_by_name(saved, changes, message):
 
 
 def test_truncated_and_altered_weights_are_refused(saved):
-    weights = (saved / room.WEIGHTS).read_bytes()
+    weights = (saved / checks.WEIGHTS).read_bytes()
     for content in (b"", weights[:5], weights[:500], weights[:-1], weights[:-1] + b"x"):
-        (saved / room.WEIGHTS).write_bytes(content)
+        (saved / checks.WEIGHTS).write_bytes(content)
         with pytest.raises(ValueError, match="is truncated, altered or another regressor's"):
             RelishRegressor.from_pretrained(saved)
     for content in (b"", weights[:500], weights[:-1], b"\xff" * 100, weights + b"more"):
-        (saved / room.WEIGHTS).write_bytes(content)
+        (saved / checks.WEIGHTS).write_bytes(content)
         with pytest.raises(ValueError, match="is not a valid safetensors file"):
             RelishRegressor.from_pretrained(with_digest(saved))
-    (saved / room.WEIGHTS).unlink()
+    (saved / checks.WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
         RelishRegressor.from_pretrained(saved)
 
@@ -599,7 +599,7 @@ def victims(tmp_path_factory):
         folder = tmp_path_factory.mktemp(f"victim-{number}")
         regressor = RelishRegressor(tiny_model(), **SMALL | changes).fit(FRAME, Y + 1)
         regressor.save_pretrained(folder)
-        config = json.loads((folder / room.CONFIG).read_text())
+        config = json.loads((folder / checks.CONFIG).read_text())
         found.append((folder, config, regressor.predict(FRAME[:3])))
     return found
 
@@ -610,7 +610,7 @@ def test_a_configuration_with_any_other_value_opens_or_is_refused(victims, data)
     folder, config, expected = data.draw(st.sampled_from(victims))
     path = data.draw(st.sampled_from(leaves(config)))
     changed = replaced(config, path, data.draw(JSON))
-    (folder / room.CONFIG).write_text(json.dumps(changed))
+    (folder / checks.CONFIG).write_text(json.dumps(changed))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of versions, and of another model
         try:

@@ -1,0 +1,370 @@
+"""A fitted regressor as a folder, in the Hugging Face format, without pickle.
+
+``config.json`` has the parameters and fitted attributes, ``model.safetensors`` the weights and
+arrays, and ``README.md`` is a model card.
+
+Saving over a model is atomic. ``config.json`` names its weights by their SHA-256. New weights are
+first written as ``model-<SHA-256>.safetensors``, then ``config.json`` is replaced, which is the
+moment of the change, then the weights are renamed to ``model.safetensors``. So the weights that
+``config.json`` names always exist under one of the two names, and a killed process leaves a folder
+that loads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_safetensors
+from sklearn.utils.validation import check_is_fitted
+
+from sklearn_relish.head.head import RelishEnsemble
+from sklearn_relish.hub.card import model_card
+from sklearn_relish.hub.checks import (
+    CONFIG,
+    FITTED,
+    UNSAVED_PARAMETERS,
+    WEIGHTS,
+    WEIGHTS_DIGEST,
+    check_config,
+    check_model_kwargs,
+    check_shapes,
+    check_values,
+    is_regressor_config,
+    open_regular_file,
+    parse_config,
+    read_config,
+    tensor_header,
+)
+from sklearn_relish.llm.frozen import FrozenLLM
+from sklearn_relish.predictor import RelishPredictor
+from sklearn_relish.training.conformal import Conformal
+from sklearn_relish.utils.versions import FORMAT, STAMP, stamp, warn_versions
+
+CARD = "README.md"
+PENDING = "model-{}.safetensors"  # weights until they are renamed to WEIGHTS
+LOCK, PARTIAL = ".save.lock", ".save.partial"
+ATTEMPTS, PAUSE_SECONDS = 20, 0.01  # to find the weights of a config.json that stays the same
+
+
+class PretrainedMixin(RelishPredictor):
+    """`save_pretrained` and `from_pretrained` of a regressor."""
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, metrics: dict[str, float] | None = None
+    ) -> None:
+        """Save the fitted regressor to a folder, in the Hugging Face format.
+
+        ``config.json`` holds the parameters except `memory`, `device`, `verbose` and
+        `random_state`; ``model.safetensors`` the weights; ``README.md`` a model card. Nothing is
+        pickled. The language model is not saved, only its name and revision.
+
+        A regressor in the folder is replaced atomically: a process that loads it meanwhile, or
+        after this process was killed, gets the old or the new one. Processes that save to the same
+        folder take turns.
+
+        Parameters
+        ----------
+        folder : str or path
+            Created if it does not exist; the files of a regressor in it are replaced.
+        metrics : dict of str to float, default=None
+            Figures for the model card, in addition to R² on held-out rows.
+
+        Raises
+        ------
+        OSError
+            If the folder can't be written.
+        TypeError
+            If `model_kwargs` holds values that JSON can't represent.
+        ValueError
+            If a parameter is invalid or the weights are not finite: it could not be loaded.
+        """
+        check_is_fitted(self)
+        save(self, folder, metrics)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **parameters: Any,
+    ) -> Self:
+        """Load a fitted regressor that `save_pretrained` saved.
+
+        Parameters
+        ----------
+        source : str or path
+            A folder, or the id of a repository of the Hugging Face Hub.
+        revision : str, default=None
+            Branch, tag or commit of the repository.
+        token : str or bool, default=None
+            For a private repository.
+        **parameters
+            Parameters to change: ``model`` if the language model is elsewhere, ``memory``,
+            ``device``, ...
+
+        Returns
+        -------
+        RelishRegressor
+            It predicts the same as the saved one.
+
+        Raises
+        ------
+        OSError
+            If there is no such folder or repository, or no regressor in it.
+        ValueError
+            If ``config.json`` is not a regressor's, has another format, could run foreign code, or
+            holds invalid values; or if the weights are damaged or do not fit it. All of this is
+            checked before anything is allocated, and the message names the field.
+
+        Warns
+        -----
+        VersionWarning
+            If this package, torch, Transformers or scikit-learn had another version when the
+            regressor was saved; a subclass of scikit-learn's `InconsistentVersionWarning`.
+        """
+        return load(cls, source, revision, token, parameters)
+
+
+def save(
+    regressor: PretrainedMixin, folder: str | os.PathLike[str], metrics: dict[str, float] | None
+) -> None:
+    """Save to a folder, see `PretrainedMixin.save_pretrained`."""
+    folder = Path(folder)
+    state = regressor.__getstate__()  # one consistent state, though another thread may fit
+    if isinstance(state["model"], FrozenLLM):
+        llm = state["model"]
+        state |= {"model": llm.model, "dtype": llm.dtype, "model_kwargs": llm.model_kwargs}
+    state["dtype"] = str(state["dtype"]).removeprefix("torch.")
+    kwargs = state["model_kwargs"]
+    if kwargs:  # a secret stays where it is
+        state["model_kwargs"] = {name: kwargs[name] for name in kwargs if name != "token"}
+    names = [name for name in regressor._get_param_names() if name not in UNSAVED_PARAMETERS]
+    parameters = {name: state[name] for name in names}
+    head = state["head_"].__getstate__()
+    del head["format"]  # the folder's own says it
+    arrays = {f"head.{name}": array for name, array in head.pop("weights").items()}
+    arrays |= {"_y_mean": state["_y_mean"], "_y_scale": state["_y_scale"]}
+    if state["_conformal"] is not None:
+        arrays["conformal.scores"] = state["_conformal"].scores
+        arrays["conformal.weight"] = state["_conformal"].weight
+    weights = to_safetensors({name: np.ascontiguousarray(some) for name, some in arrays.items()})
+    config = {
+        STAMP: stamp(),
+        WEIGHTS_DIGEST: hashlib.sha256(weights).hexdigest(),
+        "parameters": parameters,
+        "fitted": {name: state.get(name) for name in FITTED} | {"head": head},
+    }
+    try:
+        written = json.dumps(_without_nan(config), indent=2, default=_plain) + "\n"
+    except TypeError as error:
+        raise TypeError(f"A parameter can't be kept in {CONFIG}: {error}") from None
+    # What is saved opens again.
+    path = folder / CONFIG
+    kept = parse_config(written.encode(), path)
+    check_config(kept, type(regressor), path)
+    check_shapes(
+        kept["fitted"], {name: tensor_header(array) for name, array in arrays.items()}, folder
+    )
+    check_values(arrays, folder)
+    card = model_card(type(regressor), state, parameters, metrics)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(path) and not is_regressor_config(path):
+        raise FileExistsError(
+            f"{path.absolute()} is not a RelishRegressor's, and would be lost: choose another"
+            " folder."
+        )
+    with _locked(folder):
+        pending = folder / PENDING.format(config[WEIGHTS_DIGEST])
+        _write(pending, weights)
+        _write(path, written.encode())  # from here on the folder holds the new regressor
+        os.replace(pending, folder / WEIGHTS)
+        _write(folder / CARD, f"{card}".encode())
+        for left_behind in folder.glob(PENDING.format("[0-9a-f]" * 64)):
+            left_behind.unlink()
+
+
+def load(
+    cls: type[PretrainedMixin],
+    source: str | os.PathLike[str],
+    revision: str | None,
+    token: str | bool | None,
+    parameters: dict[str, Any],
+) -> Any:
+    """Load a folder or a repository, see `PretrainedMixin.from_pretrained`."""
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            folder = Path(
+                snapshot_download(
+                    os.fspath(source),
+                    revision=revision,
+                    token=token,
+                    allow_patterns=[CONFIG, WEIGHTS, PENDING.format("[0-9a-f]" * 64)],
+                )
+            )
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"No regressor {os.fspath(source)!r} was found: tried the folder"
+                f" {os.path.abspath(source)} and the Hugging Face Hub"
+                f" ({' '.join(str(error).split())})."
+            ) from error
+    config, arrays = _read(folder, cls)
+    warn_versions(config[STAMP], cls.__name__)
+    kept, fitted = config["parameters"], config["fitted"]
+    if isinstance(parameters.get("model"), FrozenLLM):  # which has these itself
+        kept |= {"dtype": "auto", "model_kwargs": None}
+    elif "model_kwargs" in kept.keys() - parameters:
+        kept["model_kwargs"] = check_model_kwargs(kept["model_kwargs"])
+        if "model" not in parameters and fitted["_llm_revision"] is not None:
+            pinned = {"revision": fitted["_llm_revision"]}
+            kept["model_kwargs"] = pinned | (kept["model_kwargs"] or {})
+    regressor = cls(**kept | parameters)
+    head = fitted.pop("head") | {"format": FORMAT}
+    head["weights"] = {
+        name.removeprefix("head."): array
+        for name, array in arrays.items()
+        if name.startswith("head.")
+    }
+    regressor.head_ = RelishEnsemble.__new__(RelishEnsemble)
+    regressor.head_.__setstate__(head)
+    regressor._y_mean, regressor._y_scale = arrays["_y_mean"], arrays["_y_scale"]
+    regressor._conformal = None
+    if "conformal.scores" in arrays:
+        scores, weight = arrays["conformal.scores"], arrays["conformal.weight"]
+        regressor._conformal = Conformal(regressor.head_.loss_fn, scores, weight)
+    fitted["_y_shape"] = (fitted["n_outputs_"],) if fitted["_y_shape"] else ()
+    if fitted["layer_scores_"] is not None:
+        fitted["layer_scores_"] = {int(n): r2 for n, r2 in fitted["layer_scores_"].items()}
+    names = fitted.pop("feature_names_in_")
+    if names is not None:
+        regressor.feature_names_in_ = np.array(names, dtype=object)
+    for name, value in fitted.items():
+        setattr(regressor, name, value)
+    return regressor
+
+
+def _read(folder: Path, cls: type[PretrainedMixin]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The configuration and the weights that belong to it, checked.
+
+    A process that saves meanwhile may take the weights away between the two; then there is a new
+    configuration, and both are read again.
+    """
+    before, attempt = None, 0
+    while attempt < ATTEMPTS:
+        try:
+            config = parse_config(read_config(folder / CONFIG), folder / CONFIG)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{folder.absolute()} holds no regressor that save_pretrained has written: it has"
+                f" no {CONFIG}."
+            ) from None
+        digest = config[WEIGHTS_DIGEST]
+        for path in (folder / PENDING.format(digest), folder / WEIGHTS):
+            with suppress(FileNotFoundError), open_regular_file(path) as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    continue
+                try:
+                    with safe_open(path, framework="numpy") as weights:
+                        # No other file takes the number of one that is open.
+                        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                            continue
+                        return config, _checked(config, cls, weights, folder)
+                except SafetensorError as error:
+                    raise ValueError(
+                        f"{path.absolute()} is not a valid safetensors file ({error}): save the"
+                        " regressor again."
+                    ) from None
+        attempt = attempt + 1 if digest == before else 0
+        before = digest
+        time.sleep(PAUSE_SECONDS)
+    if not (folder / WEIGHTS).exists():
+        raise FileNotFoundError(
+            f"{folder.absolute()} holds no regressor that save_pretrained has written: it has no"
+            f" {WEIGHTS}."
+        )
+    raise ValueError(
+        f"{(folder / WEIGHTS).absolute()} does not have the SHA-256 that {CONFIG} names as"
+        f" {WEIGHTS_DIGEST}: it is truncated, altered or another regressor's. Copy the folder"
+        " again, or save the regressor again."
+    )
+
+
+def _checked(
+    config: dict[str, Any], cls: type[PretrainedMixin], weights: Any, folder: Path
+) -> dict[str, np.ndarray]:
+    """The arrays, read after all else has been checked against their names and shapes."""
+    check_config(config, cls, folder / CONFIG)
+    header = {}
+    for name in weights.keys():  # noqa: SIM118, it is no dict
+        tensor = weights.get_slice(name)
+        header[name] = (tensor.get_dtype(), tuple(tensor.get_shape()))
+    check_shapes(config["fitted"], header, folder)
+    arrays = {name: weights.get_tensor(name) for name in header}
+    check_values(arrays, folder)
+    return arrays
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the system lets go of the lock when the process ends."""
+    lock = folder / LOCK
+    with FileLock(lock, mode=0o666, fallback_to_soft=False, poll_interval=0.01):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # a process that waits for it notices, and makes another
+                lock.unlink()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace a file by another one that is complete and on the disk."""
+    partial = path.with_name(PARTIAL)
+    partial.unlink(missing_ok=True)  # of a killed process; or a link, which is not followed
+    try:
+        with partial.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON does not know."""
+    if isinstance(value, dict):
+        return {name: _without_nan(some) for name, some in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(some) for some in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plain(value: Any) -> Any:
+    """What JSON knows of a value that is none of its own."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if hasattr(value, "to_dict"):  # a configuration of Transformers
+        return value.to_dict()
+    raise TypeError(f"{value!r} is a {type(value).__name__}.")

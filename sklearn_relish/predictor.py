@@ -1,0 +1,252 @@
+"""The methods of a fitted regressor: predictions, stages, quantiles, intervals, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from numbers import Real
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.validation import check_is_fitted
+
+from sklearn_relish.base import BaseLLMEstimator
+from sklearn_relish.head.head import RelishEnsemble
+from sklearn_relish.training.conformal import Conformal
+from sklearn_relish.training.trainer import (
+    attention_weights,
+    predict_states,
+    staged_predict_states,
+)
+from sklearn_relish.utils.messages import warn
+
+PREDICTION_BITS = 24  # predictions are rounded to as many bits as the heads' weights have
+
+
+class RelishPredictor(BaseLLMEstimator):
+    """Base class of the regressors: what a fitted ensemble of heads predicts.
+
+    A subclass sets `head_`, `layer_`, `n_outputs_` and the private attributes below in `fit`.
+    """
+
+    head_: RelishEnsemble
+    layer_: int
+    n_outputs_: int
+    _y_mean: np.ndarray  # (n_outputs,), and
+    _y_scale: np.ndarray  # (n_outputs,): the units of the target
+    _y_shape: tuple[int, ...]  # the shape of one target: () or (n_outputs,)
+    _conformal: Conformal | None
+    _llm_fingerprint: str
+    _llm_revision: str | None
+
+    def predict(self, X: ArrayLike) -> np.ndarray:
+        """Predict the target of texts.
+
+        Parameters
+        ----------
+        X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
+            As in `fit`, with the same columns in the same order.
+
+        Returns
+        -------
+        y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
+            In the units of the `y` of `fit`.
+        """
+        fitted = self._snapshot()
+        return fitted._point_prediction(fitted._predict(fitted._texts(X)))
+
+    def staged_predict(self, X: ArrayLike) -> Iterator[np.ndarray]:
+        """Predict the target of texts after each iteration of the heads.
+
+        The linear path, if there is one, is added to each stage. With ``deep_supervision=False``
+        only the last stage has been trained.
+
+        Parameters
+        ----------
+        X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
+
+        Yields
+        ------
+        y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
+            `n_iterations` arrays; the last one is the result of `predict`.
+        """
+        fitted = self._snapshot()
+        # (n_samples, n_iterations, n_outputs * n_predictions)
+        stages = fitted._predict(fitted._texts(X), staged_predict_states)
+        return map(fitted._point_prediction, stages.transpose(1, 0, 2))
+
+    def attention(self, X: ArrayLike) -> list[TextAttention]:
+        """The attention weight of each token in each iteration.
+
+        These are the weights of the prediction. The linear path does not attend to tokens and has
+        no part in them.
+
+        Parameters
+        ----------
+        X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
+
+        Returns
+        -------
+        list of TextAttention
+            For each text, the text as it was read, its tokens, their spans and their weights.
+
+        Raises
+        ------
+        ValueError
+            If the tokenizer does not provide the spans of tokens.
+        """
+        fitted = self._snapshot()
+        texts = fitted._texts(X)
+        tokens = fitted._llm().tokens(
+            texts, max_length=fitted.max_length, windows=fitted.long_text == "window"
+        )
+        weights: list[Any] = [None] * len(texts)
+        for rows, batch_weights in fitted._map_states(texts, attention_weights):
+            for row, text_weights in zip(rows, batch_weights, strict=True):
+                weights[row] = text_weights
+        return [
+            TextAttention(text, pieces, spans, text_weights)
+            for text, (pieces, spans), text_weights in zip(texts, tokens, weights, strict=True)
+        ]
+
+    @available_if(lambda self: self.loss == "quantile")
+    def predict_quantiles(self, X: ArrayLike) -> np.ndarray:
+        """Predict all quantiles; available with ``loss="quantile"``.
+
+        Parameters
+        ----------
+        X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_quantiles) or (n_samples, n_outputs, n_quantiles)
+            In the order of `quantile`, increasing.
+        """
+        fitted = self._snapshot()
+        predictions = fitted._predict(fitted._texts(X))
+        return fitted._to_target_units(predictions.reshape(len(predictions), fitted.n_outputs_, -1))
+
+    def predict_interval(self, X: ArrayLike, coverage: float = 0.9) -> np.ndarray:
+        """Prediction intervals that contain about a fraction `coverage` of new targets.
+
+        The intervals are conformal: their width follows from the errors of the out-of-fold
+        predictions. With several quantiles, the outermost two are moved (conformalized quantile
+        regression), and each text has a width of its own. Otherwise the width is the same for all
+        texts, or, for losses with a log link, a multiple of the standard deviation that the loss
+        assumes. The coverage holds on average over texts drawn like those of `fit`, not for each
+        kind of text.
+
+        Parameters
+        ----------
+        X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
+        coverage : float, default=0.9
+            Fraction of the targets inside, above 0 and below 1.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, 2) or (n_samples, n_outputs, 2)
+            Lower and upper bounds, in the units of the `y` of `fit`.
+
+        Raises
+        ------
+        ValueError
+            If nothing was held out, or too few rows for `coverage`; also after a warm start and
+            after `partial_fit`, because the heads may have been trained on any row.
+        """
+        check_is_fitted(self)
+        if not (isinstance(coverage, Real) and 0 < coverage < 1):
+            raise ValueError(f"coverage must be above 0 and below 1, got {coverage!r}.")
+        fitted = self._snapshot()
+        if fitted._conformal is None:
+            raise ValueError(
+                "Intervals need held-out rows, and there are none: fit with early_stopping=True, on"
+                " more than one text."
+            )
+        predictions = fitted._predict(fitted._texts(X))
+        return fitted._to_target_units(fitted._conformal.interval(predictions, coverage))
+
+    def _texts(self, X: ArrayLike) -> list[str]:
+        """The text of each row; the regressor is fitted and has its language model."""
+        check_is_fitted(self)
+        texts = self._render(self._read_table(X, reset=False))
+        self._check_model()
+        return texts
+
+    def _map_states(
+        self, texts: list[str], function: Callable[..., Any]
+    ) -> Iterator[tuple[np.ndarray, Any]]:
+        """Row numbers and ``function(head, states, device)`` of one batch of texts at a time.
+
+        The states of all texts are never in memory together.
+        """
+        device = self._llm().torch_device
+        for rows, states in self._stream(texts, self.layer_):
+            yield rows, function(self.head_, states, device)
+
+    def _predict(
+        self, texts: list[str], function: Callable[..., Any] = predict_states
+    ) -> np.ndarray:
+        """Predictions in standardized units, of shape (n_samples, ..., n_outputs * n_predictions).
+
+        They are rounded to `PREDICTION_BITS`, because the last bits of float64 depend on the batch.
+        """
+        rows, batches = zip(*self._map_states(texts, function), strict=True)
+        predictions = np.concatenate(batches)[np.concatenate(rows).argsort()]
+        if not self.head_.loss_fn.log_link:  # absolute: the target has a scale of 1
+            return np.ldexp(np.round(np.ldexp(predictions, PREDICTION_BITS)), -PREDICTION_BITS)
+        mantissa, exponent = np.frexp(predictions)
+        return np.ldexp(np.round(mantissa * 2**PREDICTION_BITS), exponent - PREDICTION_BITS)
+
+    def _point_prediction(self, predictions: np.ndarray) -> np.ndarray:
+        """One number for each output, in the units and the shape of the target."""
+        point = self.head_.loss_fn.point_prediction(torch.from_numpy(predictions)).numpy()
+        return self._to_target_units(point[:, :, None])[..., 0]
+
+    def _to_target_units(self, predictions: np.ndarray) -> np.ndarray:
+        """Predictions (n, n_outputs, k) in the units of the target, (n, k) or (n, n_outputs, k)."""
+        predictions = predictions * self._y_scale[:, None] + self._y_mean[:, None]
+        return predictions.reshape(len(predictions), *self._y_shape, -1)
+
+    def _check_model(self) -> None:
+        """Raise an error or warn if the language model is not the one of the fit."""
+        llm = self._llm()
+        input_size = self.head_.heads[0].sizes["input_size"]
+        if self.layer_ > llm.n_layers or input_size != llm.hidden_size:
+            raise ValueError(
+                f"The heads were fitted on {input_size} numbers per token at layer {self.layer_},"
+                f" but {llm!r} has {llm.hidden_size} numbers per token and {llm.n_layers} layers:"
+                " pass the model that was used in fit, or fit again."
+            )
+        if llm.fingerprint != self._llm_fingerprint:
+            fitted = f" (commit {self._llm_revision})" if self._llm_revision else ""
+            warn(
+                f"{llm!r}{f' (commit {llm.revision})' if llm.revision else ''} differs from the"
+                f" language model, or from its revision, used in fit{fitted}: unless the weights"
+                " are the same, the predictions are wrong. Fit again, or pass the model that was"
+                " used in fit.",
+            )
+
+
+class TextAttention(NamedTuple):
+    """The attention weights of a text, see `RelishRegressor.attention`.
+
+    Parameters
+    ----------
+    text : str
+        The text as it was read: a row rendered by the prompt, and formatted by the chat template if
+        there is one.
+    tokens : list of str
+        The part of the text that each token stands for; the name of a special token.
+    spans : int64 ndarray of shape (n_tokens, 2)
+        Start and end of each token in the text, in characters. The span of a special token is
+        empty; tokens that form one character together all have its span.
+    weights : float64 ndarray of shape (n_estimators, n_iterations, n_heads, n_tokens)
+        Attention weights; they sum to 1 over the tokens.
+    """
+
+    text: str
+    tokens: list[str]
+    spans: np.ndarray
+    weights: np.ndarray

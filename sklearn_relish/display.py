@@ -1,4 +1,4 @@
-"""`RefinementDisplay`: pictures of what the iterations do to a prediction."""
+"""`RefinementDisplay`: plots of attention, predictions and errors after each iteration."""
 
 from __future__ import annotations
 
@@ -20,43 +20,43 @@ if TYPE_CHECKING:
 
 CHARACTER = 0.602  # width of a monospaced character, in font sizes
 LINE = 1.45  # height of a line, in font sizes
-PATH_INCHES = 2.2  # width of the path of a prediction
-NO_NUMBERS = "Several texts are shown by their error: pass their numbers as y."
+PATH_INCHES = 2.2  # width of the axes of the predictions
+NO_TARGETS = "The display of several texts shows their error: pass their targets as y."
 
 
 class RefinementDisplay:
     """How predictions are refined, iteration by iteration.
 
-    For one text: the text with its tokens shaded by attention, a row an iteration, and beside it
-    the path of the prediction. For several, whose numbers are known: the error by iteration. Make
-    it with `from_estimator`.
+    For one text: the text with its tokens shaded by attention, one row per iteration, and the
+    prediction after each iteration. For several texts with known targets: the error by iteration.
+    Create it with `from_estimator`.
 
-    A token's shade is its weight, the mean of all heads and estimators, beside the largest of the
-    text in any iteration. The path is that of the whole prediction, linear path and all, which
-    attends to nothing.
+    The shade of a token is its attention weight, averaged over heads and estimators, relative to
+    the largest weight of the text in any iteration. The predictions include the linear path, which
+    does not attend to tokens.
 
     Parameters
     ----------
     stages : ndarray of shape (n_iterations, n_texts)
-        The prediction after each iteration, in the units of the target.
+        Prediction after each iteration, in the units of the target.
     attention : TextAttention, default=None
-        Of the text, if it is one: see `RelishRegressor.attention`.
+        Attention to a single text, see `RelishRegressor.attention`.
     y : ndarray of shape (n_texts,), default=None
-        The true numbers; needed without `attention`.
+        True targets; required without `attention`.
 
     Attributes
     ----------
     figure_ : matplotlib.figure.Figure
-        Once it is plotted.
+        The figure, after plotting.
     axes_ : ndarray of matplotlib.axes.Axes
-        Of one text, the text and the path; of several, the error.
+        For one text, the axes of the text and of the predictions; for several, of the error.
     line_ : matplotlib.lines.Line2D
-        The path of the prediction, or the mean error.
+        The predictions of one text, or the mean error of several.
 
     Raises
     ------
     ValueError
-        If there are neither `attention` nor `y`.
+        If both `attention` and `y` are None.
 
     See Also
     --------
@@ -77,7 +77,7 @@ class RefinementDisplay:
         y: np.ndarray | None = None,
     ) -> None:
         if attention is None and y is None:
-            raise ValueError(NO_NUMBERS)
+            raise ValueError(NO_TARGETS)
         self.stages = stages
         self.attention = attention
         self.y = y
@@ -94,18 +94,18 @@ class RefinementDisplay:
         max_lines: int = 6,
         fontsize: float = 9.0,
     ) -> RefinementDisplay:
-        """Make a display of a fitted regressor, and plot it.
+        """Create a display from a fitted regressor and plot it.
 
         Parameters
         ----------
         estimator : RelishRegressor
-            Fitted, of one output.
+            A fitted regressor with one output.
         X : str, or array-like as in `predict`
-            A text, a row, or several.
+            One text or row, or several.
         y : float or array-like of shape (n_texts,), default=None
-            The true numbers; needed for several.
+            True targets; required for several texts.
         ax, width, max_lines, fontsize
-            As of `plot`.
+            As in `plot`.
 
         Returns
         -------
@@ -122,7 +122,7 @@ class RefinementDisplay:
         X = [X] if isinstance(X, str) else X
         if getattr(estimator, "n_outputs_", 1) != 1:
             raise ValueError(
-                f"The regressor has {estimator.n_outputs_} outputs: a display is of one."
+                f"The regressor has {estimator.n_outputs_} outputs, but a display shows one."
             )
         if y is not None:
             y = np.asarray(y, dtype=float).reshape(-1)
@@ -132,7 +132,7 @@ class RefinementDisplay:
         else:
             attention = None
             if y is None:
-                raise ValueError(NO_NUMBERS)
+                raise ValueError(NO_TARGETS)
         stages = np.stack([stage.reshape(-1) for stage in estimator.staged_predict(X)])
         display = cls(stages, attention=attention, y=y)
         return display.plot(ax=ax, width=width, max_lines=max_lines, fontsize=fontsize)
@@ -145,20 +145,20 @@ class RefinementDisplay:
         max_lines: int = 6,
         fontsize: float = 9.0,
     ) -> RefinementDisplay:
-        """Draw it.
+        """Plot the display.
 
         Parameters
         ----------
         ax : matplotlib.axes.Axes, or two of them, default=None
-            Of one text two, for the text and for the path; of several one. None: a new figure, of
-            the size that the text takes.
+            For one text two axes, for the text and the predictions; for several texts one. None: a
+            new figure that fits the text.
         width : int, default=72
-            Characters of a line of text.
+            Characters per line of text.
         max_lines : int, default=6
-            Lines of the text that are shown: of a longer one those that are looked at most, with
-            ⋮ where others are left out.
+            Number of lines shown. Of a longer text, the lines with the largest weights are shown,
+            with ⋮ where lines are left out.
         fontsize : float, default=9
-            Of the text, in points.
+            Font size of the text, in points.
 
         Returns
         -------
@@ -212,16 +212,19 @@ class RefinementDisplay:
         )
         axes.set_axis_off()
         most = self.attention.weights.mean(axis=(0, 2)).max()
-        family = ["monospace", *rcParams["font.family"]]  # the others for what it has not
-        beside = {"ha": "right", "va": "center", "fontsize": fontsize}
+        family = [
+            "monospace",
+            *rcParams["font.family"],
+        ]  # more fonts for what monospace lacks
+        margin_text = {"ha": "right", "va": "center", "fontsize": fontsize}
         for iteration in range(len(self.stages)):
             top = iteration * row
-            axes.text(-1, top, f"{iteration + 1}", **beside)
+            axes.text(-1, top, f"{iteration + 1}", **margin_text)
             if lines[-1].left_out_after:
-                axes.text(-1, top + len(lines) - 0.5, "⋮", **beside)
+                axes.text(-1, top + len(lines) - 0.5, "⋮", **margin_text)
             for y, line in enumerate(lines, top):
                 if line.left_out_before:
-                    axes.text(-1, y - 0.5, "⋮", **beside)
+                    axes.text(-1, y - 0.5, "⋮", **margin_text)
                 for piece in line.pieces:
                     shade = min(1.0, piece.weights[iteration] / most)
                     corner = (piece.column, y - 0.5)
@@ -255,9 +258,9 @@ class RefinementDisplay:
                 va="center",
                 fontsize=fontsize,
             )
-        known = [*stages]
+        values = [*stages]
         if self.y is not None:
-            known.append(self.y[0])
+            values.append(self.y[0])
             axes.axvline(self.y[0], color="0.4", linestyle="--", linewidth=1, zorder=0)
             axes.annotate(
                 f"true {self.y[0]:g}",
@@ -269,7 +272,7 @@ class RefinementDisplay:
                 fontsize=fontsize,
                 color="0.4",
             )
-        low, high = min(known), max(known)
+        low, high = min(values), max(values)
         room = (high - low) or abs(high) or 1.0
         axes.set(
             xlim=(low - 0.15 * room, high + 0.5 * room),
@@ -294,7 +297,7 @@ def _pyplot() -> Any:
 def _new_axes(
     pyplot: Any, lines: list[_Line], n_iterations: int, fontsize: float
 ) -> tuple[Axes, Axes]:
-    """Axes for a text and its path, on a figure in which a character has the room it takes."""
+    """Axes for a text and its predictions, on a figure sized so that each character fits."""
     inch = fontsize / 72
     below, above, left, between = 0.5, 0.25, 0.4, 0.4  # inches
     tall = n_iterations * (len(lines) + 1) * LINE * inch
@@ -308,14 +311,14 @@ def _new_axes(
 
 
 def _decimals(stages: np.ndarray) -> int:
-    """Digits behind the point that tell stages apart."""
+    """Decimals that distinguish the stages."""
     spread = float(np.ptp(stages)) or float(np.abs(stages).max()) or 1.0
     return min(max(0, 1 - math.floor(math.log10(spread))), 12)
 
 
 @dataclass
 class _Piece:
-    """A piece of the text in its line, and its weight in each iteration."""
+    """A part of the text in a line, and its weight in each iteration."""
 
     shown: str
     weights: np.ndarray
@@ -329,7 +332,7 @@ class _Piece:
 
 @dataclass
 class _Line:
-    """Pieces beside each other."""
+    """A line of the text."""
 
     pieces: list[_Piece]
     left_out_before: bool = False
@@ -341,14 +344,14 @@ class _Line:
 
 
 def _columns(character: str) -> int:
-    """Room of a character, in those of a letter."""
+    """Width of a character, in columns."""
     if unicodedata.category(character) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def _shown(text: str) -> str:
-    """A text whose every character can be seen."""
+    """The text with visible symbols for line breaks and white space."""
     return "".join(
         "⏎" if character == "\n" else " " if character.isspace() else character
         for character in text
@@ -359,8 +362,8 @@ def _shown(text: str) -> str:
 def _pieces(attention: TextAttention) -> list[_Piece]:
     """The text from its first token to its last, each character once.
 
-    A character that several tokens share stands in the first of them, to whose weight theirs are
-    added; what lies between tokens has none.
+    A character that several tokens share is in the piece of the first token, and their weights are
+    added to its weight. Characters between tokens have a weight of 0.
     """
     text, pieces, end_of_last = attention.text, [], None
     weights = attention.weights.mean(axis=(0, 2)).T  # (n_tokens, n_iterations)
@@ -380,7 +383,7 @@ def _pieces(attention: TextAttention) -> list[_Piece]:
 
 
 def _lines(attention: TextAttention, width: int, max_lines: int) -> list[_Line]:
-    """The text's lines, as many as are shown: those with the largest weights in any iteration."""
+    """The lines to show: those with the largest weights in any iteration."""
     lines = [_Line([])]
     for piece in _pieces(attention):
         for part in piece.shown.splitlines(keepends=True) or [""]:

@@ -1,6 +1,6 @@
-"""`LLMEncoder`: the same frozen language model as a scikit-learn transformer.
+"""`LLMEncoder`: a frozen language model as a scikit-learn transformer.
 
-One pooled state a text, for pipelines and for comparison with the head.
+It returns one pooled state per text, for pipelines and for comparison with the RELISH head.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from sklearn_relish.states.store import StateStore
 
 
 class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstimator):
-    """Texts to vectors: a frozen language model's token states, pooled.
+    """Encode texts as vectors: the pooled token states of a frozen language model.
 
-    It reads and keeps the same states as :class:`RelishRegressor`: with the same `model`, `layer`,
-    `max_length`, `dtype` and `memory`, a text that either has read is not read again.
+    It shares kept states with :class:`RelishRegressor`: with the same `model`, `layer`,
+    `max_length`, `dtype` and `memory`, a text that one of them has read is not read again by the
+    other.
 
     Parameters
     ----------
@@ -42,30 +43,30 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
     prompt : str, default=None
         Template of a row's text, as in :class:`RelishRegressor`.
     chat_template : bool, default=False
-        Whether the text goes through the model's chat template.
+        Whether the text is formatted by the tokenizer's chat template.
     max_length : int, default=512
-        Tokens of a text that are read at once.
+        Maximum number of tokens read at once.
     long_text : {"truncate", "window"}, default="truncate"
-        What becomes of longer texts, as in :class:`RelishRegressor`.
+        What is done with longer texts, as in :class:`RelishRegressor`.
     memory : str, path, joblib.Memory or StateStore, default=None
         Where token states are kept, as in :class:`RelishRegressor`.
     device : str or torch.device, default=None
-        Where the language model runs. None: ``"cuda"``, else ``"mps"``, else ``"cpu"``.
+        Device of the language model. None: ``"cuda"``, else ``"mps"``, else ``"cpu"``.
     dtype : {"auto", "float32", "bfloat16", "float16"} or torch.dtype, default="auto"
-        Of the language model and the kept states.
+        Dtype of the language model and the kept states.
     model_kwargs : dict, default=None
         Passed to `from_pretrained`, see :class:`FrozenLLM`.
     verbose : int, default=0
-        Above 0, a bar counts the texts read.
+        If above 0, show a progress bar.
 
     Attributes
     ----------
     layer_ : int
         The layer that is read, from 1.
     n_features_in_ : int
-        Columns of `X`, 1 for texts in one dimension.
+        Number of columns of `X`; 1 for one-dimensional `X`.
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Their names, if `X` was a frame whose column names are all strings.
+        Column names, if `X` is a data frame whose column names are all strings.
 
     See Also
     --------
@@ -123,7 +124,7 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: ArrayLike, y: Any = None) -> LLMEncoder:
-        """Check the input and find the layer; nothing is read.
+        """Check the input and determine the layer; no text is read.
 
         Parameters
         ----------
@@ -145,7 +146,7 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
         return self
 
     def transform(self, X: ArrayLike) -> np.ndarray:
-        """Pooled states of texts, whose token states are never held all at once.
+        """Pooled states of texts; the token states of all texts are never in memory together.
 
         Parameters
         ----------
@@ -165,7 +166,7 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
         return pooled
 
     def fit_transform(self, X: ArrayLike, y: Any = None) -> np.ndarray:
-        """Fit, and the pooled states of the texts; their token states are kept in `memory`.
+        """Fit, and return the pooled states of the texts; token states are kept in `memory`.
 
         Parameters
         ----------

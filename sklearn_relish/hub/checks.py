@@ -78,7 +78,7 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
 @contextmanager
 def open_regular_file(path: Path) -> Iterator[IO[bytes]]:
-    """A regular file, opened without waiting for whatever else has its name."""
+    """Open a regular file; a pipe or device of that name is refused without waiting."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -105,7 +105,7 @@ def _check_length(content: bytes, path: Path) -> None:
 
 
 def parse_config(content: bytes, path: Path) -> dict[str, Any]:
-    """A configuration of this format, of which no more than that is checked."""
+    """A configuration of this format; only its top level is checked."""
     _check_length(content, path)
     try:
         config = json.loads(content, parse_float=_finite, parse_constant=_finite)
@@ -131,7 +131,7 @@ def _finite(number: str) -> float:
 
 
 def is_regressor_config(config: Path) -> bool:
-    """Whether a file may be replaced: it is a regressor's, of whatever format."""
+    """Whether a file may be overwritten: it is the configuration of a regressor, of any format."""
     try:
         found = json.loads(read_config(config))
     except (OSError, ValueError, RecursionError):
@@ -146,13 +146,13 @@ def _refuse(path: Path, field: str, what: str, value: Any) -> NoReturn:
 
 
 def _check_fields(values: Any, fields: dict[str, list[Any]], path: Path, within: str) -> None:
-    """A ValueError unless `values` has these fields and no others, each of its type and range."""
+    """Raise a ValueError unless `values` has exactly these fields, each of its type and range."""
     for what, names in (("no", fields.keys() - values), ("an unknown", values.keys() - fields)):
         if names:
             listed = ", ".join(f"{within}{name}"[:100] for name in sorted(names)[:10])
             raise ValueError(
                 f"{path.absolute()} has {what} field {listed}: it was altered, or saved by another"
-                " version or a subclass. Open it with that, or save the regressor again."
+                " version or a subclass. Load it with that one, or save the regressor again."
             )
     for name, allowed in fields.items():
         if type(values[name]) is bool and within != "parameters." and "boolean" not in allowed:
@@ -165,10 +165,10 @@ def _check_fields(values: Any, fields: dict[str, list[Any]], path: Path, within:
 
 
 def check_config(config: dict[str, Any], cls: type[BaseLLMEstimator], path: Path) -> None:
-    """All that can be checked without the weights."""
+    """Check everything that can be checked without the weights."""
     names = [name for name in cls._get_param_names() if name not in UNSAVED_PARAMETERS]
-    free = [object]  # of a subclass's own parameters nothing is known
-    constraints = {name: cls._parameter_constraints.get(name, free) for name in names}
+    unconstrained = [object]  # for the parameters that a subclass adds
+    constraints = {name: cls._parameter_constraints.get(name, unconstrained) for name in names}
     _check_fields(config["parameters"], constraints, path, "parameters.")
     fitted = config["fitted"]
     _check_fields(fitted, FITTED, path, "fitted.")
@@ -179,7 +179,7 @@ def check_config(config: dict[str, Any], cls: type[BaseLLMEstimator], path: Path
 
 
 def _check_fitted(fitted: dict[str, Any], path: Path) -> None:
-    """The contents of lists and dicts, and what must agree with each other."""
+    """Check the contents of lists and dicts, and that fields agree with each other."""
 
     def check(holds: bool, field: str, what: str) -> None:
         if not holds:
@@ -264,7 +264,7 @@ def tensor_header(array: np.ndarray) -> tuple[str, tuple[int, ...]]:
 def check_shapes(
     fitted: dict[str, Any], header: dict[str, tuple[str, tuple[int, ...]]], folder: Path
 ) -> None:
-    """A ValueError unless the weights are those of such heads, by name, dtype and shape."""
+    """Raise a ValueError unless the weights have the names, dtypes and shapes of these heads."""
     path, head, n_outputs = folder / CONFIG, fitted["head"], fitted["n_outputs_"]
     sizes = head["sizes"]
     for first, name, axis in (
@@ -281,7 +281,7 @@ def check_shapes(
         ("n_heads", head["n_heads"]),
         ("sizes.n_iterations", head["n_heads"] * n_blocks),
     ):
-        if number > len(header):  # so that no more is made than there are tensors
+        if number > len(header):  # before anything of that size is created
             value = head["n_heads"] if field == "n_heads" else sizes["n_iterations"]
             what = f"asks for more weights than the {len(header)} tensors of {WEIGHTS}"
             _refuse(path, f"fitted.head.{field}", what, value)
@@ -301,8 +301,10 @@ def check_shapes(
     for name in sorted(expected.keys() | header.keys()):
         if header.get(name) != expected.get(name):
             wanted, found = (
-                f"{some[name][0]} of shape {list(some[name][1])}" if name in some else "none"
-                for some in (expected, header)
+                f"{tensors[name][0]} of shape {list(tensors[name][1])}"
+                if name in tensors
+                else "none"
+                for tensors in (expected, header)
             )
             raise ValueError(
                 f"{(folder / WEIGHTS).absolute()} does not fit {CONFIG}: the tensor"
@@ -311,7 +313,7 @@ def check_shapes(
 
 
 def check_values(arrays: dict[str, np.ndarray], folder: Path) -> None:
-    """A ValueError unless the arrays hold numbers that can be computed with."""
+    """Raise a ValueError unless the arrays hold finite numbers in their range."""
     for name, array in arrays.items():
         at_least_zero = name in ("_y_scale", "conformal.weight")
         if np.isfinite(array).all() and not (at_least_zero and (array < 0).any()):
@@ -323,7 +325,7 @@ def check_values(arrays: dict[str, np.ndarray], folder: Path) -> None:
 
 
 def check_model_kwargs(kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
-    """`model_kwargs` of a file, unless they could run foreign code."""
+    """Return the `model_kwargs` of a file; refuse values that could run foreign code."""
     for name, value in (kwargs or {}).items():
         harmless = name in HARMLESS_KWARGS and isinstance(value, HARMLESS_KWARGS[name])
         if not harmless and not (name == "attn_implementation" and value in ATTENTION):

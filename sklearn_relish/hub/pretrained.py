@@ -151,18 +151,18 @@ def save(
         state |= {"model": llm.model, "dtype": llm.dtype, "model_kwargs": llm.model_kwargs}
     state["dtype"] = str(state["dtype"]).removeprefix("torch.")
     kwargs = state["model_kwargs"]
-    if kwargs:  # a secret stays where it is
+    if kwargs:  # a secret is not saved
         state["model_kwargs"] = {name: kwargs[name] for name in kwargs if name != "token"}
     names = [name for name in regressor._get_param_names() if name not in UNSAVED_PARAMETERS]
     parameters = {name: state[name] for name in names}
     head = state["head_"].__getstate__()
-    del head["format"]  # the folder's own says it
+    del head["format"]  # the stamp of the folder has it
     arrays = {f"head.{name}": array for name, array in head.pop("weights").items()}
     arrays |= {"_y_mean": state["_y_mean"], "_y_scale": state["_y_scale"]}
     if state["_conformal"] is not None:
         arrays["conformal.scores"] = state["_conformal"].scores
         arrays["conformal.weight"] = state["_conformal"].weight
-    weights = to_safetensors({name: np.ascontiguousarray(some) for name, some in arrays.items()})
+    weights = to_safetensors({name: np.ascontiguousarray(array) for name, array in arrays.items()})
     config = {
         STAMP: stamp(),
         WEIGHTS_DIGEST: hashlib.sha256(weights).hexdigest(),
@@ -172,8 +172,8 @@ def save(
     try:
         written = json.dumps(_without_nan(config), indent=2, default=_plain) + "\n"
     except TypeError as error:
-        raise TypeError(f"A parameter can't be kept in {CONFIG}: {error}") from None
-    # What is saved opens again.
+        raise TypeError(f"A parameter can't be saved in {CONFIG}: {error}") from None
+    # Check that it can be loaded.
     path = folder / CONFIG
     kept = parse_config(written.encode(), path)
     check_config(kept, type(regressor), path)
@@ -186,8 +186,8 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(path) and not is_regressor_config(path):
         raise FileExistsError(
-            f"{path.absolute()} is not a RelishRegressor's, and would be lost: choose another"
-            " folder."
+            f"{path.absolute()} is not the configuration of a RelishRegressor and would be"
+            " overwritten: choose another folder."
         )
     with _locked(folder):
         pending = folder / PENDING.format(config[WEIGHTS_DIGEST])
@@ -227,7 +227,7 @@ def load(
     config, arrays = _read(folder, cls)
     warn_versions(config[STAMP], cls.__name__)
     kept, fitted = config["parameters"], config["fitted"]
-    if isinstance(parameters.get("model"), FrozenLLM):  # which has these itself
+    if isinstance(parameters.get("model"), FrozenLLM):  # it has its own
         kept |= {"dtype": "auto", "model_kwargs": None}
     elif "model_kwargs" in kept.keys() - parameters:
         kept["model_kwargs"] = check_model_kwargs(kept["model_kwargs"])
@@ -260,10 +260,10 @@ def load(
 
 
 def _read(folder: Path, cls: type[PretrainedMixin]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The configuration and the weights that belong to it, checked.
+    """The configuration and its weights, checked.
 
-    A process that saves meanwhile may take the weights away between the two; then there is a new
-    configuration, and both are read again.
+    A process that saves meanwhile may replace the weights between the two reads; then both are read
+    again.
     """
     before, attempt = None, 0
     while attempt < ATTEMPTS:
@@ -281,7 +281,7 @@ def _read(folder: Path, cls: type[PretrainedMixin]) -> tuple[dict[str, Any], dic
                     continue
                 try:
                     with safe_open(path, framework="numpy") as weights:
-                        # No other file takes the number of one that is open.
+                        # The inode of an open file is not reused.
                         if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                             continue
                         return config, _checked(config, cls, weights, folder)
@@ -295,12 +295,11 @@ def _read(folder: Path, cls: type[PretrainedMixin]) -> tuple[dict[str, Any], dic
         time.sleep(PAUSE_SECONDS)
     if not (folder / WEIGHTS).exists():
         raise FileNotFoundError(
-            f"{folder.absolute()} holds no regressor that save_pretrained has written: it has no"
-            f" {WEIGHTS}."
+            f"{folder.absolute()} has no regressor saved by save_pretrained: there is no {WEIGHTS}."
         )
     raise ValueError(
         f"{(folder / WEIGHTS).absolute()} does not have the SHA-256 that {CONFIG} names as"
-        f" {WEIGHTS_DIGEST}: it is truncated, altered or another regressor's. Copy the folder"
+        f" {WEIGHTS_DIGEST}: it is truncated, altered or from another regressor. Copy the folder"
         " again, or save the regressor again."
     )
 
@@ -308,7 +307,7 @@ def _read(folder: Path, cls: type[PretrainedMixin]) -> tuple[dict[str, Any], dic
 def _checked(
     config: dict[str, Any], cls: type[PretrainedMixin], weights: Any, folder: Path
 ) -> dict[str, np.ndarray]:
-    """The arrays, read after all else has been checked against their names and shapes."""
+    """The arrays, read after the configuration was checked against their names and shapes."""
     check_config(config, cls, folder / CONFIG)
     header = {}
     for name in weights.keys():  # noqa: SIM118, it is no dict
@@ -322,20 +321,20 @@ def _checked(
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of the lock when the process ends."""
+    """One process at a time; the system releases the lock when the process ends."""
     lock = folder / LOCK
     with FileLock(lock, mode=0o666, fallback_to_soft=False, poll_interval=0.01):
         try:
             yield
         finally:
-            with suppress(OSError):  # a process that waits for it notices, and makes another
+            with suppress(OSError):  # a process that waits for it creates a new one
                 lock.unlink()
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Replace a file by another one that is complete and on the disk."""
+    """Replace a file atomically, after the new content is on the disk."""
     partial = path.with_name(PARTIAL)
-    partial.unlink(missing_ok=True)  # of a killed process; or a link, which is not followed
+    partial.unlink(missing_ok=True)  # left by a killed process, or a link, which is not followed
     try:
         with partial.open("xb") as file:
             file.write(content)
@@ -347,16 +346,16 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _without_nan(value: Any) -> Any:
-    """The same with None for NaN and infinity, which JSON does not know."""
+    """The value with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {name: _without_nan(some) for name, some in value.items()}
+        return {name: _without_nan(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(some) for some in value]
+        return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> Any:
-    """What JSON knows of a value that is none of its own."""
+    """A JSON value for a value of another type."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):

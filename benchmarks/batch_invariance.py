@@ -63,7 +63,7 @@ def main() -> None:
         "isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "unset"),
         "threads": threads,
         "n_texts": len(texts),
-        "packs": llm._packs(layer),
+        "packs": llm._forward_pass.packing(layer),
         "shuffled": differing(shuffled, [together[i] for i in order]),
         "alone": differing(alone, together),
         "alone, one thread": differing(one_thread, together[::3]),

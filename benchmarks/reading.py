@@ -74,7 +74,7 @@ def one_by_one(llm: FrozenLLM, texts: list[str]) -> dict[str, float]:
         def run(some: list[str]) -> None:
             ids = torch.tensor(llm.tokenizer(some)["input_ids"])
             with torch.inference_mode():
-                llm._states_at([layer], input_ids=ids)
+                llm._forward_pass.states_at([layer], input_ids=ids)
 
         return run
 
@@ -143,7 +143,9 @@ def main() -> None:
             times[name].append(share * seconds(read, texts))
 
     product = largest_product(2048, llm.torch_dtype, llm.torch_device)
-    weights = sum(p.numel() for layer in llm._layers[:LAYER] for p in layer.parameters())
+    weights = sum(
+        p.numel() for layer in llm._forward_pass.layers[:LAYER] for p in layer.parameters()
+    )
     medians = {name: statistics.median(values) for name, values in times.items()}
     ours = medians["this package, 20 layers"]
     share = 2 * weights * sum(own) / ours / product

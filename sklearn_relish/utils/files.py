@@ -35,7 +35,7 @@ def file_digest(path: Path) -> str:
     stat = path.stat()
     if stat.st_size < REMEMBERED_BYTES:
         return _digest(path)
-    identity = f"{path.absolute()}\0{file_stamp(path)}"
+    identity = f"{path.absolute()}\0{file_signature(path)}"
     name = hashlib.sha256(identity.encode()).hexdigest()
     remembered = user_cache_path("sklearn_relish") / "digests" / name
     with suppress(OSError, UnicodeDecodeError):
@@ -52,7 +52,7 @@ def file_digest(path: Path) -> str:
     return digest
 
 
-def file_stamp(path: Path) -> tuple[int, ...]:
+def file_signature(path: Path) -> tuple[int, ...]:
     """What changes when a file is written or replaced: inode, size, both times of change."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

@@ -51,7 +51,7 @@ def test_a_text_has_the_same_states_in_any_batch(kind, dtype, n_threads, threads
     threads(n_threads)
     llm = FrozenLLM(tiny_model(kind), device="cpu", dtype=dtype)
     assert_the_same_in_any_batch(llm)
-    assert llm._packs(2)
+    assert llm._forward_pass.packing(2)
 
 
 def test_windows_of_long_texts_too(threads):
@@ -130,7 +130,7 @@ class Neighbours(nn.Module):
 def test_texts_are_not_packed_for_a_model_that_would_mix_them():
     llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
     llm.network.embed_tokens = Neighbours(llm.network.embed_tokens)
-    assert not llm._packs(2)
+    assert not llm._forward_pass.packing(2)
     assert_the_same_in_any_batch(llm)
 
 
@@ -138,7 +138,7 @@ def test_texts_are_not_packed_for_a_model_that_numbers_positions_itself():
     llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
     forward = llm.network.forward
     llm.network.forward = lambda input_ids, position_ids=None: forward(input_ids=input_ids)
-    assert not llm._packs(2)
+    assert not llm._forward_pass.packing(2)
     assert_the_same_in_any_batch(llm)
 
 
@@ -201,8 +201,8 @@ def test_how_texts_are_packed_is_measured_for_each_number_of_threads(threads, mo
     llm = FrozenLLM(tiny_model(), device="cpu", dtype="bfloat16")
     one = "joint"
     monkeypatch.setattr(
-        llm, "_packs_as", lambda way, layer: torch.get_num_threads() == 1 or way != one
+        llm._forward_pass, "_packs", lambda way, layer: torch.get_num_threads() == 1 or way != one
     )
     for n_threads, way in ((1, one), (2, "separate"), (1, one)):
         threads(n_threads)
-        assert llm._packs(2) == way
+        assert llm._forward_pass.packing(2) == way

@@ -140,7 +140,7 @@ def test_a_child_forked_from_a_serving_process_predicts():
         thread.start()
     try:
         assert serving.wait(60)
-        with llm._passing:  # it is held by no thread of the child
+        with llm._forward_pass.lock:  # it is held by no thread of the child
             found = [in_forked_child(lambda: regressor.predict(["a new text"]).tolist())]
         found += [
             in_forked_child(lambda: regressor.predict(["a new text"]).tolist()) for _ in range(3)

@@ -164,7 +164,7 @@ def refuse_to_read(*_, **__):
         (["a", "b"], [1e200, 1.1e200], {}, ValueError, "spans more than float64 can square"),
         (["a", "b"], [1e-200, 1.1e-200], {}, ValueError, "spans more than float64 can square"),
         (list("abcdefghi"), np.arange(9), {"validation_fraction": 0.99}, ValueError, "leaves none"),
-        (["a", "b"], [1, 2], {"device": "gpu"}, ValueError, "device='gpu' is not to be had"),
+        (["a", "b"], [1, 2], {"device": "gpu"}, ValueError, "device='gpu' is not available"),
         (["a", "b"], ["x", "y"], {}, ValueError, "y holds no number in rows 0, 1"),
         (["a", "b"], [1, 2], {"loss": "hubris"}, ValueError, "'loss' parameter .* must be"),
         (["a", "b"], [1, 2], {"n_iterations": 0}, ValueError, "'n_iterations' parameter"),

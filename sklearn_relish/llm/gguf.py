@@ -21,8 +21,8 @@ from sklearn_relish.utils.files import file_digest
 def converted_gguf(path: Path) -> Path:
     """Folder with the model of a GGUF file in the format of Transformers, made on first use.
 
-    The folder's name has a digest of the file's content. Quantized weights are unpacked to bfloat16, whose
-    rounding is finer than theirs.
+    The folder's name has a digest of the file's content. Quantized weights are unpacked to
+    bfloat16, which rounds less than they do.
 
     Parameters
     ----------

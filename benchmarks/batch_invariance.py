@@ -1,6 +1,6 @@
-"""Are the states of a text bit-equal in any batch? On this CPU, for texts of 1 to 600 tokens.
+"""Check that the states of a text are bit-equal in any batch, for texts of 1 to 600 tokens.
 
-Each text is read together with all others, in another order, alone, and alone with one thread.
+Each text is read with all other texts, in another order, alone, and alone with one thread.
 `ONEDNN_MAX_CPU_ISA` simulates older CPUs. Prints a table and a JSON line.
 
     python benchmarks/batch_invariance.py --model M [--dtype float32] [--step 8]
@@ -63,7 +63,7 @@ def main() -> None:
         "isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "unset"),
         "threads": threads,
         "n_texts": len(texts),
-        "packs": llm._packs(layer),
+        "packs": llm._forward_pass.packing(layer),
         "shuffled": differing(shuffled, [together[i] for i in order]),
         "alone": differing(alone, together),
         "alone, one thread": differing(one_thread, together[::3]),

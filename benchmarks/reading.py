@@ -1,20 +1,20 @@
-"""Reading texts on a CPU: beside Sentence Transformers, and beside padding to 256 tokens.
+"""Reading texts on a CPU, compared with Sentence Transformers and with padding to 256 tokens.
 
     pip install -e ".[benchmarks]" && python benchmarks/reading.py --data FOLDER --model MODEL
 
-Texts a second of STS-B (evaluation.py says what its folder holds; MODEL is a folder or a .gguf
-file), token states at layer 20, of
+MODEL is a folder or a .gguf file; evaluation.py says what the folder of STS-B has. Measures texts
+per second of STS-B for token states at layer 20 from
 
-- this package's reading,
-- Sentence Transformers' ``encode(output_value="token_embeddings")``: the same model in the same
-  dtype, all layers, as it comes,
+- this package,
+- Sentence Transformers' ``encode(output_value="token_embeddings")`` with its defaults: the same
+  model in the same dtype, all layers,
 - an encoder that pads each text to 256 tokens and keeps all hidden states, as the official code
-  of RELISH does; it reads an eighth of the texts, 8 at a time, and is scaled.
+  of RELISH does; it reads an eighth of the texts, 8 at a time, and its time is scaled.
 
-They take turns, the median counts, and their tokens are the same. (Sentence Transformers would
-apply the tokenizer's chat template; it gets a folder without one.) Then one text at a time:
-``predict`` of a fitted regressor, warm, beside the bare pass of the language model on that text,
-tokenizer and layers 1 to 20, and beside that of all its layers.
+They run in turns on the same tokens, and the median is reported. (Sentence Transformers would
+apply the tokenizer's chat template, so it gets a folder without one.) Then one text at a time:
+``predict`` of a fitted regressor, after a warm-up, compared with the tokenizer and the forward pass
+of the language model on that text, for layers 1 to 20 and for all layers.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from transformers import AutoModel
 
 from sklearn_relish import FrozenLLM, RelishRegressor
 
-LAYER, PADDED, PADDED_SHARE = 20, 256, 8
+LAYER, PADDED, PADDED_FRACTION = 20, 256, 8
 
 
 def without_chat_template(source: str, folder: str) -> str:
@@ -46,7 +46,7 @@ def without_chat_template(source: str, folder: str) -> str:
 
 
 def padded_encoder(llm: FrozenLLM) -> Callable[[list[str]], None]:
-    """Every text padded to 256 tokens, all hidden states of all layers kept."""
+    """An encoder that pads texts to 256 tokens and keeps the hidden states of all layers."""
     network = AutoModel.from_pretrained(llm._source, dtype=llm.torch_dtype).eval()
     tokenizer = llm.tokenizer
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -66,22 +66,22 @@ def padded_encoder(llm: FrozenLLM) -> Callable[[list[str]], None]:
 
 
 def one_by_one(llm: FrozenLLM, texts: list[str]) -> dict[str, float]:
-    """Median milliseconds of `predict` and of bare passes, for texts not seen before."""
+    """Median milliseconds of `predict` and of forward passes, for texts not seen before."""
     regressor = RelishRegressor(llm, layer=LAYER, max_epochs=1, random_state=0)
     regressor.fit(texts[:64], range(64))
 
-    def bare(layer: int) -> Callable[[list[str]], object]:
-        def run(some: list[str]) -> None:
-            ids = torch.tensor(llm.tokenizer(some)["input_ids"])
+    def forward(layer: int) -> Callable[[list[str]], object]:
+        def run(texts: list[str]) -> None:
+            ids = torch.tensor(llm.tokenizer(texts)["input_ids"])
             with torch.inference_mode():
-                llm._states_at([layer], input_ids=ids)
+                llm._forward_pass.states_at([layer], input_ids=ids)
 
         return run
 
     passes = {
         "predict": regressor.predict,
-        f"layers 1 to {LAYER}": bare(LAYER),
-        "all layers": bare(llm.n_layers),
+        f"layers 1 to {LAYER}": forward(LAYER),
+        "all layers": forward(llm.n_layers),
     }
     times: dict[str, list[float]] = {name: [] for name in passes}
     for text in texts[64:]:
@@ -118,20 +118,20 @@ def main() -> None:
             model_kwargs={"dtype": llm.torch_dtype},
         )
     theirs_tokens = theirs.preprocess(texts)["attention_mask"].sum(1).tolist()
-    assert theirs_tokens == own, "the peer's tokens are others"
+    assert theirs_tokens == own, "the tokens of Sentence Transformers differ"
     assert theirs.dtype == llm.torch_dtype
-    assert max(own) <= PADDED, "cut texts would not be the peer's"
+    assert max(own) <= PADDED, "a text is longer than the padded length"
     padded = padded_encoder(llm)
 
     contenders = {
-        "this package, 20 layers": lambda some: list(
-            llm.read(some, layers=[LAYER], max_length=512)
+        "this package, 20 layers": lambda texts: list(
+            llm.read(texts, layers=[LAYER], max_length=512)
         ),
-        "Sentence Transformers, all layers": lambda some: theirs.encode(
-            some, output_value="token_embeddings", show_progress_bar=False
+        "Sentence Transformers, all layers": lambda texts: theirs.encode(
+            texts, output_value="token_embeddings", show_progress_bar=False
         ),
-        f"padded to {PADDED}, all hidden states": lambda some: padded(
-            some[: len(some) // PADDED_SHARE]
+        f"padded to {PADDED}, all hidden states": lambda texts: padded(
+            texts[: len(texts) // PADDED_FRACTION]
         ),
     }
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -139,27 +139,33 @@ def main() -> None:
         read(texts[:64])
     for _ in range(arguments.rounds):
         for name, read in contenders.items():
-            share = PADDED_SHARE if name.startswith("padded") else 1
-            times[name].append(share * seconds(read, texts))
+            factor = PADDED_FRACTION if name.startswith("padded") else 1
+            times[name].append(factor * seconds(read, texts))
 
     product = largest_product(2048, llm.torch_dtype, llm.torch_device)
-    weights = sum(p.numel() for layer in llm._layers[:LAYER] for p in layer.parameters())
+    weights = sum(
+        p.numel() for layer in llm._forward_pass.layers[:LAYER] for p in layer.parameters()
+    )
     medians = {name: statistics.median(values) for name, values in times.items()}
     ours = medians["this package, 20 layers"]
-    share = 2 * weights * sum(own) / ours / product
+    utilization = 2 * weights * sum(own) / ours / product
     print(f"{len(texts)} texts, {sum(own)} tokens, {llm.torch_dtype}")
     for name, median in medians.items():
-        print(f"{name:40}{len(texts) / median:8.1f} texts/s   we are {median / ours:.2f} times")
+        print(
+            f"{name:40}{len(texts) / median:8.1f} texts/s   this package is {median / ours:.2f} times as fast"
+        )
     print(
-        f"largest product {product / 1e9:.0f} GFLOP/s; the weights' products of real"
-        f" tokens take place at {100 * share:.0f} % of that"
+        f"largest matrix product: {product / 1e9:.0f} GFLOP/s; products of weights and real tokens"
+        f" reach {100 * utilization:.0f} % of that"
     )
     alone = one_by_one(llm, texts[:264])
     for name, milliseconds in alone.items():
         ratio = alone["predict"] / milliseconds
-        print(f"one text, {name:24}{milliseconds:6.1f} ms   predict is {ratio:.2f} times")
+        print(
+            f"one text, {name:24}{milliseconds:6.1f} ms   predict takes {ratio:.2f} times as long"
+        )
     if arguments.output:
-        line = {"rows": len(texts), **medians, "share": share, **alone}
+        line = {"rows": len(texts), **medians, "utilization": utilization, **alone}
         with arguments.output.open("a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -86,7 +86,7 @@ def test_states_of_a_text_are_bit_equal_in_any_batch_and_with_any_threads(llm, l
             states |= {texts[row]: found for row, found in zip(rows, batch, strict=True)}
         return states
 
-    assert llm._packs(10)
+    assert llm._forward_pass.packing(10)
     together = read_all(texts)
     short = read_all([texts[i] for i in rng.permutation(len(texts)) if len(texts[i]) < 400])
     threads = torch.get_num_threads()

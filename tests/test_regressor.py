@@ -165,7 +165,7 @@ def refuse_to_read(*_, **__):
         (["a", "b"], [1e200, 1.1e200], {}, ValueError, "spans more than float64 can square"),
         (["a", "b"], [1e-200, 1.1e-200], {}, ValueError, "spans more than float64 can square"),
         (list("abcdefghi"), np.arange(9), {"validation_fraction": 0.99}, ValueError, "leaves none"),
-        (["a", "b"], [1, 2], {"device": "gpu"}, ValueError, "device='gpu' is not to be had"),
+        (["a", "b"], [1, 2], {"device": "gpu"}, ValueError, "device='gpu' is not available"),
         (["a", "b"], ["x", "y"], {}, ValueError, "y holds no number in rows 0, 1"),
         (["a", "b"], [1, 2], {"loss": "hubris"}, ValueError, "'loss' parameter .* must be"),
         (["a", "b"], [1, 2], {"n_iterations": 0}, ValueError, "'n_iterations' parameter"),
@@ -236,10 +236,10 @@ def test_a_model_is_loaded_once_however_many_estimators_name_it(monkeypatch):
 
 def test_a_search_reads_each_text_once(monkeypatch):
     tokens = []
-    original = FrozenLLM._start_pass
+    original = FrozenLLM._read_batch
     monkeypatch.setattr(
         FrozenLLM,
-        "_start_pass",
+        "_read_batch",
         lambda self, batch, layer: (tokens.extend(batch), original(self, batch, layer))[1],
     )
     texts, y = reviews(60)
@@ -293,7 +293,7 @@ def test_auto_estimators_are_more_of_a_small_set(llm):
 def test_auto_takes_the_layer_that_tells_most(best, monkeypatch):
     """Of the three layers all but one are made to tell nothing."""
     llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
-    states_at, start_pass, tokens = llm._states_at, llm._start_pass, []
+    states_at, start_pass, tokens = llm._forward_pass.states_at, llm._read_batch, []
 
     def counted(batch, layers):
         tokens.append(sum(map(len, batch)))
@@ -303,8 +303,8 @@ def test_auto_takes_the_layer_that_tells_most(best, monkeypatch):
         found = zip(layers, states_at(layers, **inputs), strict=True)
         return [some if layer == best else torch.ones_like(some) for layer, some in found]
 
-    monkeypatch.setattr(llm, "_states_at", one_tells)
-    monkeypatch.setattr(llm, "_start_pass", counted)
+    monkeypatch.setattr(llm._forward_pass, "states_at", one_tells)
+    monkeypatch.setattr(llm, "_read_batch", counted)
     monkeypatch.setattr("sklearn_relish.regressor.SHARES", (2 / 3, 1 / 3, 1.0))
     texts, y = reviews(100)
     texts = [f"{text} {i}" for i, text in enumerate(texts)]
@@ -368,7 +368,7 @@ def test_a_refused_or_interrupted_fit_leaves_the_earlier_one(llm, monkeypatch):
         regressor.fit(pd.DataFrame({"a": texts, "b": texts}), np.r_[np.nan, y[1:]])
     assert (regressor.predict(texts) == before).all()
     monkeypatch.setattr(
-        FrozenLLM, "_start_pass", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        FrozenLLM, "_read_batch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         regressor.fit(["fresh", "texts"], [-1e6, 1e6])

@@ -1,7 +1,8 @@
-"""Cells to text: one text for a value, whichever library or file format it comes from.
+"""Cells to text: equal values have the same text in every library and file format.
 
-A date is ``2012-01-01`` and an integral float is ``1979``, also after a CSV file. `fit` remembers
-the kind of each column; `predict` converts what converts without loss and refuses the rest.
+A date is ``2012-01-01`` and an integral float is ``1979``, also after a CSV file. `fit` stores
+the kind of each column; `predict` converts cells to it, and refuses those that it cannot convert
+without loss.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import numpy as np
 
 from sklearn_relish.utils.messages import name_rows, warn
 
-EXACT = 2**53  # from here on not every integer is a float
-OR_MISSING = " or missing"  # ends the kind of a column that has missing cells
+EXACT = 2**53  # larger integers are not all exact as floats
+OR_MISSING = " or missing"  # suffix of the kind of a column with missing cells
 LONGEST_VALUE = 64  # characters of a number or a date; longer ones are text
 
-WRITTEN_MISSING = {"", "nan", "NaN", "None", "NaT", "<NA>"}  # a missing cell through str()
-WRITTEN_BOOLEANS = {"True": "True", "true": "True", "TRUE": "True"}
-WRITTEN_BOOLEANS |= {"False": "False", "false": "False", "FALSE": "False"}
+MISSING_STRINGS = {"", "nan", "NaN", "None", "NaT", "<NA>"}  # str() of missing cells
+BOOLEAN_STRINGS = {"True": "True", "true": "True", "TRUE": "True"}
+BOOLEAN_STRINGS |= {"False": "False", "false": "False", "FALSE": "False"}
 NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?|[+-]?inf")
 TIME = r"(?P<time>\d\d:\d\d)(?P<seconds>:\d\d)?(?:\.(?P<fraction>\d+))?"
 ISO_TIME = re.compile(TIME, re.ASCII)
@@ -33,7 +34,7 @@ ISO_DATE = re.compile(
     rf"(?P<date>\d{{4}}-\d\d-\d\d)(?:[ T]{TIME}(?P<zone>Z|[+-]\d\d:?\d\d)?)?", re.ASCII
 )
 DURATION = re.compile(rf"(?P<days>-?\d+) days?(?:,? \+?{TIME})?", re.ASCII)
-STABLE = ": a cell's argument must be a string, a number or another value of a stable text."
+STABLE_ADVICE = ": a cell's argument must be a string, a number or another value of a stable text."
 ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
 
 WRITERS: list[tuple[tuple[type, ...], str, Callable[[Any], str]]]
@@ -47,36 +48,36 @@ def column_texts(
     Parameters
     ----------
     column : sequence
-        Cells, missing ones among them.
+        Cells; some may be missing.
     name : str
-        For errors.
+        The column's name, for errors.
     kind : str, default=None
-        What the column was in `fit`. None: it is found.
+        The column's kind in `fit`. None: it is inferred from the cells.
 
     Returns
     -------
     texts : list of str or None
-        None for a missing cell. Equal values have the same text, whatever holds them. A string of
-        a text column is left as it is.
+        None for a missing cell. Equal values have the same text, whatever their type. Strings of
+        a text column are unchanged.
     kind : str
         ``"text"``, ``"integer"``, ``"number"``, ``"boolean"``, ``"date"`` (with or without a
-        time), ``"time"``, ``"duration"``, ``"other"``, ``"mixed"`` for several kinds, and
-        ``"missing"`` for no cell at all. ``"date text"`` are strings, all of them dates in ISO
-        form. ``"text/number"``, ``"text/boolean"`` and ``"text/boolean/number"`` are strings some
-        of which are written exactly as such values are. The kind of a column with missing cells
-        ends in ``" or missing"``.
+        time), ``"time"``, ``"duration"``, ``"other"``, ``"mixed"`` for several kinds, or
+        ``"missing"`` if all cells are missing. ``"date text"`` is a column of strings that are
+        all ISO dates. ``"text/number"``, ``"text/boolean"`` and ``"text/boolean/number"`` are
+        columns of strings, some of which are the exact text of such values. The kind of a column
+        with missing cells ends in ``" or missing"``.
 
     Raises
     ------
     ValueError
-        If a cell cannot be of the kind of `fit`; the message names the column and the rows.
+        If a cell cannot be converted to the kind in `fit`; the message names the column and rows.
     TypeError
-        If a cell has no text that would be the same in another process.
+        If a cell's text would differ in another process.
 
     Warns
     -----
     UserWarning
-        If all cells are missing and none was in `fit`, or the other way round.
+        If all cells are missing but none was in `fit`, or if all were missing in `fit` only.
 
     Examples
     --------
@@ -96,40 +97,40 @@ def column_texts(
             texts = _converted(kinds, texts, "date text", name)
         return texts, kind
     base = kind.removesuffix(OR_MISSING)
-    own = "text" if base.startswith("text") else base
-    if not {own, "missing"}.issuperset(kinds):
+    cell_kind = "text" if base.startswith("text") else base
+    if not {cell_kind, "missing"}.issuperset(kinds):
         texts = _converted(kinds, texts, base, name)
     warning = None
     if base == "missing":
         if any(text is not None for text in texts):
-            warning = "was missing in all rows of fit and is not now: it has no effect to rely on."
+            warning = "was missing in all rows of fit but is not now: nothing was learned about it."
     elif base == kind and all(text is None for text in texts):
-        warning = "is missing in all rows, and was missing in no row of fit."
+        warning = "is missing in all rows, but was missing in no row of fit."
     if warning:
         warn(f"Column {name!r} {warning}")
     return texts, kind
 
 
 def is_missing(cell: Any) -> bool:
-    """None, NaN, NaT or pandas.NA."""
+    """Whether a cell is None, NaN, NaT or pandas.NA."""
     if cell is None:
         return True
     if isinstance(cell, Decimal):
         return cell.is_nan()
     try:
         return bool(cell != cell)  # NaN and NaT differ from themselves
-    except TypeError:  # pandas.NA refuses to be true or false
+    except TypeError:  # pandas.NA has no truth value
         return True
-    except ValueError:  # an array, of several truths
+    except ValueError:  # an array has several truth values
         return False
 
 
 class _NoTextError(Exception):
-    """A cell has no text: the class of the public error, and the reason."""
+    """A cell has no stable text. Arguments: class, subject and advice of the public error."""
 
 
 def _write(column: Sequence[Any], name: str) -> tuple[list[str], list[str | None]]:
-    """The kind and the text of each cell, by its own type alone."""
+    """The kind and the text of each cell, from its type and value only."""
     types = set(map(type, column))
     if types == {str}:
         return ["text"] * len(column), list(column)
@@ -141,8 +142,8 @@ def _write(column: Sequence[Any], name: str) -> tuple[list[str], list[str | None
         else:
             texts.extend(writers[type(cell)][1](cell) for cell in column)
     except _NoTextError as refusal:
-        error, what, advice = refusal.args
-        raise error(f"X has {what} in row {len(texts)} of column {name!r}{advice}") from None
+        error, subject, advice = refusal.args
+        raise error(f"X has {subject} in row {len(texts)} of column {name!r}{advice}") from None
     kinds = [
         "missing" if text is None else writers[type(cell)][0]
         for cell, text in zip(column, texts, strict=True)
@@ -151,7 +152,7 @@ def _write(column: Sequence[Any], name: str) -> tuple[list[str], list[str | None
 
 
 def _common_kind(kinds: list[str], texts: list[str | None]) -> str:
-    """The kind of a column of such cells."""
+    """The kind of a column, from the kinds and texts of its cells."""
     found = set(kinds) - {"missing"}
     ending = OR_MISSING if "missing" in kinds else ""
     if not found:
@@ -168,7 +169,7 @@ def _writer(cell_type: type) -> tuple[str, Callable[[Any], str | None]]:
     """The kind of cells of one type, and the function that gives their text."""
     for types, kind, write in WRITERS:
         if issubclass(cell_type, types):
-            if kind in ("text", "boolean", "integer"):  # which have no missing value
+            if kind in ("text", "boolean", "integer"):  # these types have no missing value
                 return kind, write
             return kind, partial(_unless_missing, write)
     return "other", _other_text
@@ -179,9 +180,9 @@ def _unless_missing(write: Callable[[Any], str], cell: Any) -> str | None:
 
 
 def _converted(kinds: list[str], texts: list[str | None], base: str, name: str) -> list[str | None]:
-    """Texts of cells in the kind of `fit`."""
+    """Texts of cells, converted to the kind of the column in `fit`."""
     convert = CONVERSIONS.get(base)
-    if convert is None:  # anything may stand there
+    if convert is None:  # "mixed", "other" and "missing" accept any cell
         return texts
     converted, refused = [], []
     for row, (kind, text) in enumerate(zip(kinds, texts, strict=True)):
@@ -199,9 +200,12 @@ def _converted(kinds: list[str], texts: list[str | None], base: str, name: str) 
             f" pandas.read_csv(..., dtype={{{name!r}: str}})."
         )
     elif base == "integer" and kinds[row] == "number":
-        advice = "A float does not hold every such integer: keep integers, as pandas' Int64 does."
+        advice = (
+            "A float does not hold every such integer: keep the column as integers, for example"
+            " with pandas' Int64."
+        )
     else:
-        advice = "Convert the column, and leave out what is missing with None or NaN."
+        advice = "Convert the column, and use None or NaN for missing cells."
     raise ValueError(
         f"Column {name!r} was of kind {base!r} in fit, but {name_rows(refused)} cannot be converted"
         f" to it: row {row} has {shown}, of kind {kinds[row]!r}. {advice}"
@@ -209,20 +213,20 @@ def _converted(kinds: list[str], texts: list[str | None], base: str, name: str) 
 
 
 def _kind_of_texts(texts: Sequence[str | None]) -> str:
-    """Text, and which other values may stand for some of it."""
-    if all(text is None or _written_date(text) for text in texts):
+    """The kind of a column of strings, which tells what other values some of them look like."""
+    if all(text is None or _canonical_date(text) for text in texts):
         return "date text"
     kind = "text"
     for other, pattern, write in (
-        ("boolean", None, WRITTEN_BOOLEANS.get),
-        ("number", NUMBER, _written_number),
+        ("boolean", None, BOOLEAN_STRINGS.get),
+        ("number", NUMBER, _canonical_number),
     ):
         found = {
             text
             for text in texts
             if text is not None
             and len(text) <= LONGEST_VALUE
-            and (pattern.fullmatch(text) if pattern else text in WRITTEN_BOOLEANS)
+            and (pattern.fullmatch(text) if pattern else text in BOOLEAN_STRINGS)
         }
         if found and all(write(text) == text for text in found):
             kind += f"/{other}"
@@ -234,10 +238,10 @@ def _number(kind: str, text: str) -> str | None:
         return text
     if kind == "boolean":
         return str(int(text == "True"))
-    if kind == "text" and text in WRITTEN_MISSING:
+    if kind == "text" and text in MISSING_STRINGS:
         return None
     if kind == "text" and len(text) <= LONGEST_VALUE and NUMBER.fullmatch(text.strip()):
-        return _written_number(text.strip())
+        return _canonical_number(text.strip())
     raise ValueError
 
 
@@ -250,36 +254,38 @@ def _integer(kind: str, text: str) -> str | None:
 def _boolean(kind: str, text: str) -> str | None:
     if kind == "boolean":
         return text
-    if kind == "text" and text in WRITTEN_MISSING:
+    if kind == "text" and text in MISSING_STRINGS:
         return None
-    if kind == "text" and text.strip() in WRITTEN_BOOLEANS:
-        return WRITTEN_BOOLEANS[text.strip()]
+    if kind == "text" and text.strip() in BOOLEAN_STRINGS:
+        return BOOLEAN_STRINGS[text.strip()]
     if kind in ("integer", "number") and text in ("0", "1"):
         return str(text == "1")
     raise ValueError
 
 
-def _as_written(own: str, read: Callable[[str], str | None]) -> Callable[[str, str], str | None]:
-    """The conversion to a kind from strings alone."""
+def _kind_or_string(
+    own_kind: str, parse: Callable[[str], str | None]
+) -> Callable[[str, str], str | None]:
+    """A conversion that accepts cells of one kind, and strings that `parse` gives a text for."""
 
     def convert(kind: str, text: str) -> str | None:
-        if kind == own:
+        if kind == own_kind:
             return text
-        if kind == "text" and text in WRITTEN_MISSING:
+        if kind == "text" and text in MISSING_STRINGS:
             return None
-        written = read(text.strip()) if kind == "text" else None
-        if written is None:
+        parsed = parse(text.strip()) if kind == "text" else None
+        if parsed is None:
             raise ValueError
-        return written
+        return parsed
 
     return convert
 
 
-def _text_or(*others: str) -> Callable[[str, str], str]:
-    """The conversion to text, which other values may stand for."""
+def _text_or(*kinds: str) -> Callable[[str, str], str]:
+    """A conversion to text that also accepts cells of the given kinds."""
 
     def convert(kind: str, text: str) -> str:
-        if kind == "text" or kind in others:
+        if kind == "text" or kind in kinds:
             return text
         raise ValueError
 
@@ -290,18 +296,18 @@ def _date_or_text(kind: str, text: str) -> str:
     if kind == "date":
         return text
     if kind == "text":
-        return _written_date(text) or text
+        return _canonical_date(text) or text
     raise ValueError
 
 
-def _written_number(text: str) -> str:
+def _canonical_number(text: str) -> str:
     if text.lstrip("+-").isdigit():
         return str(int(text))
     return _fraction_text(Decimal(text))
 
 
-def _written_date(text: str) -> str | None:
-    """The text of a date in ISO form, None for any other string."""
+def _canonical_date(text: str) -> str | None:
+    """The text of a date in ISO format, None for any other string."""
     match = ISO_DATE.fullmatch(text) if len(text) <= LONGEST_VALUE else None
     if match is None:
         return None
@@ -318,12 +324,12 @@ def _written_date(text: str) -> str | None:
     return time and _without_zeros(f"{match['date']} {time}{zone}")
 
 
-def _written_time(text: str) -> str | None:
+def _canonical_time(text: str) -> str | None:
     match = ISO_TIME.fullmatch(text)
     return match and _time_of(match)
 
 
-def _written_duration(text: str) -> str | None:
+def _canonical_duration(text: str) -> str | None:
     match = DURATION.fullmatch(text) if len(text) <= LONGEST_VALUE else None
     if match is None:
         return None
@@ -343,7 +349,7 @@ def _time_of(match: re.Match[str]) -> str | None:
 
 
 def _without_zeros(text: str) -> str:
-    """Without the zeros that end a fraction of a second, and without a time of midnight."""
+    """Remove trailing zeros of a fraction of a second, and a time of midnight."""
     if "." in text:
         start, _, rest = text.partition(".")
         digits = re.match("[0-9]*", rest)[0]
@@ -354,11 +360,11 @@ def _without_zeros(text: str) -> str:
 
 def _float_text(cell: float) -> str:
     if abs(cell) < EXACT and cell.is_integer():
-        return str(int(cell))  # 1979.0 is how a column with missing cells keeps 1979
+        return str(int(cell))  # a column with missing cells stores 1979 as 1979.0
     text = repr(float(cell))
     if len(text) > 9 and abs(cell) < 1e38 and float(np.float32(cell)) == cell:
         short = str(np.float32(cell))
-        if len(text) - len(short) > 3:  # 0.1, and not the 0.10000000149011612 it was cast to
+        if len(text) - len(short) > 3:  # 0.1, not 0.10000000149011612
             return short
     return text
 
@@ -369,7 +375,7 @@ def _decimal_text(cell: Decimal) -> str:
 
 
 def _fraction_text(cell: Decimal) -> str:
-    """The text of the float of the same digits, all digits where there is none."""
+    """The text of the equal float if there is one, else all digits."""
     number = float(cell)
     if not cell.is_finite() or (np.isfinite(number) and Decimal(repr(number)) == cell):
         return _float_text(number)
@@ -400,15 +406,15 @@ def _nanoseconds_text(nanoseconds: int) -> str:
     return _without_zeros(f"{days} days {hour:02}:{minute:02}:{second:02}.{fraction:09}")
 
 
-def _refuse(error: type[Exception], what: str, advice: str) -> Callable[[Any], str]:
+def _refuse(error: type[Exception], subject: str, advice: str) -> Callable[[Any], str]:
     def refuse(cell: Any) -> str:
-        raise _NoTextError(error, what, advice)
+        raise _NoTextError(error, subject, advice)
 
     return refuse
 
 
 def _other_text(cell: Any) -> str | None:
-    """The text of any other object, if another process would give the same."""
+    """The text of any other object, if it is the same in every process."""
     if _is_array(cell):
         cell = np.asarray(cell).tolist()
         if not isinstance(cell, list):
@@ -417,18 +423,18 @@ def _other_text(cell: Any) -> str | None:
         try:
             return str(_plain(cell))
         except RecursionError:
-            what, advice = f"a {type(cell).__name__} that holds itself", "."
-            raise _NoTextError(TypeError, what, advice) from None
+            subject = f"a {type(cell).__name__} that contains itself"
+            raise _NoTextError(TypeError, subject, ".") from None
     kind = f"a {type(cell).__name__}"
     if isinstance(cell, (Set, Mapping)):
         raise _NoTextError(TypeError, kind, ", whose order is not fixed: sort it into a list.")
     if isinstance(cell, ModuleType) or callable(cell):
-        raise _NoTextError(TypeError, kind, STABLE)
+        raise _NoTextError(TypeError, kind, STABLE_ADVICE)
     if is_missing(cell):
         return None
     text = str(cell)
     if ADDRESS.search(text):
-        raise _NoTextError(TypeError, kind, f", whose text holds a memory address{STABLE}")
+        raise _NoTextError(TypeError, kind, f", whose text has a memory address{STABLE_ADVICE}")
     return text
 
 
@@ -437,7 +443,7 @@ def _is_array(cell: Any) -> bool:
 
 
 def _plain(cell: Any) -> Any:
-    """Nested cells as Python's own lists, dicts and values."""
+    """Nested cells as plain Python lists, dicts and values."""
     if isinstance(cell, dict):
         return {str(_plain(name)): _plain(value) for name, value in cell.items()}
     if _is_array(cell):
@@ -461,7 +467,7 @@ WRITERS = [
     ((np.timedelta64,), "duration", lambda cell: _nanoseconds_text(_in_nanoseconds(cell))),
     ((Integral,), "integer", lambda cell: str(int(cell))),
     ((float,), "number", _float_text),
-    # A float32 is the number that is written with its digits, as after a CSV file.
+    # The text of a float32 has its own digits, as in a CSV file.
     ((np.floating,), "number", lambda cell: _float_text(float(str(cell)))),
     ((Decimal,), "number", _decimal_text),
     ((datetime.datetime,), "date", lambda cell: _without_zeros(cell.isoformat(" "))),
@@ -484,9 +490,9 @@ CONVERSIONS: dict[str, Callable[[str, str], str | None]] = {
     "integer": _integer,
     "number": _number,
     "boolean": _boolean,
-    "date": _as_written("date", _written_date),
-    "time": _as_written("time", _written_time),
-    "duration": _as_written("duration", _written_duration),
+    "date": _kind_or_string("date", _canonical_date),
+    "time": _kind_or_string("time", _canonical_time),
+    "duration": _kind_or_string("duration", _canonical_duration),
     "date text": _date_or_text,
     "text": _text_or(),
     "text/number": _text_or("integer", "number"),
@@ -501,6 +507,6 @@ def _in_nanoseconds(cell: np.timedelta64) -> int:
     one = {"W": 7 * 86_400 * 10**9, "D": 86_400 * 10**9, "h": 3_600 * 10**9, "m": 60 * 10**9}
     one |= {"s": 10**9, "ms": 10**6, "us": 1_000, "ns": 1}
     if unit not in one:
-        what = f"a duration in units of {unit!r}"
-        raise _NoTextError(TypeError, what, ": give it in days or seconds.")
+        subject = f"a duration in units of {unit!r}"
+        raise _NoTextError(TypeError, subject, ": give it in days or seconds.")
     return int(cell.astype(np.int64)) * count * one[unit]

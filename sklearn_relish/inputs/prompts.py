@@ -1,7 +1,7 @@
 """Rows to texts: what a language model reads for each row of `X`.
 
-A list of strings is read as it is; rows of several columns become ``column: value`` lines, or
-whatever a template says. `cells` decides how a value is written.
+A list of strings is used unchanged. Rows of several columns become ``column: value`` lines, or are
+filled into a template. `cells` decides on the text of each value.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from sklearn_relish.utils.messages import name_rows
 
 @dataclass(frozen=True)
 class Table:
-    """The columns of an input, and what it was.
+    """The columns of an input.
 
     Parameters
     ----------
     columns : list of sequences
         Cells by column, each of length `n_rows`.
     names : list of str
-        The names of the columns; ``text`` for texts in one dimension, ``x0``, ``x1``, ... for
+        Names of the columns; ``text`` for one-dimensional texts, ``x0``, ``x1``, ... for
         arrays and for frames whose names are not all strings, as in scikit-learn.
     n_rows : int
     one_dimensional : bool
-        Whether the input was texts in one dimension, which are never converted.
+        Whether the input was one-dimensional texts, which are never converted.
     """
 
     columns: list[Sequence[Any]]
@@ -42,7 +42,7 @@ class Table:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
+        """Number of rows, number of columns."""
         return self.n_rows, len(self.columns)
 
 
@@ -52,8 +52,8 @@ def read_table(X: Any) -> Table:
     Parameters
     ----------
     X : sequence of str, array, Series or data frame
-        One-dimensional input holds a text a row. Two-dimensional input (a NumPy array, nested
-        lists, a frame of pandas, Polars or another library that Narwhals knows) holds columns.
+        One-dimensional input has one text for each row. Two-dimensional input has columns: a NumPy
+        array, nested lists, or a frame of pandas, Polars or another library that Narwhals supports.
 
     Returns
     -------
@@ -91,10 +91,10 @@ def read_table(X: Any) -> Table:
 
 
 def _frame_cells(column: nw.Series) -> list[Any]:
-    """The cells of a frame's column, none of them rounded."""
-    if column.dtype == nw.Float32:  # whose cells are lists of float64 otherwise
+    """The cells of a frame's column, without rounding."""
+    if column.dtype == nw.Float32:  # to_list() gives float64
         return [None if is_missing(cell) else np.float32(cell) for cell in column.to_list()]
-    if column.dtype == nw.Datetime("ns"):  # which Python's own datetime does not hold
+    if column.dtype == nw.Datetime("ns"):  # Python's datetime has no nanoseconds
         return list(column.to_numpy())
     return column.to_list()
 
@@ -104,7 +104,7 @@ def _read_array(X: Any) -> Table:
         array = X if isinstance(X, np.ma.MaskedArray) else np.asarray(X)
         if isinstance(array, np.ma.MaskedArray):
             cells = np.empty(array.shape, dtype=object)
-            cells.flat = list(array.data.flat)  # NumPy's scalars, which hold what Python's do not
+            cells.flat = list(array.data.flat)  # NumPy's scalars keep nanoseconds
             array = np.where(np.ma.getmaskarray(array), None, cells)
         if array.ndim == 2:
             _refuse_complex(array)
@@ -135,7 +135,7 @@ def _read_array(X: Any) -> Table:
 
 
 def _array_names(n_columns: int) -> list[str]:
-    """Names for columns that have none, as scikit-learn makes them."""
+    """Names for unnamed columns, as in scikit-learn."""
     return [f"x{i}" for i in range(n_columns)]
 
 
@@ -145,7 +145,7 @@ def _refuse_complex(array: np.ndarray) -> None:
 
 
 def _checked_texts(texts: list[Any]) -> list[str]:
-    """Texts of one-dimensional input, all of them strings."""
+    """Texts of one-dimensional input, checked to be strings."""
     if all(isinstance(text, str) for text in texts):
         return texts
     missing = [row for row, text in enumerate(texts) if is_missing(text)]
@@ -171,23 +171,23 @@ def _checked_texts(texts: list[Any]) -> list[str]:
 
 
 def write_cells(table: Table, kinds: Sequence[str] | None = None) -> tuple[Table, list[str]]:
-    """The table with texts for cells, and the kinds of its columns.
+    """The table with its cells as texts, and the kinds of its columns.
 
     Parameters
     ----------
     table : Table
     kinds : sequence of str, default=None
-        The kinds of the columns in `fit`, which cells are converted to. None: they are found.
+        Kinds of the columns in `fit`; cells are converted to them. None: they are inferred.
 
     Returns
     -------
     table : Table
-        Its cells are strings, or None where they are missing.
+        Its cells are strings, or None if they are missing.
     kinds : list of str
-        See `cells.column_texts`, which this has the errors and warnings of.
+        See `cells.column_texts`, which also has the errors and warnings.
     """
     if kinds is None and table.one_dimensional:
-        # Texts have no column whose kind could change; MAPIE tries `predict` on an array of zeros.
+        # Texts are not converted. MAPIE calls `predict` on a one-dimensional array of zeros.
         return table, ["mixed"]
     written = [
         column_texts(column, name, kind)
@@ -205,22 +205,22 @@ def render(table: Table, names: Sequence[str], prompt: str | None) -> list[str]:
     Parameters
     ----------
     table : Table
-        Of texts, see `write_cells`.
+        With texts as cells, see `write_cells`.
     names : sequence of str
-        What the columns are called in the text.
+        Names of the columns in the text.
     prompt : str or None
-        A template with a ``{name}`` for each column that it uses. None: the cell itself for one
-        column, a line ``name: value`` for each column that is not missing for several.
+        A template with a ``{name}`` for each column that it uses. None: the cell itself if there
+        is one column, else a line ``name: value`` for each cell that is not missing.
 
     Returns
     -------
     list of str
-        Missing cells leave their line out, or an empty place in a template.
+        A missing cell has no line; in a template it is an empty string.
 
     Raises
     ------
     ValueError
-        If the template names a column that is not there, or a row has no cell.
+        If the template names a column that does not exist, or all cells of a row are missing.
 
     Examples
     --------
@@ -245,8 +245,8 @@ def render(table: Table, names: Sequence[str], prompt: str | None) -> list[str]:
         pieces = parse_prompt(prompt, names)
         texts = [
             "".join(
-                literal + (row[place] or "" if place is not None else "")
-                for literal, place in pieces
+                literal + (row[column] or "" if column is not None else "")
+                for literal, column in pieces
             )
             for row in zip(*columns, strict=True)
         ]
@@ -269,12 +269,12 @@ def render(table: Table, names: Sequence[str], prompt: str | None) -> list[str]:
 
 
 def parse_prompt(prompt: str, names: Sequence[str]) -> list[tuple[str, int | None]]:
-    """Pieces of a template: a literal, and the place of the column that follows it, if any.
+    """Pieces of a template: a literal, and the index of the column after it or None.
 
     Raises
     ------
     ValueError
-        If a field is none of the columns, or no column is used.
+        If a field is not the name of a column, or no column is used.
     """
     try:
         parts = list(string.Formatter().parse(prompt))
@@ -283,20 +283,20 @@ def parse_prompt(prompt: str, names: Sequence[str]) -> list[tuple[str, int | Non
     formatted = [field for _, field, spec, conversion in parts if spec or conversion]
     if formatted:
         raise ValueError(
-            f"prompt={prompt!r} formats {formatted[0]!r}: cells are put in as they are, so a field"
-            " is a name alone; format the column first."
+            f"prompt={prompt!r} formats {formatted[0]!r}: cells are inserted unchanged, so a"
+            " field can only be a name: format the column first."
         )
     parsed = [(literal, field) for literal, field, _, _ in parts]
     fields = [field for _, field in parsed if field is not None]
     unknown = [field for field in fields if field not in names]
     if unknown or not fields:
-        what = f"names {{{unknown[0]}}}, which is no column" if unknown else "names no column"
+        problem = f"names {{{unknown[0]}}}, which is no column" if unknown else "names no column"
         raise ValueError(
-            f"prompt={prompt!r} {what}: the columns are {', '.join(map(repr, names))}. A brace that"
-            " belongs to the text is written twice."
+            f"prompt={prompt!r} {problem}: the columns are {', '.join(map(repr, names))}. Double a"
+            " brace that belongs to the text."
         )
-    place = {name: i for i, name in enumerate(names)}
-    return [(literal, None if field is None else place[field]) for literal, field in parsed]
+    index = {name: i for i, name in enumerate(names)}
+    return [(literal, None if field is None else index[field]) for literal, field in parsed]
 
 
 def _is_unicode(text: str) -> bool:

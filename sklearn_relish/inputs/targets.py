@@ -1,4 +1,4 @@
-"""Targets to float64: `y` as scikit-learn takes it, with the rows named that hold no number."""
+"""Targets to float64: everything that scikit-learn accepts as `y`; errors name the rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_targets(y: Any) -> np.ndarray:
     Parameters
     ----------
     y : array-like of shape (n_samples,) or (n_samples, n_outputs)
-        Numbers, or strings that are numbers, in whatever scikit-learn converts to an array.
+        Numbers, or strings that are numbers, in any container that scikit-learn converts.
 
     Returns
     -------
@@ -31,12 +31,12 @@ def read_targets(y: Any) -> np.ndarray:
     Raises
     ------
     ValueError, TypeError
-        If `y` is something else; the message names the rows.
+        If `y` has other values; the message names the rows.
     """
     if issparse(y):
         raise TypeError("y is sparse: pass its dense form, y.toarray().")
     if np.ma.is_masked(y):
-        masked = _rows(np.ma.getmaskarray(y))
+        masked = _rows_of(np.ma.getmaskarray(y))
         raise ValueError(f"y has masked values in {name_rows(masked)}: drop these rows.")
     try:
         array = np.asarray(y)
@@ -55,37 +55,37 @@ def read_targets(y: Any) -> np.ndarray:
         ensure_min_samples=0,
         input_name="y",
     )
-    broken = _rows(~np.isfinite(y))
-    if len(broken):
+    not_finite = _rows_of(~np.isfinite(y))
+    if len(not_finite):
         raise ValueError(
-            f"Input y contains NaN or infinity in {name_rows(broken)}: drop these rows."
+            f"Input y contains NaN or infinity in {name_rows(not_finite)}: drop these rows."
         )
     return y
 
 
-def _rows(found: np.ndarray) -> np.ndarray:
-    """The rows that have something that is found."""
-    return np.flatnonzero(found.reshape(len(found), -1).any(axis=1))
+def _rows_of(mask: np.ndarray) -> np.ndarray:
+    """Rows in which a mask is True for any output."""
+    return np.flatnonzero(mask.reshape(len(mask), -1).any(axis=1))
 
 
 def _numbers(array: np.ndarray) -> np.ndarray:
-    """An array of objects or strings as floats, NaN where cells are missing."""
+    """An array of objects or strings as floats, with NaN for missing cells."""
     if array.dtype.kind in "STU":
         array = array.astype(object)
     numbers = np.empty(array.shape)
     wrong = np.zeros(array.shape, dtype=bool)
-    for place in np.ndindex(array.shape):
-        cell = array[place]
+    for index in np.ndindex(array.shape):
+        cell = array[index]
         if is_missing(cell):
-            numbers[place] = np.nan
+            numbers[index] = np.nan
             continue
         try:
             if isinstance(cell, TEMPORAL):
                 raise TypeError
-            numbers[place] = float(cell)
+            numbers[index] = float(cell)
         except (TypeError, ValueError, OverflowError):
-            wrong[place] = True
-    rows = _rows(wrong)
+            wrong[index] = True
+    rows = _rows_of(wrong)
     if len(rows):
         cell = array[wrong][0]
         what = "a date or a time" if isinstance(cell, TEMPORAL) else f"a {type(cell).__name__}"

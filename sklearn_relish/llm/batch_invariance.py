@@ -1,8 +1,8 @@
 """Forward passes on a CPU in which the states of a text do not depend on the rest of its batch.
 
-A matrix product chooses its kernel by the number of rows, and two kernels round differently. Here a
-product runs only at numbers of rows that give equal bits on this machine; others are filled up.
-Attention works on one text, or on texts of one length, at a time.
+A matrix product chooses its kernel by the number of rows, and two kernels round differently. Here
+products run only with numbers of rows that give equal bits on this machine; other numbers are split
+or padded with zeros. Attention runs on one text, or on texts of one length, at a time.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch.overrides import TorchFunctionMode
 
 from sklearn_relish.utils.locks import ForkSafeLock
 
-ROW_STEP = 16  # products run at multiples of it,
-FEW_ROWS = 64  # and up to so many rows at any number, if that gives equal bits
-PROBE_ROWS = 512  # rows on which a number of rows is tried: bfloat16 hides most differences
+ROW_STEP = 16  # products run with multiples of this number of rows
+FEW_ROWS = 64  # or with any number up to this one, if that gives equal bits
+PROBE_ROWS = 512  # rows that a number of rows is tested on: bfloat16 hides most differences
 REFERENCE_ROWS = 256  # the number of rows that all others are compared with
-MOST_ROWS = 1024  # more rows are split
-CALL_ROWS = 24  # what a call costs in itself, in rows of a product
+MAX_ROWS = 1024  # more rows are split
+CALL_ROWS = 24  # overhead of a call, as a number of rows
 JOINT_TOKENS = 64  # shorter texts may share a call of attention, where torch packs no keys
-GRAIN = 32_768  # elements below which torch gives an elementwise operation to one thread
-VECTOR = 64  # elements, a multiple of any vector register's
+GRAIN = 32_768  # elements below which torch runs an elementwise operation in one thread
+VECTOR = 64  # elements, a multiple of the size of any vector register
 ELEMENTWISE = {
     getattr(module, name)
     for module in (torch, Tensor, torch.nn.functional)
@@ -42,20 +42,20 @@ MATRIX_PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Te
 
 
 class BatchInvariant(TorchFunctionMode):
-    """In this context each text of a batch gets the same bits as in any other batch.
+    """A context in which each text of a batch gets the same bits as in any other batch.
 
     It covers the operations of Transformers' models whose rounding depends on the batch: linear
-    layers, attention, products of batches of matrices, and elementwise functions, of which torch
-    computes the last few elements of a thread's part in another way. All others work row by row.
+    layers, attention, products of batches of matrices, and elementwise functions, because torch
+    computes the last few elements of a thread's part differently. All others work row by row.
 
     Parameters
     ----------
     lengths : sequence of int, default=None
-        The lengths of the texts that are packed one after the other in a single row. None: each
-        row of the batch is a text, and all have one length.
+        Lengths of the texts that are packed one after the other in a single row. None: each row of
+        the batch is a text, and all have the same length.
     joint : bool, default=False
-        Whether short packed texts of one length share a call of attention, which is faster. Their
-        bits may then depend on the thread that works on them: in float32 they do.
+        Whether short packed texts of one length share a call of attention, which is faster. The
+        bits may then depend on the thread that computes a text: in float32 they do.
 
     Examples
     --------
@@ -135,7 +135,7 @@ class BatchInvariant(TorchFunctionMode):
             n_texts = len(list(group))
             step = n_texts if self.joint and length < JOINT_TOKENS else 1
             mask, causal = attn_mask, is_causal
-            if attn_mask is not None:  # it is the same for all texts of a length
+            if attn_mask is not None:  # the same for all texts of a length
                 mask = attn_mask[:, :, start : start + length, start : start + length]
                 causal = self._is_causal(attn_mask, mask, length)
                 mask = None if causal else mask
@@ -152,15 +152,15 @@ class BatchInvariant(TorchFunctionMode):
                 start = end
         return result.transpose(1, 2)
 
-    def _is_causal(self, whole: Tensor, mask: Tensor, length: int) -> bool:
-        """Whether a mask says that each token sees itself and those before, for the fast path."""
-        known = id(whole), length
-        if known not in self._causal:
+    def _is_causal(self, batch_mask: Tensor, mask: Tensor, length: int) -> bool:
+        """Whether each token attends to itself and those before: attention has a fast path then."""
+        key = id(batch_mask), length
+        if key not in self._causal:
             is_bool = mask.dtype == torch.bool and mask.shape[:2] == (1, 1)
             causal = torch.ones(length, length, dtype=torch.bool).tril()
-            # With the mask, for another one could get the number of one that is gone.
-            self._causal[known] = whole, is_bool and torch.equal(mask[0, 0], causal)
-        return self._causal[known][1]
+            # The mask is kept too: otherwise a new mask could get the id of a deleted one.
+            self._causal[key] = batch_mask, is_bool and torch.equal(mask[0, 0], causal)
+        return self._causal[key][1]
 
 
 _REPLACED: dict[Any, Callable[..., Tensor]] = {
@@ -173,7 +173,7 @@ _REPLACED: dict[Any, Callable[..., Tensor]] = {
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A product of rows (..., K) and a weight (N, K), at numbers of rows that give equal bits."""
+    """A product of rows (..., K) and a weight (N, K), with numbers of rows that give equal bits."""
     n_rows = x.numel() // x.shape[-1]
     counts = _row_counts(n_rows, weight, x.dtype)
     if counts in ((), (n_rows,)):
@@ -184,38 +184,38 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows.split([*counts[:-1], n_rows - sum(counts[:-1])]), counts, strict=True
     ):
         if len(part) < count:
-            filled = part.new_zeros(count, part.shape[1])
-            filled[: len(part)] = part
-            results.append(linear(filled, weight, bias)[: len(part)])
+            padded = part.new_zeros(count, part.shape[1])
+            padded[: len(part)] = part
+            results.append(linear(padded, weight, bias)[: len(part)])
         else:
             results.append(linear(part, weight, bias))
     return torch.cat(results).view(*x.shape[:-1], len(weight))
 
 
 def _row_counts(n_rows: int, weight: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
-    """Rows of each call that a product of `n_rows` is split into; the last may be filled up."""
-    if n_rows == 0:  # an expert of a mixture that no token was sent to
+    """Rows of each call that a product of `n_rows` is split into; the last may be padded."""
+    if n_rows == 0:  # an expert of a mixture that got no token
         return ()
     equal = _equality(weight, dtype)
     if n_rows <= FEW_ROWS and equal(n_rows):
         return (n_rows,)
-    rest = (n_rows - 1) % MOST_ROWS + 1
-    first = (MOST_ROWS,) * ((n_rows - rest) // MOST_ROWS)
+    rest = (n_rows - 1) % MAX_ROWS + 1
+    first = (MAX_ROWS,) * ((n_rows - rest) // MAX_ROWS)
     count = math.ceil(rest / ROW_STEP) * ROW_STEP
-    if equal(count) and (not first or equal(MOST_ROWS)):
+    if equal(count) and (not first or equal(MAX_ROWS)):
         return (*first, count)
     return split_rows(n_rows, tuple(n for n in equal.ladder if equal(n)))
 
 
 @lru_cache(maxsize=4096)
 def split_rows(n_rows: int, counts: tuple[int, ...]) -> tuple[int, ...]:
-    """The numbers of rows of a product's calls, of the least cost; the last may be filled up.
+    """The cheapest numbers of rows for the calls of a product; the last call may be padded.
 
     Parameters
     ----------
     n_rows : int
     counts : tuple of int
-        Allowed numbers of rows, rising.
+        Allowed numbers of rows, in rising order.
 
     Examples
     --------
@@ -223,8 +223,8 @@ def split_rows(n_rows: int, counts: tuple[int, ...]) -> tuple[int, ...]:
     ((1024,), (256, 64))
     """
     if n_rows > counts[-1]:
-        n_whole = (n_rows - 1) // counts[-1]
-        return (counts[-1],) * n_whole + split_rows(n_rows - n_whole * counts[-1], counts)
+        n_full = (n_rows - 1) // counts[-1]
+        return (counts[-1],) * n_full + split_rows(n_rows - n_full * counts[-1], counts)
     best = (next(count for count in counts if count >= n_rows),)
     below = max((count for count in counts if count < n_rows), default=0)
     if below:
@@ -237,49 +237,49 @@ def split_rows(n_rows: int, counts: tuple[int, ...]) -> tuple[int, ...]:
 class _Equality:
     """Which numbers of rows give equal bits in products with weights of one shape.
 
-    Measured on random numbers, for each number of rows once, when it is first asked for.
+    Each number of rows is measured once, on random numbers, when it is first needed.
     """
 
     ladder = (16, 32, 64, 128, 256, 512, 1024)
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
-        self._rows = torch.randn(MOST_ROWS, weight.shape[1], generator=generator).to(dtype)
+        self._rows = torch.randn(MAX_ROWS, weight.shape[1], generator=generator).to(dtype)
         self._weight = torch.randn(weight.shape, generator=generator).to(weight.dtype)
-        if weight.stride(0) == 1:  # the layout decides on the kernel too
+        if weight.stride(0) == 1:  # the kernel depends on the layout too
             self._weight = self._weight.t().contiguous().t()
         parts = self._rows.split(REFERENCE_ROWS)
         self._reference = torch.cat([linear(part, self._weight) for part in parts])
-        self._known = {REFERENCE_ROWS: True}
+        self._equal = {REFERENCE_ROWS: True}
 
     def __call__(self, count: int) -> bool:
-        """Whether products of `count` rows have the bits of those of REFERENCE_ROWS."""
-        if count not in self._known:
-            n_tried = max(count, PROBE_ROWS // count * count)
-            tried = torch.cat([self._rows[:n_tried], self._rows[-count:]])
-            expected = torch.cat([self._reference[:n_tried], self._reference[-count:]])
-            found = torch.cat([linear(part, self._weight) for part in tried.split(count)])
-            self._known[count] = torch.equal(found, expected)
-        return self._known[count]
+        """Whether products of `count` rows have the same bits as products of REFERENCE_ROWS."""
+        if count not in self._equal:
+            n_rows = max(count, PROBE_ROWS // count * count)
+            rows = torch.cat([self._rows[:n_rows], self._rows[-count:]])
+            expected = torch.cat([self._reference[:n_rows], self._reference[-count:]])
+            found = torch.cat([linear(part, self._weight) for part in rows.split(count)])
+            self._equal[count] = torch.equal(found, expected)
+        return self._equal[count]
 
 
 _equalities: dict[tuple[Any, ...], _Equality] = {}
-_making = ForkSafeLock()
+_equalities_lock = ForkSafeLock()
 
 
 def _equality(weight: Tensor, dtype: torch.dtype) -> _Equality:
     key = (weight.shape, weight.stride(), weight.dtype, dtype, torch.get_num_threads())
-    known = _equalities.get(key)
-    if known is None:
-        with _making:
+    equality = _equalities.get(key)
+    if equality is None:
+        with _equalities_lock:
             if key not in _equalities:
                 _equalities[key] = _Equality(weight, dtype)
-            known = _equalities[key]
-    return known
+            equality = _equalities[key]
+    return equality
 
 
 def _text_by_text(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """A function of batches, called for one row of them at a time."""
+    """Call a function of batches for one text at a time."""
     n_texts = max(len(value) for value in args if isinstance(value, Tensor) and value.ndim >= 3)
     if n_texts == 1:
         return func(*args, **kwargs)
@@ -300,11 +300,11 @@ def _text_by_text(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
 
 
 def _aligned(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """An elementwise function, the part of each thread being whole vectors."""
+    """Call an elementwise function such that each thread works on complete vectors."""
     n_threads = min(torch.get_num_threads(), math.ceil(x.numel() / GRAIN))
     step = VECTOR * max(1, n_threads)
     if x.numel() % step == 0 and x.is_contiguous():
         return func(x, *args, **kwargs)
-    filled = x.new_zeros(math.ceil(x.numel() / step) * step)
-    filled[: x.numel()] = x.flatten()
-    return func(filled, *args, **kwargs)[: x.numel()].view(x.shape)
+    padded = x.new_zeros(math.ceil(x.numel() / step) * step)
+    padded[: x.numel()] = x.flatten()
+    return func(padded, *args, **kwargs)[: x.numel()].view(x.shape)

@@ -1,4 +1,7 @@
-"""GGUF files: converted once to safetensors, which load in seconds, in the user's cache folder."""
+"""GGUF files: each is converted once to safetensors, which load in seconds.
+
+The converted model is kept in the user's cache folder.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from sklearn_relish.utils.files import file_digest
 
 
 def converted_gguf(path: Path) -> Path:
-    """Folder with the model of a GGUF file as Transformers saves it, made on first use.
+    """Folder with the model of a GGUF file in the format of Transformers, made on first use.
 
-    The folder is named by the file's content. Quantized weights are unpacked to bfloat16, whose
-    rounding is finer than theirs.
+    The folder's name has a digest of the file's content. Quantized weights are unpacked to
+    bfloat16, which rounds less than they do.
 
     Parameters
     ----------
@@ -41,7 +44,7 @@ def converted_gguf(path: Path) -> Path:
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"Converting {path.name} takes {' and '.join(missing)}:"
+            f"Converting {path.name} needs {' and '.join(missing)}:"
             " pip install 'sklearn-relish[gguf]'"
         )
     cache.mkdir(parents=True, exist_ok=True)
@@ -53,7 +56,7 @@ def converted_gguf(path: Path) -> Path:
                     _convert(path, partial)
                 except (MemoryError, ImportError):
                     raise
-                except Exception as error:  # whatever a damaged file makes of the parser
+                except Exception as error:  # a damaged file may cause any error in the parser
                     raise OSError(
                         f"{path} can't be converted: it is damaged or incomplete, or Transformers"
                         f" does not read its architecture ({' '.join(str(error).split())})."
@@ -68,10 +71,10 @@ def _convert(path: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     loaded = AutoModel.from_pretrained(**source, dtype=torch.bfloat16)
-    # A model that came from GGUF refuses to be saved; its twin from the configuration does not.
+    # A model loaded from GGUF can't be saved; one made from its configuration can.
     config = loaded.config.to_dict()
     config.pop("quantization_config", None)
     with torch.device("meta"):
-        twin = AutoModel.from_config(type(loaded.config).from_dict(config), dtype=torch.bfloat16)
-    twin.load_state_dict(loaded.state_dict(), assign=True)
-    twin.save_pretrained(folder)
+        model = AutoModel.from_config(type(loaded.config).from_dict(config), dtype=torch.bfloat16)
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Which device there is to compute on, and what it computes natively."""
+"""Choose a device, and find out what it computes natively."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # torch.cpu.get_capabilities
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """A device, or the best that this machine has: cuda, else mps, else cpu."""
+    """The given device. None: the first of cuda, mps and cpu that is available."""
     if device is not None:
         try:
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"device={device!r} is not to be had here: {reason}") from None
+            raise ValueError(f"device={device!r} is not available here: {reason}") from None
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 natively, rather than by way of float32."""
+    """Whether a device multiplies bfloat16 natively, not by conversion to float32."""
     if device.type == "cuda":
         with current_device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        # An older torch does not tell: float32 is right anywhere.
+        # An older torch does not report them; float32 works everywhere.
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
         return any(capabilities.get(name, False) for name in CPU_BFLOAT16)
     return False
 
 
 def current_device(device: torch.device) -> AbstractContextManager:
-    """Make a CUDA device the current one, whose streams are used; nothing for others."""
+    """A context in which a CUDA device is the current one; it does nothing for other devices."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

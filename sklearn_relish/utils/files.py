@@ -1,4 +1,4 @@
-"""Files: digests remembered between processes, and reading where others may write."""
+"""Files: digests that are cached between processes, and safe reading of shared folders."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import BinaryIO
 
 from platformdirs import user_cache_path
 
-REMEMBERED_BYTES = 2**20  # smaller files are hashed faster than looked up
-SETTLED_SECONDS = 2.0  # a file that changed more recently may change within its time stamp
+MIN_CACHED_BYTES = 2**20  # digests of smaller files are not cached: hashing is fast enough
+SETTLED_SECONDS = 2.0  # a file that changed later may change again with the same time stamp
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal.
 
-    That of a large file is remembered in the user's cache folder for as long as the file keeps
-    its path and its stamp, so that a process which needs no weights reads none.
+    The digest of a large file is cached in the user's cache folder until its path or signature
+    changes, so a process that does not need the weights does not read them.
 
     Parameters
     ----------
@@ -32,34 +32,34 @@ def file_digest(path: Path) -> str:
     OSError
         If the file can't be read.
     """
-    stat = path.stat()
-    if stat.st_size < REMEMBERED_BYTES:
+    status = path.stat()
+    if status.st_size < MIN_CACHED_BYTES:
         return _digest(path)
-    identity = f"{path.absolute()}\0{file_stamp(path)}"
+    identity = f"{path.absolute()}\0{file_signature(path)}"
     name = hashlib.sha256(identity.encode()).hexdigest()
-    remembered = user_cache_path("sklearn_relish") / "digests" / name
+    cached = user_cache_path("sklearn_relish") / "digests" / name
     with suppress(OSError, UnicodeDecodeError):
-        digest = remembered.read_text("ascii")
+        digest = cached.read_text("ascii")
         if len(digest) == 64:
             return digest
     digest = _digest(path)
-    if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_SECONDS:
+    if time.time() - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS:
         with suppress(OSError):  # a cache that can't be written only costs time
-            remembered.parent.mkdir(parents=True, exist_ok=True)
-            partial = remembered.with_suffix(f".{os.getpid()}")
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            partial = cached.with_suffix(f".{os.getpid()}")
             partial.write_text(digest, "ascii")
-            partial.replace(remembered)
+            partial.replace(cached)
     return digest
 
 
-def file_stamp(path: Path) -> tuple[int, ...]:
-    """What changes when a file is written or replaced: inode, size, both times of change."""
-    stat = path.stat()
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+def file_signature(path: Path) -> tuple[int, ...]:
+    """Inode, size and both times of change: they differ after a file is written or replaced."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file to read it; no link is followed, and no pipe is waited for.
+    """Open a regular file for reading, without following links or waiting for pipes.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ def open_regular(path: Path) -> BinaryIO:
     Raises
     ------
     OSError
-        If it can't be opened, or is a link, a pipe, a folder or a device.
+        If it can't be opened, or is not a regular file.
     """
     flags = os.O_RDONLY
     for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
@@ -76,25 +76,25 @@ def open_regular(path: Path) -> BinaryIO:
     if not stat.S_ISREG(os.lstat(path).st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
     descriptor = os.open(path, flags)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was replaced just now
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was replaced since the check
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
     return open(descriptor, "rb")
 
 
 def check_no_links(folder: Path, n_parents: int) -> None:
-    """Refuse a folder that is a symbolic link, or one of whose nearest parents is.
+    """Refuse a folder if it or one of its nearest parents is a symbolic link.
 
     Parameters
     ----------
     folder : Path
     n_parents : int
-        Parents that are looked at.
+        Number of parents that are checked.
 
     Raises
     ------
     OSError
-        If there is a link, which may point anywhere.
+        If there is a link: it may point outside the store.
     """
     for path in (folder, *list(folder.parents)[:n_parents]):
         if path.is_symlink():

@@ -1,4 +1,4 @@
-"""Locks for processes that serve: in turn between threads, and free again in a forked child."""
+"""Locks for servers: fair between threads, and free in a forked child process."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from weakref import WeakKeyDictionary
 
 
 class FairLock:
-    """A lock that threads get in the order in which they asked for it.
+    """A lock that threads get in the order in which they requested it.
 
-    A thread that takes a `threading.Lock` again and again, batch after batch, can keep the others
-    waiting for minutes. Here each waits for those before it alone. It is not reentrant.
+    A thread that acquires a `threading.Lock` in a loop, for batch after batch, can keep other
+    threads waiting for minutes. Here a thread waits only for those that requested the lock before
+    it. The lock is not reentrant.
 
     Examples
     --------
@@ -38,12 +39,12 @@ class FairLock:
             self._waiting.append(turn)
         try:
             turn.acquire()
-        except BaseException:  # interrupted while it waited
+        except BaseException:  # interrupted while waiting
             with self._guard:
                 if turn in self._waiting:
                     self._waiting.remove(turn)
                     raise
-            self._release()  # the turn had come just then
+            self._release()  # the lock was passed to this thread at the same time
             raise
 
     def __exit__(self, *exception: object) -> None:
@@ -58,7 +59,7 @@ class FairLock:
 
 
 class ForkSafeLock:
-    """A lock that is free in a forked child, whatever its parent's threads hold.
+    """A lock that is free in a forked child, even if a thread of the parent holds it.
 
     Examples
     --------
@@ -85,16 +86,15 @@ _renewals: WeakKeyDictionary[Any, Callable[[Any], None]] = WeakKeyDictionary()
 
 
 def renew_in_forked_child(owner: Any, renew: Callable[[Any], None]) -> None:
-    """Have ``renew(owner)`` called in a forked child, as long as the owner lives.
+    """Call ``renew(owner)`` in every forked child, while the owner exists.
 
-    A thread that holds a lock while the process forks does not exist in the child, where the lock
-    would stay taken for ever. `renew` makes new locks, and drops what the thread may have left half
-    done.
+    A thread that holds a lock during a fork does not exist in the child, so the lock would never
+    be released there. `renew` makes new locks, and discards the thread's unfinished work.
 
     Parameters
     ----------
     owner : object
-        It must be hashable and take weak references.
+        It must be hashable and support weak references.
     renew : callable
     """
     _renewals[owner] = renew

@@ -1,4 +1,4 @@
-"""What errors and warnings have in common: the rows they name, and the user's line."""
+"""Errors and warnings: name the rows, and point to the user's line of code."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from collections.abc import Sequence
 import joblib
 import sklearn
 
-# scikit-learn wraps methods, and with joblib calls them in a search.
+# Calls may pass through scikit-learn, which wraps methods, and joblib, which runs searches.
 INTERNAL = tuple(
     os.path.join(os.path.dirname(path), "")
     for path in (os.path.dirname(__file__), sklearn.__file__, joblib.__file__)
 )
 
-ROWS_NAMED = 5  # rows that an error names before it counts the rest
+ROWS_NAMED = 5  # further rows are only counted
 
 
 def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
-    """Issue a warning for the first caller outside of this package, scikit-learn and joblib.
+    """Warn at the first caller outside of this package, scikit-learn and joblib.
 
     Parameters
     ----------
     message : str or Warning
     category : type, default=UserWarning
-        Of a message that is a string.
+        Category of the warning if `message` is a string.
     """
     frame, level = sys._getframe(1), 2
     while frame is not None and frame.f_code.co_filename.startswith(INTERNAL):
@@ -35,7 +35,7 @@ def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
 
 
 def name_rows(rows: Sequence[int]) -> str:
-    """Rows as an error names them: the first few, and how many more.
+    """The first few rows, and the number of further ones, for an error message.
 
     Examples
     --------

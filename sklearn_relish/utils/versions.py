@@ -1,4 +1,4 @@
-"""The stamp of a saved estimator: the number of its format and the versions it was saved with."""
+"""The version stamp of a saved estimator: its format and the package versions it was saved with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sklearn.exceptions import InconsistentVersionWarning
 from sklearn_relish.utils.messages import warn
 
 __version__ = "0.1.0"  # of this package; the build reads it here
-FORMAT = 1  # of pickles and folders; it rises when what is saved changes its meaning
+FORMAT = 1  # of pickles and folders; raised when their content changes its meaning
 STAMP = "sklearn_relish"  # the stamp's key in a pickled state and in config.json
 
 
@@ -46,7 +46,7 @@ class VersionWarning(InconsistentVersionWarning):
         ]
         return (
             f"This {self.estimator_name} was saved with {', '.join(changed)}. Its predictions may"
-            " differ: compare some of them, or install the versions it was saved with."
+            " differ: compare a few, or install the versions it was saved with."
         )
 
 
@@ -54,7 +54,7 @@ def stamp() -> dict[str, Any]:
     """The format and the installed versions, as plain JSON."""
     versions = {
         "sklearn-relish": __version__,
-        "torch": torch.__version__.partition("+")[0],  # a build for another device is the same
+        "torch": torch.__version__.partition("+")[0],  # without the build for a device
         "transformers": transformers.__version__,
         "scikit-learn": sklearn.__version__,
     }
@@ -62,14 +62,14 @@ def stamp() -> dict[str, Any]:
 
 
 def check_format(given: Any, where: str) -> None:
-    """Refuse a stamp that is missing, or of another format.
+    """Refuse a stamp that is missing or has another format.
 
     Parameters
     ----------
     given : object
-        What was found in the place of a stamp; it may come from an untrusted file.
+        The supposed stamp; it may come from an untrusted file.
     where : str
-        What the error message calls the place.
+        Where the stamp was found, for the error message.
 
     Raises
     ------
@@ -80,21 +80,21 @@ def check_format(given: Any, where: str) -> None:
         return
     versions = given.get("versions") if isinstance(given, dict) else None
     saver = versions.get("sklearn-relish") if isinstance(versions, dict) else None
-    which = "has no valid format number" if found is None else f"has format {found!r}"
-    whose = f" and was saved by sklearn-relish {saver}" if isinstance(saver, str) else ""
+    problem = "has no valid format number" if found is None else f"has format {found!r}"
+    origin = f" and was saved by sklearn-relish {saver}" if isinstance(saver, str) else ""
     raise ValueError(
-        f"{where} {which}{whose}, but sklearn-relish {__version__} opens format"
+        f"{where} {problem}{origin}, but sklearn-relish {__version__} opens format"
         f" {FORMAT}: install the version that saved it, or fit and save again."
     )
 
 
 def warn_versions(given: dict[str, Any], estimator_name: str) -> None:
-    """Warn if a stamp of the right format has other versions than those installed.
+    """Warn if a stamp has other versions than those installed.
 
     Raises
     ------
     ValueError
-        If its versions are not strings by package.
+        If the versions are not a dict of strings.
     """
     saved, installed = given.get("versions"), stamp()["versions"]
     if not isinstance(saved, dict) or not all(isinstance(v, str) for v in saved.values()):

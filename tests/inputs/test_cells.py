@@ -77,13 +77,13 @@ BERLIN = datetime.timezone(datetime.timedelta(hours=1))
     ],
     ids=repr,
 )
-def test_equal_values_have_one_text(cell, text):
+def test_equal_values_have_the_same_text(cell, text):
     assert column_texts([cell], "a")[0] == [text]
     assert column_texts([cell, "x"], "a")[0] == [text, "x"]
 
 
 class Unstable:
-    """An object of the default text."""
+    """An object whose text has a memory address."""
 
 
 class Wrapper:
@@ -197,7 +197,7 @@ def test_kinds_of_columns(cells, kind):
     ],
     ids=str,
 )
-def test_what_converts_without_loss_is_converted(kind, cells, texts):
+def test_cells_that_convert_without_loss_are_converted(kind, cells, texts):
     assert column_texts(cells, "a", kind)[0] == texts
 
 
@@ -222,14 +222,14 @@ def test_what_converts_without_loss_is_converted(kind, cells, texts):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_what_would_lose_something_is_refused_with_its_rows(kind, cell, message):
+def test_lossy_conversions_are_refused_with_the_rows(kind, cell, message):
     with pytest.raises(
         ValueError, match=rf"Column 'a' was of kind .* in fit, but row 1 .*{message}"
     ):
         column_texts([None, cell, None], "a", kind)
 
 
-def test_a_column_that_is_missing_for_the_first_time_or_the_last_is_warned_of():
+def test_a_column_that_is_all_missing_in_either_fit_or_predict_warns():
     assert column_texts([None, None], "a", "integer or missing")[0] == [None, None]
     with pytest.warns(UserWarning, match="Column 'a' is missing in all rows"):
         column_texts([None, math.nan], "a", "integer")

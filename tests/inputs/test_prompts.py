@@ -30,7 +30,7 @@ def texts_of(X, prompt=None):
     ],
     ids=lambda X: type(X).__module__ + "." + type(X).__name__,
 )
-def test_texts_are_read_as_they_are(X):
+def test_texts_are_unchanged(X):
     assert texts_of(X) == ["a", "b"]
 
 
@@ -41,12 +41,12 @@ def test_columns_become_lines_and_missing_cells_are_left_out(frame):
 
 
 @pytest.mark.parametrize("missing", [None, np.nan, pd.NA, pd.NaT])
-def test_kinds_of_missing_cells(missing):
+def test_all_missing_values_are_left_out(missing):
     frame = pd.DataFrame({"a": ["x", "y"], "b": pd.Series(["z", missing], dtype=object)})
     assert texts_of(frame) == ["a: x\nb: z", "a: y"]
 
 
-def test_arrays_have_the_names_that_scikit_learn_gives():
+def test_unnamed_columns_have_names_as_in_scikit_learn():
     assert texts_of(np.array([[1.5, 2.0]])) == ["x0: 1.5\nx1: 2"]
     assert texts_of(pd.DataFrame([[1.5, 2.0]])) == ["x0: 1.5\nx1: 2"]
 
@@ -66,7 +66,7 @@ def test_cells_are_read_as_a_person_would_write_them(cells, text):
     assert texts_of(cells) == [text]
 
 
-def test_template():
+def test_a_template_is_filled_with_the_cells():
     frame = pd.DataFrame({"premise": ["p", None], "the hypothesis": ["{h}", "g"]})
     prompt = "1: {premise}\n2: {the hypothesis} {{end}}"
     assert texts_of(frame, prompt) == ["1: p\n2: {h} {end}", "1: \n2: g {end}"]
@@ -80,7 +80,7 @@ def test_template():
         ("{title.__class__}", "which is no column"),
         ("no field", "names no column"),
         ("{title", "is not a template"),
-        ("{year:.0f}", "formats 'year'.*a field is a name alone"),
+        ("{year:.0f}", "formats 'year'.*a field can only be a name"),
     ],
 )
 def test_wrong_templates_are_refused(prompt, message):

@@ -28,7 +28,7 @@ DAYS = ["2020-01-01", "2020-01-02"]
     ],
     ids=repr,
 )
-def test_numbers_are_read_whatever_holds_them(y):
+def test_numbers_are_read_from_any_container(y):
     targets = read_targets(y)
     assert targets.dtype == np.float64
     assert targets.tolist() == [1, 2.5]
@@ -71,6 +71,6 @@ def test_several_outputs_and_a_frame_of_sparse_columns():
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_what_is_no_number_is_refused_with_its_rows(y, error, message):
+def test_targets_that_are_not_numbers_are_refused_with_their_rows(y, error, message):
     with pytest.raises(error, match=message):
         read_targets(y)

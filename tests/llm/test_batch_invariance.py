@@ -36,7 +36,7 @@ def read(llm, texts, layer=2):
     return states
 
 
-def assert_the_same_in_any_batch(llm, texts=TEXTS):
+def assert_equal_in_any_batch(llm, texts=TEXTS):
     alone = [read(llm, [text])[0] for text in texts]
     order = np.random.default_rng(1).permutation(len(texts))
     for chosen in (range(len(texts)), order, order[:7], [3] * 40 + [9]):
@@ -50,11 +50,11 @@ def assert_the_same_in_any_batch(llm, texts=TEXTS):
 def test_a_text_has_the_same_states_in_any_batch(kind, dtype, n_threads, threads):
     threads(n_threads)
     llm = FrozenLLM(tiny_model(kind), device="cpu", dtype=dtype)
-    assert_the_same_in_any_batch(llm)
-    assert llm._packs(2)
+    assert_equal_in_any_batch(llm)
+    assert llm._forward_pass.packing(2)
 
 
-def test_windows_of_long_texts_too(threads):
+def test_a_long_text_in_windows_has_the_same_states_in_any_batch(threads):
     texts = [letter * n for letter, n in zip("abcde", (10, 100, 333, 200, 64), strict=True)]
 
     def windows(texts):
@@ -76,7 +76,7 @@ def uneven_product(x, weight, bias=None):
     return result if len(x) in (64, 256) else result * (1 + len(x) / 1000)
 
 
-def test_products_avoid_numbers_of_rows_that_round_differently(monkeypatch):
+def test_products_avoid_numbers_of_rows_with_other_rounding(monkeypatch):
     monkeypatch.setattr(invariance, "linear", uneven_product)
     monkeypatch.setattr(invariance, "_equalities", {})
     weight, x = torch.randn(8, 12), torch.randn(1000, 12)
@@ -85,7 +85,7 @@ def test_products_avoid_numbers_of_rows_that_round_differently(monkeypatch):
         torch.testing.assert_close(found, x[:n_rows] @ weight.t(), rtol=1e-4, atol=1e-5)
 
 
-def test_models_are_read_at_such_numbers_of_rows(monkeypatch):
+def test_networks_run_only_with_numbers_of_rows_that_give_equal_bits(monkeypatch):
     linear = nn.functional.linear
     seen = set()
 
@@ -99,7 +99,7 @@ def test_models_are_read_at_such_numbers_of_rows(monkeypatch):
         invariance._Equality, "__call__", lambda self, n: n in (128, 256) and equal(self, n)
     )
     monkeypatch.setattr(invariance, "_equalities", {})
-    assert_the_same_in_any_batch(FrozenLLM(tiny_model(), device="cpu", dtype="float32"))
+    assert_equal_in_any_batch(FrozenLLM(tiny_model(), device="cpu", dtype="float32"))
     assert seen == {128, 256}
 
 
@@ -115,8 +115,8 @@ def test_rows_are_split_into_allowed_numbers(n_rows, counts):
     assert sum(split) - n_rows < max(counts)
 
 
-class Neighbours(nn.Module):
-    """Embeddings that take in the token before, as a convolution would."""
+class MixingEmbedding(nn.Module):
+    """Embeddings to which the token before is added, as a convolution would do."""
 
     def __init__(self, embedding):
         super().__init__()
@@ -127,19 +127,19 @@ class Neighbours(nn.Module):
         return embedded + nn.functional.pad(embedded, (0, 0, 1, 0))[:, :-1]
 
 
-def test_texts_are_not_packed_for_a_model_that_would_mix_them():
+def test_texts_are_not_packed_if_the_model_would_mix_them():
     llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
-    llm.network.embed_tokens = Neighbours(llm.network.embed_tokens)
-    assert not llm._packs(2)
-    assert_the_same_in_any_batch(llm)
+    llm.network.embed_tokens = MixingEmbedding(llm.network.embed_tokens)
+    assert not llm._forward_pass.packing(2)
+    assert_equal_in_any_batch(llm)
 
 
-def test_texts_are_not_packed_for_a_model_that_numbers_positions_itself():
+def test_texts_are_not_packed_if_the_model_ignores_position_ids():
     llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
     forward = llm.network.forward
     llm.network.forward = lambda input_ids, position_ids=None: forward(input_ids=input_ids)
-    assert not llm._packs(2)
-    assert_the_same_in_any_batch(llm)
+    assert not llm._forward_pass.packing(2)
+    assert_equal_in_any_batch(llm)
 
 
 def test_a_product_of_no_rows_has_no_rows():
@@ -149,14 +149,14 @@ def test_a_product_of_no_rows_has_no_rows():
         assert layer(torch.empty(2, 0, 4)).shape == (2, 0, 3)
 
 
-def test_elementwise_functions_of_several_tensors():
+def test_elementwise_functions_of_several_tensors_are_unchanged():
     x, exponents = torch.rand(5, 7), torch.arange(7.0)
     with BatchInvariant():
         found = torch.pow(x, exponents), torch.pow(2.0, exponents), torch.pow(x, 2)
     torch.testing.assert_close(found, (x**exponents, 2.0**exponents, x * x))
 
 
-def test_the_context_leaves_other_threads_and_operations_alone():
+def test_other_operations_are_unchanged():
     x = torch.randn(3, 5, 7)
     with BatchInvariant():
         assert torch.equal(torch.relu(x), x.clamp(min=0))
@@ -164,7 +164,7 @@ def test_the_context_leaves_other_threads_and_operations_alone():
         torch.testing.assert_close(nn.functional.silu(x), x * torch.sigmoid(x))
 
 
-def test_a_fit_does_not_depend_on_how_its_store_was_filled(tmp_path):
+def test_a_fit_does_not_depend_on_the_batches_that_filled_its_store(tmp_path):
     texts = [f"{word} text {'x' * (i % 13)} {i}" for i in range(30) for word in ("good", "bad")]
     y = [float(len(text)) for text in texts]
     fits = []
@@ -187,22 +187,23 @@ def test_a_fit_does_not_depend_on_how_its_store_was_filled(tmp_path):
     assert fits[0] == fits[1] == fits[2]
 
 
-def test_no_mask_gets_the_number_of_one_that_was_measured():
+def test_a_measured_mask_is_kept_so_that_no_other_gets_its_id():
     states = torch.randn(3, 1, 2, 8, 4, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
     measured = weakref.ref(mask)
     with torch.inference_mode(), BatchInvariant([4, 4]):
         scaled_dot_product_attention(*states, attn_mask=mask)
-        del mask  # as a slice that a layer makes for itself
+        del mask  # like a mask that a layer makes for itself
         assert measured() is not None
 
 
-def test_how_texts_are_packed_is_measured_for_each_number_of_threads(threads, monkeypatch):
+def test_packing_is_measured_for_each_number_of_threads(threads, monkeypatch):
     llm = FrozenLLM(tiny_model(), device="cpu", dtype="bfloat16")
-    one = "joint"
     monkeypatch.setattr(
-        llm, "_packs_as", lambda way, layer: torch.get_num_threads() == 1 or way != one
+        llm._forward_pass,
+        "_packs",
+        lambda way, layer: torch.get_num_threads() == 1 or way == "separate",
     )
-    for n_threads, way in ((1, one), (2, "separate"), (1, one)):
+    for n_threads, way in ((1, "joint"), (2, "separate"), (1, "joint")):
         threads(n_threads)
-        assert llm._packs(2) == way
+        assert llm._forward_pass.packing(2) == way

@@ -12,7 +12,7 @@ import torch
 
 import sklearn_relish.states.store
 from sklearn_relish import FrozenLLM, RelishRegressor, StateStore
-from sklearn_relish.llm.frozen import TOKEN_BUDGET
+from sklearn_relish.llm.batching import TOKEN_BUDGET
 from sklearn_relish.states.temporary import temporary_folder
 
 torch.set_num_threads(1)
@@ -34,9 +34,9 @@ class LoggedLLM(FrozenLLM):
         self.write("network")
         return network
 
-    def _start_pass(self, tokens, layers):
+    def _read_batch(self, tokens, layers):
         self.write(f"read {sum(map(len, tokens))}")
-        return super()._start_pass(tokens, layers)
+        return super()._read_batch(tokens, layers)
 
     @cached_property
     def tokenizer(self):

@@ -20,7 +20,7 @@ from tiny import SIZE, tiny_model
 
 import sklearn_relish.states.store
 from sklearn_relish import FrozenLLM, LLMEncoder, StateStore
-from sklearn_relish.llm.frozen import TOKEN_BUDGET
+from sklearn_relish.llm.batching import TOKEN_BUDGET
 from sklearn_relish.states.shard import Shard
 from sklearn_relish.states.temporary import temporary_folder
 
@@ -32,8 +32,8 @@ class CountingLLM(FrozenLLM):
 
     tokens_read = 0
 
-    def _start_pass(self, tokens, layers):
-        started = super()._start_pass(tokens, layers)
+    def _read_batch(self, tokens, layers):
+        started = super()._read_batch(tokens, layers)
         self.tokens_read += sum(map(len, tokens))
         return started
 
@@ -163,7 +163,7 @@ def test_shards_that_appear_later_are_found(llm, tmp_path):
 
 def test_what_was_read_before_an_interruption_is_kept(llm, tmp_path, monkeypatch):
     monkeypatch.setitem(TOKEN_BUDGET, "cpu", 64)
-    forward, calls = llm._start_pass, []
+    forward, calls = llm._read_batch, []
 
     def interrupted(tokens, layers):
         calls.append(tokens)
@@ -171,7 +171,7 @@ def test_what_was_read_before_an_interruption_is_kept(llm, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return forward(tokens, layers)
 
-    monkeypatch.setattr(llm, "_start_pass", interrupted)
+    monkeypatch.setattr(llm, "_read_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fetch(StateStore(tmp_path), TEXTS, llm)
     kept = llm.tokens_read
@@ -573,14 +573,14 @@ def test_unfinished_files_are_removed_in_time(llm, tmp_path):
 def test_a_thread_finds_states_while_another_reads(llm, tmp_path, monkeypatch):
     store = StateStore(tmp_path)
     fetch(store, TEXTS[:10], llm)
-    forward, reading, found = llm._start_pass, threading.Event(), threading.Event()
+    forward, reading, found = llm._read_batch, threading.Event(), threading.Event()
 
     def slow(tokens, layers):
         reading.set()
         assert found.wait(30)
         return forward(tokens, layers)
 
-    monkeypatch.setattr(llm, "_start_pass", slow)
+    monkeypatch.setattr(llm, "_read_batch", slow)
     with ThreadPoolExecutor() as pool:
         others = [pool.submit(fetch, store, TEXTS[10:], llm) for _ in range(2)]
         assert reading.wait(30)
@@ -680,7 +680,7 @@ def test_a_stream_counts_cut_texts_in_one_warning(llm, monkeypatch):
 @pytest.mark.parametrize("how", [fetch, streamed])
 def test_a_thread_does_not_wait_for_other_texts_of_another(llm, tmp_path, monkeypatch, how):
     store = StateStore(tmp_path)
-    forward, reading, go = llm._start_pass, threading.Event(), threading.Event()
+    forward, reading, go = llm._read_batch, threading.Event(), threading.Event()
 
     def slow(tokens, layers):
         if threading.current_thread() is not threading.main_thread():
@@ -688,7 +688,7 @@ def test_a_thread_does_not_wait_for_other_texts_of_another(llm, tmp_path, monkey
             assert go.wait(60)
         return forward(tokens, layers)
 
-    monkeypatch.setattr(llm, "_start_pass", slow)
+    monkeypatch.setattr(llm, "_read_batch", slow)
     with ThreadPoolExecutor() as pool:
         other = pool.submit(fetch, store, TEXTS[10:], llm)
         try:

@@ -1,0 +1,153 @@
+"""Load the parts of a model with Transformers; refuse a model that is missing or damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from sklearn_relish.llm.gguf import converted_gguf
+
+# Keyword arguments that find a model; configuration and tokenizer take them too.
+ACCESS_KWARGS = frozenset(
+    ["cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"]
+)
+
+
+def access_kwargs(model_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """The keyword arguments that configuration, tokenizer and network have in common."""
+    given = model_kwargs or {}
+    access = {name: value for name, value in given.items() if name in ACCESS_KWARGS}
+    # With trust_remote_code=None, Transformers would ask on the terminal.
+    return {"trust_remote_code": given.get("trust_remote_code", False), **access}
+
+
+def model_source(model: str, model_kwargs: dict[str, Any] | None) -> str:
+    """What `from_pretrained` is given: a folder or a Hub id.
+
+    Raises
+    ------
+    FileNotFoundError
+        If `model` is a ``.gguf`` file that does not exist, or a folder without a model.
+    """
+    if model.endswith(".gguf"):
+        if not os.path.isfile(model):
+            raise FileNotFoundError(f"No model file at {os.path.abspath(model)}.")
+        with quiet_loading():
+            return str(converted_gguf(Path(model)))
+    folder = Path(model, (model_kwargs or {}).get("subfolder", ""))
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"The folder {folder.absolute()} holds no model: it has no config.json."
+        )
+    return model
+
+
+def load_pretrained(auto_class: type, source: str, **kwargs: Any) -> Any:
+    """``auto_class.from_pretrained(source, **kwargs)``, with errors that say what to do.
+
+    Raises
+    ------
+    OSError
+        If no such model is found, or if its files are damaged.
+    """
+    try:
+        return auto_class.from_pretrained(source, **kwargs)
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "mismatched_sizes" not in str(error):
+            raise
+        raise OSError(
+            f"{auto_class.__name__} can't load {os.path.abspath(source)}: its files are damaged"
+            f" or do not fit together ({_in_one_line(error)}). Get the model again."
+        ) from error
+    except OSError as error:
+        if os.path.isdir(source):
+            problem = f"{auto_class.__name__} can't load the folder {os.path.abspath(source)}"
+        else:
+            problem = (
+                f"No model {source!r} was found: tried the folder {os.path.abspath(source)}"
+                f" and the Hugging Face Hub's {source!r}"
+            )
+        raise OSError(
+            f"{problem} ({_in_one_line(error)}). Pass model= the path of a local folder with"
+            " config.json, a tokenizer and safetensors weights, the path of a .gguf file, or a"
+            " Hub id that this machine can reach or has in its cache. For weights in another"
+            " format, pass model_kwargs={'use_safetensors': False}."
+        ) from error
+
+
+def load_network(
+    load: Callable[..., Any],
+    config: PretrainedConfig,
+    *,
+    model: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    kwargs: dict[str, Any],
+) -> PreTrainedModel:
+    """The text layers of a model, without a head, frozen and in evaluation mode.
+
+    Parameters
+    ----------
+    load : callable
+        Called with `AutoModel` and the keyword arguments of its `from_pretrained`.
+    config : PretrainedConfig
+        Of the model. Of an encoder-decoder, the encoder is returned.
+    model : str
+        The model's name, for errors.
+    device : torch.device
+        Where the network is placed, unless `kwargs` has a ``device_map``.
+    dtype : torch.dtype
+        Of the weights, unless `kwargs` has another one.
+    kwargs : dict
+        For `from_pretrained`.
+
+    Raises
+    ------
+    OSError
+        If weights are missing.
+    """
+    with quiet_loading():
+        kwargs = {"use_safetensors": True, "dtype": dtype} | kwargs
+        if kwargs.get("quantization_config") is not None:
+            kwargs.setdefault("device_map", {"": device})
+        network, info = load(AutoModel, output_loading_info=True, **kwargs)
+        # Encoders are often published without their pooler, which is not used here.
+        missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+        if missing:  # Transformers would fill them with random numbers
+            raise OSError(
+                f"The weights of {model!r} are incomplete: {len(missing)} tensors are"
+                f" missing, the first is {missing[0]!r}. Get the model again."
+            )
+        if kwargs.get("device_map") is None:
+            network = network.to(device)
+        encoder_decoder = config.is_encoder_decoder
+        network = network.get_encoder() if encoder_decoder else network.get_decoder()
+        network.config.use_cache = False
+        return network.eval().requires_grad_(False)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Hide Transformers' progress bar over weights and its report on the unused head."""
+    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -21,10 +21,10 @@ PRINTED = {
     "code_complexity": "rank correlation",
     "films_columns": "R² of all columns",
     "grid_search": "32 films, 32 of them read",
-    "intervals": "a width for each",
+    "intervals": "width by film",
     "one_backbone": "minutes",
     "plot_refinement": "after iteration 3",
-    "sentence_pairs": "the better film is predicted in",
+    "sentence_pairs": "the better film is predicted for",
 }
 
 

@@ -44,9 +44,8 @@ def main(n_pairs: int = 1500) -> None:
     predicted = regressor.predict(X_test)
     differ = y_test != 0
     right = np.mean(np.sign(predicted[differ]) == np.sign(y_test[differ]))
-    print(
-        f"R² {regressor.score(X_test, y_test):.3f}; the better film is predicted for {right:.0%} of the pairs"
-    )
+    print(f"R²: {regressor.score(X_test, y_test):.3f}")
+    print(f"the better film is predicted for {right:.0%} of the pairs")
     for row in range(3):
         print(f"{X_test['first'][row]}\n  compared with {X_test['second'][row]}")
         print(f"  {y_test[row]:+.0f} points, predicted {predicted[row]:+.0f}")

@@ -1,10 +1,11 @@
-"""How complex is a function? Python's own standard library, and McCabe's number for each.
+"""How complex is a function? Predict the McCabe complexity of functions of the standard library.
 
     python examples/code_complexity.py
 
-Complexity counts paths, so it is positive and skewed: ``loss="poisson"`` suits it. Functions of
-modules that were not learned from are predicted, beside a regression on the number of lines, which
-tells much of it. The picture is code_complexity.svg.
+Complexity counts paths through a function. It is positive and skewed, so the loss is
+``"poisson"``. The test functions come from modules without training functions. A regression on the
+number of lines, a strong predictor of complexity, is the baseline. The picture is
+code_complexity.svg.
 """
 
 import ast
@@ -26,11 +27,11 @@ from sklearn.preprocessing import FunctionTransformer
 
 from sklearn_relish import RelishRegressor
 
-NOT_MEANT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
 
 def functions_of(path: Path) -> list[tuple[str, int]]:
-    """Source and complexity of each function at a module's top level, of 3 to 30 lines."""
+    """Source and complexity of the functions of 3 to 30 lines at the top level of a module."""
     source = path.read_text(encoding="utf-8", errors="ignore")
     tree = ast.parse(source)
     visitor = PathGraphingAstVisitor()
@@ -50,15 +51,15 @@ def log_lines(texts: pd.Series) -> np.ndarray:
 
 
 def standard_library(n_functions: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Functions to learn from, and functions of other modules."""
+    """Training functions, and test functions from other modules."""
     library = Path(sysconfig.get_path("stdlib"))
     modules = [
         path
         for path in sorted(library.rglob("*.py"))
-        if NOT_MEANT.isdisjoint(path.relative_to(library).parts)
+        if EXCLUDED_FOLDERS.isdisjoint(path.relative_to(library).parts)
     ]
     np.random.RandomState(0).shuffle(modules)
-    found: dict[str, tuple[int, str]] = {}  # each function once, in the module that has it first
+    found: dict[str, tuple[int, str]] = {}  # each function once, under its first module
     for module in modules:
         for text, complexity in functions_of(module):
             found.setdefault(text, (complexity, str(module)))

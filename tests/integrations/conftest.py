@@ -14,7 +14,7 @@ def llm():
 
 @pytest.fixture
 def regressor(llm):
-    """A small one, that learns what a tiny model can tell."""
+    """A small regressor that learns from the states of a tiny model."""
     return RelishRegressor(
         llm,
         latent_size=16,
@@ -28,7 +28,7 @@ def regressor(llm):
 
 @pytest.fixture(scope="session")
 def reviews():
-    """120 texts, no two alike, and how good they say it is."""
+    """120 distinct texts, and how positive each is."""
     random = np.random.default_rng(0)
     grades = random.integers(0, 5, 120)
     texts = [f"{WORDS[grade]} {i}" for i, grade in enumerate(grades)]

@@ -1,4 +1,4 @@
-"""Inside scikit-learn's own meta-estimators, searches and tools."""
+"""The estimators in scikit-learn's meta-estimators, searches and tools."""
 
 import numpy as np
 import pytest
@@ -97,7 +97,7 @@ def test_cross_validate_with_several_metrics(regressor, reviews):
     assert (scores["test_neg_mean_absolute_error"] < 0).all()
 
 
-def test_stacking_and_voting_beside_tfidf(regressor, reviews):
+def test_stacking_and_voting_with_tfidf(regressor, reviews):
     both = [("relish", regressor), ("tfidf", tfidf())]
     texts, y = reviews
     for ensemble in (StackingRegressor(both, cv=2), VotingRegressor(both)):
@@ -125,7 +125,7 @@ def test_learning_curve(regressor, reviews):
 def test_permutation_importance_of_columns(regressor, table, reviews):
     regressor.set_params(max_epochs=20).fit(table, reviews[1])
     found = permutation_importance(regressor, table, reviews[1], n_repeats=2, random_state=0)
-    assert found.importances_mean.argmax() == 0  # the review, of which y was made
+    assert found.importances_mean.argmax() == 0  # the review, which determines y
 
 
 def test_metadata_routing(regressor, reviews):

@@ -1,4 +1,4 @@
-"""Texts and tables as other libraries hold them: the same numbers, whatever they come in."""
+"""Texts and tables of other libraries lead to the same predictions as lists."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ TABLES = {
 
 
 @pytest.fixture(scope="module")
-def known(llm, reviews):
+def expected(llm, reviews):
     from sklearn_relish import RelishRegressor
 
     small = {"latent_size": 16, "n_heads": 2, "max_epochs": 2, "n_estimators": 1, "random_state": 0}
@@ -44,12 +44,12 @@ def known(llm, reviews):
 
 
 @pytest.mark.parametrize("kind", TEXTS)
-def test_texts(regressor, reviews, known, kind):
+def test_texts(regressor, reviews, expected, kind):
     texts, y = reviews
     regressor.set_params(max_epochs=2, n_estimators=1, learning_rate=5e-4)
-    held = TEXTS[kind](texts)
+    converted = TEXTS[kind](texts)
     target = datasets.Dataset.from_dict({"y": y})["y"] if kind == "Hugging Face column" else y
-    np.testing.assert_array_equal(regressor.fit(held, target).predict(held), known)
+    np.testing.assert_array_equal(regressor.fit(converted, target).predict(converted), expected)
 
 
 @pytest.mark.parametrize("kind", TABLES)
@@ -69,7 +69,7 @@ def test_tables_of_several_columns(regressor, reviews, kind):
         regressor.predict(TABLES[kind]({"title": texts[:2], "stars": [1, 2]}))
 
 
-def test_a_dataset_as_a_whole_is_refused_with_a_way_out(regressor):
+def test_a_dataset_of_several_columns_is_refused_with_a_hint(regressor):
     rows = datasets.Dataset.from_dict({"title": ["a", "b"], "year": [1, 2]})
     with pytest.raises(TypeError, match=r"holds a dict in rows 0, 1: pass a frame.*to_pandas"):
         regressor.fit(rows, [1, 2])

@@ -1,4 +1,4 @@
-"""Other people's libraries around the regressor, each as its own documentation uses it."""
+"""The estimators in other libraries, each used as its documentation shows."""
 
 import numpy as np
 import pytest
@@ -44,15 +44,15 @@ def test_shap_text_explainer(regressor, reviews):
     texts, y = reviews
     regressor.set_params(max_epochs=30).fit(texts, y)
 
-    def predict(some):
-        return regressor.predict(list(some))
+    def predict(texts):
+        return regressor.predict(list(texts))
 
     explainer = shap.Explainer(predict, shap.maskers.Text(r"\W+"))
     found = explainer(["superb 7", "awful 7"], silent=True)
     for explained, text in zip(found, ["superb 7", "awful 7"], strict=True):
         total = explained.base_values + explained.values.sum()
         assert total == pytest.approx(float(regressor.predict([text])[0]), rel=1e-3)
-    assert found[0].values[0] > found[1].values[0]  # superb tells more for a number than awful
+    assert found[0].values[0] > found[1].values[0]  # "superb" raises it more than "awful"
 
 
 def test_mapie_intervals(regressor, reviews):
@@ -64,7 +64,7 @@ def test_mapie_intervals(regressor, reviews):
     predicted, intervals = conformal.predict_interval(texts)
     np.testing.assert_array_equal(predicted, regressor.predict(texts))
     inside = (intervals[:, 0, 0] <= y) & (y <= intervals[:, 1, 0])
-    assert 0.6 <= inside[80:].mean() <= 0.95  # of 40 fresh rows
+    assert 0.6 <= inside[80:].mean() <= 0.95  # of 40 new rows
 
 
 def test_cloudpickle(regressor, reviews):
@@ -74,7 +74,7 @@ def test_cloudpickle(regressor, reviews):
     np.testing.assert_array_equal(opened.predict(reviews[0]), regressor.predict(reviews[0]))
 
 
-def test_skops_trusts_this_package_and_no_more(regressor, reviews, tmp_path):
+def test_skops_trusts_only_this_package(regressor, reviews, tmp_path):
     skops = pytest.importorskip("skops.io")
     regressor.set_params(memory=tmp_path / "states", layer="auto").fit(*reviews)
     skops.dump(regressor, tmp_path / "model.skops")
@@ -93,7 +93,7 @@ def test_skops_trusts_this_package_and_no_more(regressor, reviews, tmp_path):
     np.testing.assert_array_equal(opened.predict(reviews[0]), pipeline.predict(reviews[0]))
 
 
-@pytest.mark.filterwarnings("ignore:.*type hint is inferred as AnyType:UserWarning")  # its own
+@pytest.mark.filterwarnings("ignore:.*type hint is inferred as AnyType:UserWarning")  # MLflow's
 def test_mlflow_scikit_learn_flavour(regressor, reviews, tmp_path):
     mlflow = pytest.importorskip("mlflow.sklearn")
     texts, y = reviews

@@ -1,7 +1,7 @@
-"""A table, its CSV file, its Polars and its PyArrow form: the same texts and predictions.
+"""A table has the same texts and predictions in pandas, Polars, PyArrow and CSV files.
 
-What a CSV file cannot keep is excluded: an empty string, and text that a reader takes for a
-missing cell, a number, a boolean or a date. The last tests have what is refused then.
+Cells that a CSV file cannot represent are excluded: an empty string, and text that a reader parses
+as a missing cell, a number, a boolean or a date. The last tests check that those are refused.
 """
 
 import datetime
@@ -19,7 +19,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-RARELY = settings(max_examples=15, deadline=None, derandomize=True)
+FEW = settings(max_examples=15)
 TEXT = st.text(st.sampled_from("abc ä,;\"'\n{}"), max_size=8).map("w{}".format)
 INTEGERS = st.integers(-(2**53) + 1, 2**53 - 1)
 FLOATS = st.sampled_from([0.1, 1e-7, 1e20, 3.4863509466889064e16, 1234567.25, -2.0])
@@ -54,7 +54,7 @@ DATES = ["day", "moment", "midnight"]
 
 
 def table_of(rows):
-    """A pandas frame, each column with the type that belongs to it."""
+    """A pandas frame with the natural type for each column."""
     names = ["text", "integer", "count", "number", "flag", "answer"]
     columns = zip(*rows, strict=True)
     frame = dict(zip([*names, *DATES, "category", "price"], columns, strict=True))
@@ -98,10 +98,10 @@ FORMS = {
         io.StringIO(pl.from_pandas(frame).write_csv())
     ),
 }
-ALL_TEXT = "CSV by pandas, all of it text"  # in which fit finds no numbers
+ALL_TEXT = "CSV by pandas, all of it text"  # `fit` finds no numbers in it
 
 
-@RARELY
+@FEW
 @given(rows=ROWS)
 def test_all_forms_of_a_table_have_the_same_texts(llm, rows):
     from sklearn_relish import LLMEncoder

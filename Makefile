@@ -1,0 +1,17 @@
+.PHONY: install fix check test
+
+install:  ## the package with its development dependencies, in the active environment
+	python -m pip install -e ".[test,lint]"
+	pre-commit install
+
+fix:  ## what ruff can correct by itself
+	ruff check --fix .
+	ruff format .
+
+check:  ## lint, format and types, without changing a file
+	ruff check .
+	ruff format --check .
+	mypy
+
+test:  ## all tests, with branch coverage
+	pytest --cov

@@ -86,7 +86,7 @@ class RefinementDisplay:
     def from_estimator(
         cls,
         estimator: RelishPredictor,
-        X: ArrayLike,
+        X: Any,
         y: ArrayLike | None = None,
         *,
         ax: Axes | Sequence[Axes] | None = None,
@@ -181,13 +181,13 @@ class RefinementDisplay:
             if ax is None:
                 _, ax = pyplot.subplots(figsize=(4.5, 3), layout="constrained")
             self.axes_ = np.array([ax])
-            self._plot_errors(ax)
+            self._plot_errors(self.axes_[0])
         else:
             lines = _lines(self.attention, width, max_lines)
             if ax is None:
                 ax = _new_axes(pyplot, lines, len(self.stages), fontsize)
             self.axes_ = np.array(ax)
-            self._plot_text(self.axes_[0], lines, fontsize)
+            self._plot_text(self.axes_[0], self.attention, lines, fontsize)
             self._plot_path(self.axes_[1], len(lines), fontsize)
         self.figure_ = self.axes_[0].figure
         return self
@@ -201,7 +201,9 @@ class RefinementDisplay:
         axes.set(xlabel="iteration", ylabel="absolute error", xticks=iterations, ylim=(0, None))
         axes.legend(frameon=False)
 
-    def _plot_text(self, axes: Axes, lines: list[_Line], fontsize: float) -> None:
+    def _plot_text(
+        self, axes: Axes, attention: TextAttention, lines: list[_Line], fontsize: float
+    ) -> None:
         from matplotlib import colormaps, rcParams
         from matplotlib.patches import Rectangle
 
@@ -211,12 +213,12 @@ class RefinementDisplay:
             ylim=(len(self.stages) * row - 0.5, -0.5),
         )
         axes.set_axis_off()
-        most = self.attention.weights.mean(axis=(0, 2)).max()
+        most = attention.weights.mean(axis=(0, 2)).max()
         family = [
             "monospace",
             *rcParams["font.family"],
         ]  # more fonts for what monospace lacks
-        margin_text = {"ha": "right", "va": "center", "fontsize": fontsize}
+        margin_text: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": fontsize}
         for iteration in range(len(self.stages)):
             top = iteration * row
             axes.text(-1, top, f"{iteration + 1}", **margin_text)

@@ -578,7 +578,7 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
             return n_fitted
         if self.n_estimators == "auto":
             return SMALL_SET_ESTIMATORS if 0 < n_rows <= SMALL_SET else ESTIMATORS
-        return self.n_estimators
+        return int(self.n_estimators)
 
     def _head_sizes(self, input_size: int, n_outputs: int, loss_fn: Loss) -> dict[str, Any]:
         return {

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
 
 @contextmanager
-def open_regular_file(path: Path) -> Iterator[IO[bytes]]:
+def open_regular_file(path: Path) -> Iterator[BinaryIO]:
     """Open a regular file; a pipe or device of that name is refused without waiting."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
@@ -115,7 +115,12 @@ def parse_config(content: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or STAMP not in config:
         raise ValueError(f"{path.absolute()} is not the configuration of a RelishRegressor.")
     check_format(config[STAMP], f"{path.absolute()}")
-    fields = {STAMP: [dict], WEIGHTS_DIGEST: [str], "parameters": [dict], "fitted": [dict]}
+    fields: dict[str, list[Any]] = {
+        STAMP: [dict],
+        WEIGHTS_DIGEST: [str],
+        "parameters": [dict],
+        "fitted": [dict],
+    }
     _check_fields(config, fields, path, "")
     digest = config[WEIGHTS_DIGEST]
     if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):

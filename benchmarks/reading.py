@@ -151,9 +151,8 @@ def main() -> None:
     utilization = 2 * weights * sum(own) / ours / product
     print(f"{len(texts)} texts, {sum(own)} tokens, {llm.torch_dtype}")
     for name, median in medians.items():
-        print(
-            f"{name:40}{len(texts) / median:8.1f} texts/s   this package is {median / ours:.2f} times as fast"
-        )
+        speed = f"{len(texts) / median:8.1f} texts/s"
+        print(f"{name:40}{speed}   this package is {median / ours:.2f} times as fast")
     print(
         f"largest matrix product: {product / 1e9:.0f} GFLOP/s; products of weights and real tokens"
         f" reach {100 * utilization:.0f} % of that"

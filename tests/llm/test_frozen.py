@@ -76,12 +76,16 @@ def test_an_unavailable_device_is_refused():
         _ = FrozenLLM(tiny_model(), device="gpu").torch_device
 
 
-def test_dtype_of_states_and_of_auto():
+def test_dtypes(monkeypatch):
     folder = tiny_model()
     (states,), _ = read(FrozenLLM(folder, device="cpu", dtype="bfloat16"), ["text"], 1)
     assert states.dtype == torch.bfloat16
     assert FrozenLLM(folder, dtype=torch.float16).torch_dtype == torch.float16
-    assert FrozenLLM(folder, device="cpu").torch_dtype in (torch.bfloat16, torch.float32)
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(
+            "sklearn_relish.llm.frozen.computes_bfloat16", lambda _, native=native: native
+        )
+        assert FrozenLLM(folder, device="cpu").torch_dtype == dtype
     with pytest.raises(ValueError, match="dtype must be 'auto'"):
         _ = FrozenLLM(folder, dtype="int8").torch_dtype
 

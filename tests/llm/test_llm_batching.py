@@ -9,7 +9,15 @@ from read_helpers import read, record_batches
 from tiny import tiny_model
 
 from sklearn_relish import FrozenLLM
-from sklearn_relish.llm.batching import MIN_LENGTH_RATIO, TOKEN_BUDGET, batch_size
+from sklearn_relish.llm.batching import (
+    MIN_LENGTH_RATIO,
+    TOKEN_BUDGET,
+    batch_size,
+    group_pieces,
+    join_windows,
+)
+from sklearn_relish.llm.tokenize import Piece
+from sklearn_relish.states.token_states import TokenStates
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -109,3 +117,18 @@ def test_small_padded_batches_may_have_any_lengths():
     lengths = np.array([100, *[10] * 30, *[1] * 30])
     assert batch_size(lengths, kind="cuda", token_budget=16_384, packed=False) == 40
     assert batch_size(lengths, kind="cpu", token_budget=16_384, packed=False) == 1
+
+
+def test_windows_are_grouped_by_complete_texts_up_to_the_number_of_tokens():
+    pieces = [Piece(0, np.arange(9), 0, 9, 1)]
+    pieces += [Piece(row, np.arange(10), 0, 10, 3) for row in range(1, 6) for _ in range(3)]
+    groups = [[piece.row for piece in group] for group in group_pieces(pieces, 50)]
+    assert groups == [[0], [1, 1, 1, 2, 2, 2], [3, 3, 3, 4, 4, 4], [5, 5, 5]]
+
+
+def test_windows_are_joined_without_their_overlap():
+    pieces = [Piece(0, np.arange(4), 0, 4, 2), Piece(0, np.arange(4), 1, 4, 2)]
+    states = TokenStates.from_lengths(torch.arange(8.0)[:, None], torch.tensor([4, 4]))
+    ((rows, (joined,)),) = join_windows(iter([(np.array([1, 0]), [states])]), pieces)
+    assert rows.tolist() == [0]
+    assert next(iter(joined)).flatten().tolist() == [4, 5, 6, 7, 1, 2, 3]

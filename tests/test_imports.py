@@ -64,3 +64,9 @@ def test_a_package_imports_only_packages_below_it(package):
 def test_modules_do_not_import_each_other():
     order = list(TopologicalSorter(import_graph()).static_order())  # raises CycleError
     assert order.index("utils.locks") < order.index("states.store") < order.index("regressor")
+
+
+def test_no_file_is_too_long_to_read():
+    for path in ROOT.rglob("*.py"):
+        n_lines = len(path.read_text("utf-8").splitlines())
+        assert n_lines <= 700, f"{path.relative_to(ROOT)} has {n_lines} lines"

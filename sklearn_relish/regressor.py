@@ -25,25 +25,28 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
 from sklearn_relish import hub as pretrained
 from sklearn_relish.base import LLMReader
-from sklearn_relish.head.head import RelishEnsemble, RelishHead, check_head_sizes
-from sklearn_relish.head.losses import LOSSES, Loss
+from sklearn_relish.head.ensemble import RelishEnsemble
+from sklearn_relish.head.head import RelishHead, check_head_sizes
+from sklearn_relish.head.losses import LOSSES, Loss, make_loss
 from sklearn_relish.inputs.targets import read_targets
 from sklearn_relish.llm.frozen import FrozenLLM
 from sklearn_relish.states.store import StateStore
 from sklearn_relish.training.conformal import Conformal
-from sklearn_relish.training.ensemble import fit_ensemble
+from sklearn_relish.training.inference import (
+    attention_weights,
+    predict_states,
+    staged_predict_states,
+)
 from sklearn_relish.training.layer_search import SHARES, choose_layer, sample_texts
+from sklearn_relish.training.stacking import fit_ensemble
 from sklearn_relish.training.trainer import (
     AUTO_EPOCHS,
     Examples,
-    attention_weights,
     auto_epochs,
     new_head,
-    predict_states,
-    staged_predict_states,
     train_head,
 )
-from sklearn_relish.utils.messages import name_rows, warn
+from sklearn_relish.utils.messages import warn
 
 # Estimators of a small set, up to which size it is one, and those of a larger set.
 MANY, SMALL_SET, FEW = 5, 1_000, 3
@@ -404,7 +407,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
         if seen.any():
             told, targets, weight = oof_predictions[seen], rows.targets[seen], rows.weight[seen]
             self._conformal = Conformal.of(rows.loss_fn, told, targets, weight)
-            point = rows.loss_fn.point_prediction(torch.from_numpy(told)).numpy()
+            point = rows.loss_fn.point_prediction(told)
             varied = rows.scale > 0
             if len(point) > 1 and varied.any():
                 self.validation_score_ = r2_score(
@@ -696,7 +699,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
 
     def _point_in_units(self, responses: np.ndarray) -> np.ndarray:
         """One number for each output, of the target's shape."""
-        point = self.head_.loss_fn.point_prediction(torch.from_numpy(responses)).numpy()
+        point = self.head_.loss_fn.point_prediction(responses)
         return self._in_units(point[:, :, None])[..., 0]
 
     def _in_units(self, responses: np.ndarray) -> np.ndarray:
@@ -761,9 +764,9 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
                     f"quantile={self.quantile!r} is neither a number above 0 and below 1 nor"
                     " several of them in rising order."
                 )
-            loss_fn = Loss(self.loss, tuple(quantiles.tolist()))
+            loss_fn = make_loss(self.loss, quantiles.tolist())
         elif isinstance(self.quantile, Real) and self.quantile == 0.5:
-            loss_fn = Loss(self.loss)
+            loss_fn = make_loss(self.loss)
         else:
             raise ValueError(
                 f"quantile={self.quantile!r} has no effect with loss={self.loss!r}: pass"
@@ -774,14 +777,7 @@ class RelishRegressor(MultiOutputMixin, RegressorMixin, LLMReader):
                 "linear_path=True needs a loss that asks for a mean, 'huber' or 'squared_error',"
                 f" and loss={self.loss!r} does not: pass linear_path='auto' or False."
             )
-        if loss_fn.log_link:
-            low = y <= 0 if self.loss == "gamma" else y < 0
-            rows = np.flatnonzero(low.reshape(len(y), -1).any(axis=1))
-            if len(rows):
-                what = "above 0" if self.loss == "gamma" else "of 0 or more"
-                raise ValueError(
-                    f"loss={self.loss!r} is for targets {what}: y is not in {name_rows(rows)}."
-                )
+        loss_fn.check_targets(y)
         return loss_fn
 
     def _check_continuing(self, loss_fn: Loss, n_outputs: int) -> None:

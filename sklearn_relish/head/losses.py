@@ -44,7 +44,7 @@ class Loss(ABC):
     predicts_mean : bool
         Whether the loss asks for a mean, as least squares does. Ridges can then be added.
     valid_targets : str
-        Which targets the loss is made for, for the error about others.
+        Which targets the loss is made for, as the error message says it.
     """
 
     quantiles: tuple[float, ...] = ()

@@ -72,12 +72,12 @@ class BatchLoader:
         self._buffer = torch.empty(0, dtype=dtype)
 
     def load(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch of some texts.
+        """A padded batch.
 
         Parameters
         ----------
         rows : int64 Tensor of shape (B,)
-            On the CPU.
+            The texts of the batch, on the CPU.
 
         Returns
         -------

@@ -26,7 +26,7 @@ def choose_layer(
 ) -> tuple[int, dict[int, float]]:
     """The layer whose states predict the targets best, and the scores of all.
 
-    Ridges on the mean and the last state, stacked, predict each row from the others. The first
+    Stacked ridges on pooled states predict each row without having been fitted on it. The first
     layer is taken unless the squared errors of another one are lower by more than the standard
     error of the difference.
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import rms_norm
 
-from sklearn_relish.head.head import RMS_EPSILON, rms_scale
+from sklearn_relish.head.ensemble import RelishEnsemble
+from sklearn_relish.head.head import RMS_EPSILON, RelishHead, rms_scale
 from sklearn_relish.head.pooling import POOLINGS, normalize, pool
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.inference import pool_states
@@ -53,3 +54,12 @@ def test_the_head_normalizes_like_the_poolings():
     states = torch.randn(3, 5, SIZE, generator=torch.Generator().manual_seed(0))
     scaled = states * rms_scale(states)[:, :, None]
     torch.testing.assert_close(scaled, normalize(states, "rms"))
+
+
+def test_a_new_pooling_does_not_change_the_linear_path(monkeypatch):
+    monkeypatch.setitem(POOLINGS, "max", lambda states, mask, state_norm: states.amax(dim=1))
+    states, mask = ragged(torch.float32).batch(torch.arange(40))
+    assert torch.equal(pool(states, mask, "max", None), states.amax(dim=1))
+    ensemble = RelishEnsemble([RelishHead(SIZE, latent_size=8, n_heads=2)], linear_path=True)
+    assert ensemble.linear.in_features == 2 * SIZE
+    assert ensemble(states, mask).shape == (40, 1)

@@ -59,3 +59,31 @@ def test_a_coverage_with_too_few_rows_is_refused():
         ValueError, match=r"coverage=0\.96 needs 24 held-out rows, and there were 19"
     ):
         conformal.interval(np.zeros((1, 2)), 0.96)
+
+
+def constant(loss_fn, predictions, y, n=20, weight=1.0):
+    """Held-out rows that are all alike."""
+    shape = (n, 1)
+    rows = np.tile(predictions, shape), np.full(shape, y), np.full(n, weight)
+    return Conformal.of(loss_fn, *rows)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "held_out", "y", "predictions", "interval"),
+    [
+        (HuberLoss(), [4.0], 6.0, [9.0], [7.0, 11.0]),
+        (PoissonLoss(), [4.0], 8.0, [9.0], [3.0, 15.0]),  # errors grow with the square root
+        (GammaLoss(), [4.0], 6.0, [8.0], [4.0, 12.0]),  # errors grow with the prediction
+        (GammaLoss(), [4.0], 12.0, [1.0], [0.0, 3.0]),  # not below 0
+        (QuantileLoss((0.1, 0.9)), [4.0, 6.0], 7.0, [1.0, 5.0], [0.0, 6.0]),
+        (QuantileLoss((0.1, 0.9)), [0.0, 10.0], 5.0, [0.0, 2.0], [1.0, 1.0]),  # ends never cross
+    ],
+)
+def test_the_interval_of_rows_that_are_all_alike(loss_fn, held_out, y, predictions, interval):
+    found = constant(loss_fn, held_out, y).interval(np.array([predictions]), 0.9)
+    np.testing.assert_allclose(found, [[interval]], atol=1e-12)
+
+
+def test_only_the_ratios_of_weights_have_an_influence():
+    with pytest.raises(ValueError, match="needs 24 held-out rows"):
+        constant(HuberLoss(), [0.0], 1.0, weight=7.0).interval(np.zeros((1, 1)), 0.96)

@@ -60,7 +60,7 @@ def test_a_constant_target_takes_the_first():
 
 def test_a_sample_costs_a_seventh_more_of_reading_at_most():
     for n_layers in (12, 18, 24, 30, 32, 48):
-        layers = [round(share * n_layers) for share in SHARES]
+        layers = [round(fraction * n_layers) for fraction in SHARES]
         for n_texts in (25, 100, 3_000, 100_000):
             sample = sample_texts(n_texts, np.random.RandomState(0))
             assert 10 <= len(np.unique(sample)) == len(sample) <= 1_000

@@ -29,7 +29,7 @@ PRIOR = (0.5, 0.25, 0.25)
 
 
 def linear_examples(n_texts, n_outputs=1, noise=0.1, seed=0):
-    """Texts whose target is a linear function of their mean state, and some noise."""
+    """Texts whose target is a linear function of their mean state, plus noise."""
     random = np.random.RandomState(seed)
     lengths = torch.from_numpy(random.randint(1, 9, n_texts))
     values = torch.from_numpy(random.randn(int(lengths.sum()), 6)).float()
@@ -81,6 +81,8 @@ def test_a_prediction_is_the_weighted_mean_of_the_heads_plus_the_linear_path():
     )
     expected = 0.5 * mean + pooled @ torch.arange(12.0)[:, None] + 2
     torch.testing.assert_close(ensemble(states, mask), expected)
+    states[~mask] = 0
+    torch.testing.assert_close(ensemble.staged(states, mask)[-1], expected)
     states[~mask] = torch.nan  # the padding has no influence
     torch.testing.assert_close(ensemble(states, mask), expected)
 
@@ -134,6 +136,25 @@ def test_predictions_that_are_shrunk_are_weighted_by_their_correlation():
     sizes = weights[:2] * np.std(predictions[:, :2], axis=0)
     assert 0.5 < sizes[1] / sizes[0] < 2
     assert weights[2] == 0
+
+
+def test_no_weight_is_negative_though_all_predictions_mislead():
+    y = np.random.RandomState(0).randn(20)
+    assert (stack(np.column_stack([-y] * 3), y, np.ones(20), PRIOR) > 0).all()
+
+
+def test_out_of_fold_predictions_are_the_mean_of_the_heads_that_did_not_see_the_row():
+    examples = linear_examples(40)
+    held_out = [np.arange(20), np.arange(10, 30)]
+    groups, random = np.arange(40), np.random.RandomState(0)
+    settings = TRAINING | {"linear_path": False, "random": random, "max_epochs": 1}
+    settings["make_head"] = lambda number, seed: new_head(seed, **SIZES)
+    _, trainings, found = fit_ensemble(examples, groups, held_out, **settings)
+    first, second = (training.oof_predictions for training in trainings)
+    np.testing.assert_array_equal(found[:10], first[:10])
+    np.testing.assert_array_equal(found[10:20], (first[10:] + second[:10]) / 2)
+    np.testing.assert_array_equal(found[20:30], second[10:])
+    assert np.isnan(found[30:]).all()
 
 
 def test_there_is_no_linear_path_with_few_held_out_rows():

@@ -174,8 +174,14 @@ def test_a_batch_in_parts_is_trained_like_a_complete_one(monkeypatch):
 
 
 def test_out_of_fold_predictions_are_of_the_epoch_that_is_best_on_the_other_half():
-    validated = torch.tensor([[0.0, 3.0, 0.0, 3.0], [5.0, 1.0, 5.0, 1.0]])[:, :, None]
-    examples = Examples.of(task(4).states, np.zeros((4, 1)), np.ones(4))
+    validated = torch.tensor([[0.0, 3.0, 9.0, 3.0], [5.0, 1.0, 0.0, 1.0]])[:, :, None]
+    examples = Examples.of(task(4).states, np.zeros((4, 1)), np.array([1.0, 1.0, 0.0, 1.0]))
     found = _oof_predictions(validated, examples, HuberLoss())
-    # Epoch 0 is best on rows 0 and 2, epoch 1 on rows 1 and 3.
-    assert found[:, 0].tolist() == [5.0, 3.0, 5.0, 3.0]
+    # Epoch 0 is best on rows 0 and 2, the latter without weight, and epoch 1 on rows 1 and 3.
+    assert found[:, 0].tolist() == [5.0, 3.0, 0.0, 3.0]
+
+
+def test_a_training_may_have_a_single_step():
+    _, training = train(task(20), max_epochs=1)
+    assert len(training.history) == 1
+    assert np.isfinite(training.history[0]["learning_rate"])

@@ -26,8 +26,10 @@ from evaluation import TASKS, find_models, load
 from scipy.stats import pearsonr, spearmanr
 
 from sklearn_relish import RelishRegressor, StateStore
-from sklearn_relish.head.head import RelishEnsemble, RelishHead
-from sklearn_relish.training.trainer import new_head, predict_states
+from sklearn_relish.head.ensemble import RelishEnsemble
+from sklearn_relish.head.head import RelishHead
+from sklearn_relish.training.inference import predict_states
+from sklearn_relish.training.trainer import new_head
 
 SETS = ["stsb", "wmt-ru-en"]
 DEPTHS = [1, 2, 3, 4, 5]
@@ -48,9 +50,9 @@ def settled(stages: np.ndarray, tolerance: float) -> np.ndarray:
 
 def taken_further(ensemble: RelishEnsemble, n_iterations: int) -> RelishEnsemble:
     """The same weights, in another number of iterations."""
-    (known,) = ensemble.heads
-    head = RelishHead(**known.sizes | {"n_iterations": n_iterations})
-    head.load_state_dict(known.state_dict())
+    (fitted,) = ensemble.heads
+    head = RelishHead(**fitted.sizes | {"n_iterations": n_iterations})
+    head.load_state_dict(fitted.state_dict())
     return RelishEnsemble([head], linear_path=False).eval()
 
 

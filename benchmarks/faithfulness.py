@@ -24,10 +24,10 @@ from evaluation import TASKS, find_models, load
 from torch import Tensor
 
 from sklearn_relish import RelishRegressor, StateStore
-from sklearn_relish.head.head import RelishEnsemble
+from sklearn_relish.head.ensemble import RelishEnsemble
 from sklearn_relish.predictor import TextAttention
 from sklearn_relish.states.token_states import TokenStates
-from sklearn_relish.training.trainer import predict_states
+from sklearn_relish.training.inference import predict_states
 
 SETS = ["stsb", "wmt-ru-en"]
 COLUMNS = ["text_a", "text_b"]

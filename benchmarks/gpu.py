@@ -6,11 +6,10 @@ Reading: a decoder of Qwen3-8B's shape (36 layers of size 4096; `--layers` for f
 weights in bfloat16, texts of 20 to 200 tokens, all layers: model FLOPs of real tokens a second
 beside what a large product in bfloat16 reaches, at several token budgets, with and without batches
 of like length. Training: 10 epochs of 6,000 texts of 40 tokens of size 4096 beside the textbook
-loop (peers.py): ours in bfloat16 with float32 weights, its states on the GPU; the textbook's in
-float32, collated by a `DataLoader` on the CPU; and the textbook's under the same autocast. Before
-that, checks: reading and training against float32 on the CPU, recorded steps against those that
-are not, states that are sent batch by batch, a pass that does not fit in the smaller memory that
-torch is told to keep to; at the end, that nothing stays on the GPU.
+loop (peers.py): ours in float32; the textbook's in float32, collated by a `DataLoader` on the CPU;
+and the textbook's in bfloat16. Before that, checks: reading and training against float32 on the
+CPU, and a pass that is larger than the memory that torch may use; at the end, that nothing stays on
+the GPU.
 
 Prints tables, and a JSON line for each when it is done. Exits with 1 where a check fails.
 """
@@ -32,18 +31,11 @@ from peers import TextbookHead, largest_product, settings, textbook_fit
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-import sklearn_relish.llm.batching
-import sklearn_relish.training.batching
+import sklearn_relish.llm.frozen
 from sklearn_relish import FrozenLLM, RelishRegressor
 from sklearn_relish.states.token_states import TokenStates
-from sklearn_relish.training.recording import Recorded
-from sklearn_relish.training.trainer import (
-    Examples,
-    mixed_precision,
-    new_head,
-    predict_states,
-    train_head,
-)
+from sklearn_relish.training.inference import predict_states
+from sklearn_relish.training.trainer import Examples, new_head, train_head
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 VOCABULARY = 1_000  # words of the made-up texts; the embeddings take no part in the FLOPs
@@ -172,12 +164,12 @@ def check_reading(check: Checks) -> None:
         total = torch.cuda.get_device_properties(GPU).total_memory
         kept = torch.cuda.memory_reserved()
         torch.cuda.set_per_process_memory_fraction((kept + 2**28) / total)
-        llms["float32"].token_budget = sklearn_relish.llm.batching.CHUNK_TEXTS = 2**22
+        llms["float32"].token_budget = sklearn_relish.llm.frozen.WINDOW_TEXTS = 2**22
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             states = torch.cat(read_all(llms["float32"], many, 2)[: len(texts)])
         torch.cuda.set_per_process_memory_fraction(1.0)
-        sklearn_relish.llm.batching.CHUNK_TEXTS = 4_096
+        sklearn_relish.llm.frozen.WINDOW_TEXTS = 4_096
         check("states after batches that were too large", apart(states, reference), 1e-3)
         check("of warnings, those missing", float(not caught), 0)
 
@@ -195,24 +187,16 @@ def check_training(check: Checks) -> None:
     examples = task(1500, 6, 64, ragged=True, seed=0)
     fresh = task(1500, 6, 64, ragged=True, seed=1)
     losses = {}
-    for name, device, share in (
-        ("CPU", CPU, 1.0),
-        ("states on the GPU", GPU, 1.0),
-        ("states sent batch by batch", GPU, 0.0),
-    ):
-        sklearn_relish.training.batching.RESIDENT_SHARE = share
+    for name, device in (("CPU", CPU), ("GPU", GPU)):
         head = new_head(0, input_size=64, latent_size=64, state_norm="rms")
         course = train_head(
             head, examples, fresh, deep_supervision=True, **settings(32, 20, device)
         )
         losses[name] = course.history[-1]["validation_loss"]
-        if device == GPU:
-            difference = abs(losses[name] / losses["CPU"] - 1)
-            check(f"validation loss, {name}, against the CPU's", difference, 0.03)
-            answers = torch.from_numpy(predict_states(head, fresh.states, GPU))
-            reference = torch.from_numpy(predict_states(head, fresh.states, CPU))
-            check(f"answers, {name}, against float64", apart(answers, reference), 1e-3)
-    sklearn_relish.training.batching.RESIDENT_SHARE = 0.5
+    check("validation loss, GPU against CPU", abs(losses["GPU"] / losses["CPU"] - 1), 0.03)
+    predictions = torch.from_numpy(predict_states(head, fresh.states, GPU))
+    reference = torch.from_numpy(predict_states(head, fresh.states, CPU))
+    check("predictions on the GPU against float64 on the CPU", apart(predictions, reference), 1e-3)
 
     head = new_head(0, input_size=4096)
     states, mask = task(64, 40, 4096, ragged=True, seed=0).states.batch(torch.arange(64))
@@ -224,34 +208,6 @@ def check_training(check: Checks) -> None:
             "head against the textbook's", apart(head(states, mask), textbook(states, mask)), 1e-3
         )
 
-    def gradients(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        with mixed_precision(GPU):
-            answers = head.raw_prediction(states, mask)
-        head.zero_grad(set_to_none=False)
-        answers.square().mean().backward()
-        return answers.detach().sum()
-
-    recorded, worst = Recorded(gradients, GPU), 0.0
-    for n_texts, n_tokens in (
-        (8, 40),
-        (8, 16),
-        (8, 40),
-        (3, 24),
-        (8, 16),
-        (8, 40),
-        (3, 24),
-        (8, 80),
-    ):
-        batch = states[:n_texts, :n_tokens].repeat(1, 1 + n_tokens // 41, 1)[:, :n_tokens]
-        real = torch.ones(batch.shape[:2], dtype=torch.bool, device=GPU)
-        gradients(batch, real)
-        learned = [p for p in head.parameters() if p.grad is not None]  # the key's bias is not
-        expected = [p.grad.clone() for p in learned]
-        recorded(batch * 0, real)  # what is replayed must follow its inputs
-        recorded(batch, real)
-        worst = max([worst, *(apart(p.grad, g) for p, g in zip(learned, expected, strict=True))])
-    check("gradients of recorded steps against those that are not", worst, 0.02)
-
 
 def reading(llm: FrozenLLM, n_texts: int, rounds: int) -> None:
     n_layers = llm.n_layers
@@ -261,13 +217,13 @@ def reading(llm: FrozenLLM, n_texts: int, rounds: int) -> None:
     own = [len(ids) for ids in llm.tokenizer(texts)["input_ids"]]
     assert own == lengths.tolist(), "a word is to be a token"
     n_tokens = sum(own)
-    weights = sum(p.numel() for layer in llm._forward_pass.layers for p in layer.parameters())
+    weights = sum(p.numel() for layer in llm._layers for p in layer.parameters())
     attention = 2 * n_layers * 4096 * float((lengths**2).sum())  # causal: half of 4 S² D
     flops = 2 * weights * n_tokens + attention
     print(f"largest product {ceiling / 1e12:.0f} TFLOP/s; {n_texts} texts, {n_tokens} tokens")
     for budget, enough in ((4_096, 4_096), (8_192, 4_096), (16_384, 4_096), (16_384, 16_384)):
         llm.token_budget = budget
-        sklearn_relish.llm.batching.ANY_LENGTH_TOKENS["cuda"] = enough
+        sklearn_relish.llm.frozen.ENOUGH_TOKENS["cuda"] = enough
         list(llm.read(texts[:200], layers=[n_layers], max_length=512))
         took = statistics.median(
             seconds(lambda: list(llm.read(texts, layers=[n_layers], max_length=512)))

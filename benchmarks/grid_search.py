@@ -36,13 +36,13 @@ from sklearn.pipeline import make_pipeline
 from skrub import LLMEncoder as SkrubEncoder
 
 from sklearn_relish import FrozenLLM, LLMEncoder, RelishRegressor, StateStore
-from sklearn_relish.head.losses import Loss
+from sklearn_relish.head.losses import make_loss
 from sklearn_relish.states.token_states import TokenStates
+from sklearn_relish.training.inference import predict_states
 from sklearn_relish.training.trainer import (
     Examples,
     auto_epochs,
     new_head,
-    predict_states,
     train_head,
 )
 
@@ -85,7 +85,7 @@ def seconds_of_heads(states: TokenStates, y: np.ndarray, llm: FrozenLLM) -> floa
             head,
             examples[learned],
             examples[held_out],
-            loss_fn=Loss(defaults["loss"]),
+            loss_fn=make_loss(defaults["loss"]),
             **{name: defaults[name] for name in ("learning_rate", "weight_decay")},
             batch_size=defaults["batch_size"],
             max_epochs=auto_epochs(len(learned), defaults["batch_size"]),

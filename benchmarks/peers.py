@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from sklearn_relish.head.head import RMS_EPSILON, RelishHead
-from sklearn_relish.head.losses import Loss
+from sklearn_relish.head.losses import HuberLoss
 from sklearn_relish.states.token_states import TokenStates
 
 
@@ -134,9 +134,9 @@ def textbook_fit(
 
 
 def settings(batch_size: int, epochs: int, device: torch.device, seed: int = 0) -> dict:
-    """What `train_head` is told beside its data: the estimator's defaults, the published loss."""
+    """Arguments of `train_head`: the defaults of the estimator, with the published loss."""
     return {
-        "loss_fn": Loss("huber"),
+        "loss_fn": HuberLoss(),
         "learning_rate": 5e-4,
         "weight_decay": 0.01,
         "batch_size": batch_size,

@@ -28,7 +28,8 @@ from scipy.stats import pearsonr
 from sklearn_relish import FrozenLLM, StateStore
 from sklearn_relish.head.head import RelishHead
 from sklearn_relish.states.token_states import TokenStates
-from sklearn_relish.training.trainer import Examples, new_head, predict_states, train_head
+from sklearn_relish.training.inference import predict_states
+from sklearn_relish.training.trainer import Examples, new_head, train_head
 
 CPU = torch.device("cpu")
 SIZE, BATCH, STEPS = 576, 64, 12

@@ -18,9 +18,10 @@ from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from sklearn_relish.base import BaseLLMEstimator
-from sklearn_relish.head.pooling import POOLINGS, pool
+from sklearn_relish.head.pooling import POOLINGS
 from sklearn_relish.llm.frozen import FrozenLLM
 from sklearn_relish.states.store import StateStore
+from sklearn_relish.training.inference import pool_states
 
 
 class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstimator):
@@ -162,7 +163,7 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
         texts = fitted._render(fitted._read_table(X, reset=False))
         pooled = np.empty((len(texts), fitted._n_features_out), dtype=np.float32)
         for rows, states in fitted._stream(texts, fitted.layer_):
-            pooled[rows] = pool(states, fitted.pooling, fitted.state_norm).numpy()
+            pooled[rows] = pool_states(states, fitted.pooling, fitted.state_norm).numpy()
         return pooled
 
     def fit_transform(self, X: ArrayLike, y: Any = None) -> np.ndarray:
@@ -181,4 +182,4 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
         """
         fitted = self.fit(X, y)._snapshot()
         states = fitted._states(fitted._render(fitted._read_table(X, reset=False)), fitted.layer_)
-        return pool(states, fitted.pooling, fitted.state_norm).numpy()
+        return pool_states(states, fitted.pooling, fitted.state_norm).numpy()

@@ -7,15 +7,14 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
 from sklearn_relish.base import BaseLLMEstimator
-from sklearn_relish.head.head import RelishEnsemble
+from sklearn_relish.head.ensemble import RelishEnsemble
 from sklearn_relish.training.conformal import Conformal
-from sklearn_relish.training.trainer import (
+from sklearn_relish.training.inference import (
     attention_weights,
     predict_states,
     staged_predict_states,
@@ -201,7 +200,7 @@ class RelishPredictor(BaseLLMEstimator):
 
     def _point_prediction(self, predictions: np.ndarray) -> np.ndarray:
         """One number for each output, in the units and the shape of the target."""
-        point = self.head_.loss_fn.point_prediction(torch.from_numpy(predictions)).numpy()
+        point = self.head_.loss_fn.point_prediction(predictions)
         return self._to_target_units(point[:, :, None])[..., 0]
 
     def _to_target_units(self, predictions: np.ndarray) -> np.ndarray:

@@ -22,8 +22,9 @@ from sklearn.utils import check_consistent_length, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight
 
-from sklearn_relish.head.head import RelishEnsemble, RelishHead, check_head_sizes
-from sklearn_relish.head.losses import LOSSES, Loss
+from sklearn_relish.head.ensemble import RelishEnsemble
+from sklearn_relish.head.head import RelishHead, check_head_sizes
+from sklearn_relish.head.losses import LOSSES, Loss, make_loss
 from sklearn_relish.hub.pretrained import PretrainedMixin
 from sklearn_relish.inputs.targets import read_targets
 from sklearn_relish.inputs.training_rows import TargetScaler, TrainingRows
@@ -31,9 +32,9 @@ from sklearn_relish.llm.frozen import FrozenLLM
 from sklearn_relish.predictor import RelishPredictor
 from sklearn_relish.states.store import StateStore
 from sklearn_relish.training.conformal import Conformal
-from sklearn_relish.training.ensemble import fit_ensemble
 from sklearn_relish.training.layer_search import SHARES, choose_layer, sample_texts
 from sklearn_relish.training.splits import held_out_rows
+from sklearn_relish.training.stacking import fit_ensemble
 from sklearn_relish.training.trainer import (
     AUTO_EPOCHS,
     Examples,
@@ -41,7 +42,6 @@ from sklearn_relish.training.trainer import (
     new_head,
     train_head,
 )
-from sklearn_relish.utils.messages import name_rows
 
 # n_estimators="auto": the number for up to SMALL_SET distinct rows, and for more.
 SMALL_SET, SMALL_SET_ESTIMATORS, ESTIMATORS = 1_000, 5, 3
@@ -400,7 +400,7 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
             predictions = oof_predictions[is_held_out]
             targets, weight = targets[is_held_out], rows.weight[is_held_out]
             self._conformal = Conformal.of(loss_fn, predictions, targets, weight)
-            point = loss_fn.point_prediction(torch.from_numpy(predictions)).numpy()
+            point = loss_fn.point_prediction(predictions)
             varies = self._y_scale > 0
             if len(point) > 1 and varies.any():
                 self.validation_score_ = r2_score(
@@ -517,9 +517,9 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
                     f"quantile={self.quantile!r} is neither a number above 0 and below 1 nor"
                     " several of them in rising order."
                 )
-            loss_fn = Loss(self.loss, tuple(quantiles.tolist()))
+            loss_fn = make_loss(self.loss, quantiles.tolist())
         elif isinstance(self.quantile, Real) and self.quantile == 0.5:
-            loss_fn = Loss(self.loss)
+            loss_fn = make_loss(self.loss)
         else:
             raise ValueError(
                 f"quantile={self.quantile!r} has no effect with loss={self.loss!r}: pass"
@@ -530,14 +530,7 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
                 "linear_path=True needs a loss that asks for a mean, 'huber' or 'squared_error',"
                 f" and loss={self.loss!r} does not: pass linear_path='auto' or False."
             )
-        if loss_fn.log_link:
-            low = y <= 0 if self.loss == "gamma" else y < 0
-            rows = np.flatnonzero(low.reshape(len(y), -1).any(axis=1))
-            if len(rows):
-                what = "above 0" if self.loss == "gamma" else "of 0 or more"
-                raise ValueError(
-                    f"loss={self.loss!r} is for targets {what}: y is not in {name_rows(rows)}."
-                )
+        loss_fn.check_targets(y)
         return loss_fn
 
     def _check_continuing(self, loss_fn: Loss, n_outputs: int) -> None:

@@ -686,7 +686,7 @@ def test_long_texts_in_windows(llm):
 def test_batches_of_long_texts_are_taken_in_parts(llm, monkeypatch):
     texts, y = reviews(100)
     whole = make(llm, max_epochs=2).fit(texts, y)
-    monkeypatch.setattr("sklearn_relish.training.trainer.STEP_TOKENS", 40)
+    monkeypatch.setattr("sklearn_relish.training.batching.STEP_TOKENS", 40)
     parts = make(llm, max_epochs=2).fit(texts, y)
     np.testing.assert_allclose(parts.predict(texts), whole.predict(texts), rtol=1e-4)
 

@@ -1,4 +1,4 @@
-"""The network: token states in, numbers out."""
+"""The network: padded token states in, predictions in standardized units out. Tensors only."""
 
 from sklearn_relish.head.head import RelishHead
 

@@ -1,45 +1,42 @@
 """The RELISH head: one latent state, refined by attention to a text's token states.
 
-The network of Su and Lease (arXiv 2604.01206): project the token states, let a learned latent
-attend to them a few times, read the answer off the latent. It knows tensors and nothing else.
+The network of Su and Lease (arXiv 2604.01206): project the token states, let a learned latent state
+attend to them a few times, and read the prediction off the latent state. Shapes in the comments use
+B texts, S tokens, input size D, latent size d, n_heads attention heads of size h.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from sklearn_relish.head.losses import Loss
 from sklearn_relish.utils.messages import name_rows
-from sklearn_relish.utils.versions import FORMAT, check_format
 
 LATENT_STD = 0.02  # of the initial latent state's entries
 MLP_RATIO = 4  # hidden units of a block's MLP, in latent sizes
 RMS_EPSILON = 1e-6  # added to the mean square of a token's state
-HUBER = Loss("huber")
-
-
-def check_head_sizes(latent_size: int, n_heads: int) -> None:
-    """Raise a ValueError unless the attention heads can share the latent state equally."""
-    if latent_size % n_heads:
-        raise ValueError(
-            f"latent_size={latent_size} is not a multiple of n_heads={n_heads}: each head works on"
-            " an equal part of the latent state."
-        )
 
 
 class Context(NamedTuple):
-    """Tokens that a latent state attends to: each is ``scale · W x + b`` of its state x.
+    """The tokens that a latent state attends to: each is ``scale * (W x) + b`` of its state x.
 
-    `tokens` is (B, S, C): ``W x``, or x where W, (d, C), is left to be folded; `folded` is that W,
-    else None. `bias` is b, (d,). `scale` is (B, 1, S), or None for ones; `padding`, (B, 1, S), is 0
-    on real tokens and minus infinity elsewhere.
+    Parameters
+    ----------
+    tokens : Tensor of shape (B, S, d) or (B, S, D)
+        The projected states W x, or the states x if W is in `folded`.
+    folded : Tensor of shape (d, D) or None
+        W, if the attention is to multiply its key and value weights by it.
+    bias : Tensor of shape (d,)
+        b.
+    scale : Tensor of shape (B, 1, S) or None
+        One over the root mean square of each state. None: 1.
+    padding : Tensor of shape (B, 1, S)
+        0 on real tokens, minus infinity on padding.
     """
 
     tokens: Tensor
@@ -50,7 +47,7 @@ class Context(NamedTuple):
 
 
 class Step(NamedTuple):
-    """An iteration: the latent states after it, (B, d), and its attention, (B, n_heads, S)."""
+    """One iteration: the latent states after it, (B, d), and its attention, (B, n_heads, S)."""
 
     latent: Tensor
     attention: Tensor
@@ -59,18 +56,18 @@ class Step(NamedTuple):
 class LatentAttention(nn.Module):
     """Multi-head attention from one latent state to the tokens of its text.
 
-    The parameters and the function of `torch.nn.MultiheadAttention`, rearranged for a single
-    query. For a head with key weights K and value weights V, V's bias v and a token c, the score
-    ``q·(K c)`` is ``(Kᵀ q)·c`` and the value ``Σ p (V c + v)`` is ``V (Σ p c) + v``: keys and
-    values are never formed for each token. Nor need c be, where it is ``W x + b``: K and V take
-    W in, and work on x.
+    It has the parameters of `torch.nn.MultiheadAttention` and computes the same function,
+    rearranged for a single query. With a head's key weights K, value weights V and value bias v,
+    and a token c, the score ``q·(K c)`` is ``(Kᵀ q)·c``, and the value ``Σ p (V c + v)`` is
+    ``V (Σ p c) + v``. So keys and values of the tokens are never computed. If c is ``W x + b``, W
+    can be multiplied into K and V, and c is not computed either.
 
     Parameters
     ----------
     latent_size : int
-        Size of the latent state and of the projected token states.
+        Size d of the latent state and of the projected token states.
     n_heads : int
-        Number of attention heads; divides `latent_size`.
+        Number of attention heads; must divide `latent_size`.
     """
 
     def __init__(self, latent_size: int, n_heads: int) -> None:
@@ -87,28 +84,30 @@ class LatentAttention(nn.Module):
             nn.init.xavier_uniform_(part.weight, gain=math.sqrt(0.5))
 
     def forward(self, latent: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """What latent states, (B, d), or (1, d) for all texts, gather from the real tokens.
+        """What the latent states gather from the tokens, (B, d), and the weights, (B, n_heads, S).
 
-        With it the weights of the tokens, (B, n_heads, S).
+        `latent` is (B, d), or (1, d) if it is the same for all texts.
         """
+        tokens, folded, bias, scale, padding = context  # C is d, or D if W is folded
         head_size = latent.shape[1] // self.n_heads
         key, value = self.key.weight, self.value.weight  # (d, d)
-        if context.folded is not None:
-            key, value = key @ context.folded, value @ context.folded  # (d, C)
-        key = key.view(self.n_heads, head_size, -1)  # (nh, hs, C)
-        value = value.view(self.n_heads, head_size, -1)
+        if folded is not None:
+            key, value = key @ folded, value @ folded  # (d, D)
+        key = key.view(self.n_heads, head_size, -1)  # (n_heads, h, C)
+        value = value.view(self.n_heads, head_size, -1)  # (n_heads, h, C)
 
-        query = self.query(latent).view(-1, self.n_heads, head_size) / math.sqrt(head_size)
-        query = torch.einsum("bhs,hsc->bhc", query, key)
-        # Biases add the same to a query's score for every token: softmax drops them.
-        scores = query @ context.tokens.transpose(1, 2)  # (B, nh, S)
-        if context.scale is not None:
-            scores = scores * context.scale
-        weights = (scores + context.padding).softmax(dim=-1)  # (B, nh, S), of sum 1
-        scaled = weights if context.scale is None else weights * context.scale
-        attended = torch.einsum("bhc,hsc->bhs", scaled @ context.tokens, value).flatten(1)
-        bias = linear(context.bias, self.value.weight, self.value.bias)  # (d,)
-        return self.output(attended + bias), weights  # (B, d), (B, nh, S)
+        query = self.query(latent).view(-1, self.n_heads, head_size)  # (B, n_heads, h)
+        query = torch.einsum("bnh,nhc->bnc", query / math.sqrt(head_size), key)  # (B, n_heads, C)
+        # The biases b and of the key add the same to all scores of a query: softmax drops them.
+        scores = query @ tokens.transpose(1, 2)  # (B, n_heads, S)
+        if scale is not None:
+            scores = scores * scale
+        weights = (scores + padding).softmax(dim=-1)  # (B, n_heads, S), of sum 1
+
+        scaled = weights if scale is None else weights * scale
+        gathered = torch.einsum("bnc,nhc->bnh", scaled @ tokens, value).flatten(1)  # (B, d)
+        gathered = gathered + linear(bias, self.value.weight, self.value.bias)
+        return self.output(gathered), weights
 
 
 class RefinementBlock(nn.Module):
@@ -117,9 +116,9 @@ class RefinementBlock(nn.Module):
     Parameters
     ----------
     latent_size : int
-        Size of the latent state and of the projected token states.
+        Size d of the latent state and of the projected token states.
     n_heads : int
-        Number of attention heads; divides `latent_size`.
+        Number of attention heads; must divide `latent_size`.
     """
 
     def __init__(self, latent_size: int, n_heads: int) -> None:
@@ -134,10 +133,11 @@ class RefinementBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(latent_size)
 
     def forward(self, latent: Tensor, context: Context) -> Step:
-        """The latent state, refined once."""
-        attended, weights = self.attention(latent, context)
-        latent = self.attention_norm(latent + attended)  # (B, d)
-        return Step(self.mlp_norm(latent + self.mlp(latent)), weights)
+        """The latent states, refined once."""
+        gathered, weights = self.attention(latent, context)  # (B, d), (B, n_heads, S)
+        latent = self.attention_norm(latent + gathered)  # (B, d)
+        latent = self.mlp_norm(latent + self.mlp(latent))  # (B, d)
+        return Step(latent, weights)
 
 
 class RelishHead(nn.Module):
@@ -154,12 +154,12 @@ class RelishHead(nn.Module):
     n_iterations : int, default=3
         How often the latent state is refined.
     n_outputs : int, default=1
-        Numbers answered for a text.
+        Numbers predicted for a text.
     share_weights : bool, default=False
         Whether all iterations use the weights of one block.
     state_norm : {"rms", None}, default="rms"
-        ``"rms"`` divides each token's state by its root mean square; None, the published choice,
-        takes states as they are.
+        ``"rms"`` divides each token's state by its root mean square. None, the published choice,
+        uses the states as they are.
 
     Raises
     ------
@@ -169,7 +169,7 @@ class RelishHead(nn.Module):
     Attributes
     ----------
     sizes : dict
-        The arguments that it was made with.
+        The arguments of the constructor.
 
     References
     ----------
@@ -178,7 +178,7 @@ class RelishHead(nn.Module):
     Examples
     --------
     >>> import torch
-    >>> from sklearn_relish.head.head import RelishHead
+    >>> from sklearn_relish.head import RelishHead
     >>> head = RelishHead(input_size=4096)
     >>> sum(parameter.numel() for parameter in head.parameters())
     3418625
@@ -222,14 +222,14 @@ class RelishHead(nn.Module):
         self.readout = nn.Linear(latent_size, n_outputs)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Answer for each text of a padded batch.
+        """Predict for each text of a padded batch.
 
         Parameters
         ----------
         states : Tensor of shape (B, S, D)
-            Token states; what stands in the padding has no influence.
+            Token states. The values in the padding have no influence.
         mask : bool Tensor of shape (B, S)
-            True on real tokens, of which each text has at least one.
+            True on real tokens. Each text needs at least one, and they come before the padding.
 
         Returns
         -------
@@ -240,44 +240,44 @@ class RelishHead(nn.Module):
         ValueError
             If the mask has no real token for a text.
         """
-        return self.raw_prediction(_without_padding(states, mask), mask)
+        return self.forward_zero_padded(zero_padding(states, mask), mask)
 
-    def raw_prediction(self, states: Tensor, mask: Tensor) -> Tensor:
-        """The same as `forward`, faster, for states whose padding holds finite numbers."""
+    def forward_zero_padded(self, states: Tensor, mask: Tensor) -> Tensor:
+        """The same as `forward`, without its check and copy: the padding must hold zeros."""
         *_, last = self.steps(states, mask)
         return self.readout(last.latent)  # (B, n_outputs)
 
     def staged(self, states: Tensor, mask: Tensor) -> Tensor:
-        """The answer after each iteration, (n_iterations, B, n_outputs); the last is `answer`'s."""
+        """The prediction after each iteration, (n_iterations, B, n_outputs).
+
+        The padding must hold zeros.
+        """
         return torch.stack([self.readout(step.latent) for step in self.steps(states, mask)])
 
     def steps(self, states: Tensor, mask: Tensor) -> Iterator[Step]:
-        """The iterations, one by one, of states whose padding holds finite numbers."""
+        """The iterations, one by one. The padding must hold zeros."""
         context = self._context(states, mask)
-        latent = self.latent[None]  # (1, d), the same for all texts until they are attended to
+        latent = self.latent[None]  # (1, d): all texts begin with the same state
         for iteration in range(self.n_iterations):
             step = self.blocks[iteration % len(self.blocks)](latent, context)
             latent = step.latent  # (B, d)
             yield step
 
     def _context(self, states: Tensor, mask: Tensor) -> Context:
-        """The tokens, projected, or as they are where it is cheaper to fold the projection."""
-        dtype = self.projection.weight.dtype
-        if not torch.is_autocast_enabled(states.device.type):
-            states = states.to(dtype)  # (B, S, D)
-        padding = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)[:, None]
-        scale = None
-        if self.state_norm == "rms":
-            scale = rms_scale(states)[:, None].to(dtype)
-        weight, bias = self.projection.weight, self.projection.bias
+        """The tokens to attend to: projected, or not where folding the projection is cheaper."""
+        weight, bias = self.projection.weight, self.projection.bias  # (d, D), (d,)
+        states = states.to(weight.dtype)  # (B, S, D)
+        padding = torch.zeros_like(mask, dtype=weight.dtype)  # (B, S)
+        padding = padding.masked_fill_(~mask, -math.inf)[:, None]  # (B, 1, S)
+        scale = rms_scale(states)[:, None] if self.state_norm == "rms" else None  # (B, 1, S)
         if self._folding_is_cheaper(*states.shape):
             return Context(states, weight, bias, scale, padding)
-        return Context(linear(states, weight), None, bias, scale, padding)
+        return Context(linear(states, weight), None, bias, scale, padding)  # tokens (B, S, d)
 
     def _folding_is_cheaper(self, n_texts: int, n_tokens: int, input_size: int) -> bool:
-        """Whether a training step multiplies less where tokens are never projected.
+        """Whether a training step needs fewer multiplications if the tokens are not projected.
 
-        Multiplications of a text, forward and backward; states themselves have no gradient.
+        Counted for a text, forward and backward. The states themselves need no gradient.
         """
         d, n_scores = len(self.latent), self.n_iterations * self.blocks[0].attention.n_heads
         projecting = 2 * n_tokens * input_size * d
@@ -289,153 +289,32 @@ class RelishHead(nn.Module):
         return folding + attending_folded < projecting + attending_projected
 
 
-class RelishEnsemble(nn.Module):
-    """The mean of several heads' responses, and a linear read-out of pooled states beside it.
-
-    An answer is ``share · mean of the heads + V [mean state; last state] + b`` where there is a
-    linear path, and the mean of the heads' responses where there is none.
-
-    Parameters
-    ----------
-    heads : list of RelishHead
-        Of one input size, `state_norm` and number of outputs.
-    linear_path : bool
-        Whether there is a linear path; it has no influence until its weights are set.
-    loss_fn : Loss
-        Says what the heads' raw answers mean.
-
-    Attributes
-    ----------
-    share : Tensor of shape (n_outputs,)
-        What the heads' mean is multiplied by, 1 at first.
-    linear : torch.nn.Linear or None
-        From a text's mean and last token state, normalized as the heads', to its answer.
-    """
-
-    def __init__(self, heads: list[RelishHead], linear_path: bool, loss_fn: Loss = HUBER) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList(heads)
-        self.loss_fn = loss_fn
-        self.state_norm = heads[0].state_norm
-        readout, projection = heads[0].readout, heads[0].projection
-        self.head_weight = nn.Parameter(torch.ones(readout.out_features), requires_grad=False)
-        self.linear = None
-        if linear_path:
-            # Made without values: initial ones would be drawn from torch's global generator.
-            sizes = 2 * projection.in_features, readout.out_features
-            self.linear = nn.Linear(*sizes, device="meta").to_empty(device=self.head_weight.device)
-            self.linear.requires_grad_(False)
-            nn.init.zeros_(self.linear.weight)
-            nn.init.zeros_(self.linear.bias)
-
-    @classmethod
-    def with_heads(
-        cls, known: RelishEnsemble, heads: Iterable[RelishHead], loss_fn: Loss
-    ) -> RelishEnsemble:
-        """Other heads in the place of a known ensemble's, beside its linear path."""
-        ensemble = cls(list(heads), known.linear is not None, loss_fn)
-        ensemble.head_weight.copy_(known.head_weight)
-        if ensemble.linear is not None:
-            ensemble.linear.load_state_dict(known.linear.state_dict())
-        return ensemble.eval()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> RelishEnsemble:
-        """A copy as of any other module, not by way of `__getstate__`."""
-        copied = memo[id(self)] = object.__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Arrays and plain values alone, which open wherever NumPy does."""
-        weights = {name: weight.cpu().numpy() for name, weight in self.state_dict().items()}
-        return {
-            "format": FORMAT,
-            "sizes": self.heads[0].sizes,
-            "n_heads": len(self.heads),
-            "linear_path": self.linear is not None,
-            "loss_fn": {
-                "name": self.loss_fn.name,
-                "quantiles": list(self.loss_fn.quantiles),
-            },
-            "weights": weights,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        check_format(state, f"The saved {type(self).__name__}")
-        loss_fn = Loss(state["loss_fn"]["name"], tuple(state["loss_fn"]["quantiles"]))
-        with torch.device("meta"):
-            heads = [RelishHead(**state["sizes"]) for _ in range(state["n_heads"])]
-            self.__init__(heads, state["linear_path"], loss_fn)
-        weights = {name: torch.tensor(array) for name, array in state["weights"].items()}
-        self.load_state_dict(weights, assign=True)
-        self.eval()
-
-    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Answer for each text of a padded batch, as `RelishHead`."""
-        return self.raw_prediction(_without_padding(states, mask), mask)
-
-    def raw_prediction(self, states: Tensor, mask: Tensor) -> Tensor:
-        """The same as `forward`, faster, for states whose padding holds finite numbers."""
-        states = states.to(self.head_weight.dtype)
-        inverse_link = self.loss_fn.inverse_link
-        answers = sum(inverse_link(head.raw_prediction(states, mask)) for head in self.heads) / len(
-            self.heads
-        )
-        if self.linear is None:
-            return answers  # (B, n_outputs)
-        return self.head_weight * answers + self.linear(self._pooled(states, mask))
-
-    def attention(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Weights of the tokens, (n_estimators, n_iterations, B, n_heads, S), of sum 1."""
-        states = states.to(self.head_weight.dtype)
-        return torch.stack(
-            [
-                torch.stack([step.attention for step in head.steps(states, mask)])
-                for head in self.heads
-            ]
+def check_head_sizes(latent_size: int, n_heads: int) -> None:
+    """Raise a ValueError unless the latent state can be divided among the attention heads."""
+    if latent_size % n_heads:
+        raise ValueError(
+            f"latent_size={latent_size} is not a multiple of n_heads={n_heads}: each head works on"
+            " an equal part of the latent state."
         )
 
-    def staged(self, states: Tensor, mask: Tensor) -> Tensor:
-        """The answer after each iteration of the heads, (n_iterations, B, n_outputs)."""
-        states = states.to(self.head_weight.dtype)
-        inverse_link = self.loss_fn.inverse_link
-        answers = torch.stack(
-            [
-                sum(
-                    inverse_link(head.readout(step.latent))
-                    for head, step in zip(self.heads, steps, strict=True)
-                )
-                for steps in zip(*(head.steps(states, mask) for head in self.heads), strict=True)
-            ]
-        ) / len(self.heads)
-        if self.linear is None:
-            return answers
-        return self.head_weight * answers + self.linear(self._pooled(states, mask))
 
-    def _pooled(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Mean and last token state of each text, side by side, (B, 2 D)."""
-        scale = mask.to(states.dtype)  # (B, S)
-        if self.state_norm == "rms":
-            scale = scale * rms_scale(states)
-        lengths = mask.sum(dim=1, keepdim=True)  # (B, 1)
-        mean = ((scale / lengths)[:, None] @ states)[:, 0]  # (B, D)
-        rows, ends = torch.arange(len(states), device=states.device), lengths[:, 0] - 1
-        return torch.cat([mean, states[rows, ends] * scale[rows, ends, None]], dim=1)
-
-
-def _without_padding(states: Tensor, mask: Tensor) -> Tensor:
-    """States with zeros in the padding; each text must have a token."""
+def zero_padding(states: Tensor, mask: Tensor) -> Tensor:
+    """States with zeros in the padding. Raise a ValueError if a text has no token."""
     empty = (~mask.any(dim=1)).nonzero()[:, 0].tolist()
     if empty:
         raise ValueError(
             f"The mask is False for all tokens of {name_rows(empty)}: each text needs at least one"
             " real token."
         )
-    return states.masked_fill(~mask[:, :, None], 0.0)
+    return states.masked_fill(~mask[:, :, None], 0.0)  # (B, S, D)
 
 
 def rms_scale(states: Tensor) -> Tensor:
-    """One over the root mean square of each token's state, (B, S), in float32 or finer."""
+    """One over the root mean square of each token's state, (B, S).
+
+    Multiplication by it is `torch.nn.functional.rms_norm`, up to rounding. The head multiplies
+    scores by it, so that it needs no normalized copy of the states.
+    """
     dtype = torch.promote_types(states.dtype, torch.float32)
     norm = torch.linalg.vector_norm(states, dim=-1, dtype=dtype)
-    return (norm.square() / states.shape[-1] + RMS_EPSILON).rsqrt()
+    return (norm.square() / states.shape[-1] + RMS_EPSILON).rsqrt().to(states.dtype)

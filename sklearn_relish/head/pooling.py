@@ -1,45 +1,67 @@
-"""One vector for each text: the mean of its token states, or the last of them."""
+"""Poolings: one vector for each text, computed from the states of its tokens.
+
+`LLMEncoder` offers every entry of `POOLINGS`. To add one, write a function here and name it there.
+The linear path of the regressor has a list of its own, `LINEAR_POOLINGS` in `ensemble.py`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from sklearn_relish.head.head import RMS_EPSILON
-from sklearn_relish.states.token_states import TokenStates
-
-POOLINGS = ("mean", "last")
 
 
-def pool(states: TokenStates, pooling: str, state_norm: str | None) -> Tensor:
-    """Pooled states of texts.
+def normalize(states: Tensor, state_norm: str | None) -> Tensor:
+    """States in float32 or finer; with ``"rms"``, divided by their root mean square."""
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
+    if state_norm == "rms":
+        return rms_norm(states, states.shape[-1:], eps=RMS_EPSILON)
+    return states
+
+
+def mean(states: Tensor, mask: Tensor, state_norm: str | None) -> Tensor:
+    """The mean of each text's normalized token states."""
+    lengths = mask.sum(dim=1, keepdim=True)  # (B, 1)
+    return normalize(states, state_norm).sum(dim=1) / lengths  # (B, D); the padding is zero
+
+
+def last(states: Tensor, mask: Tensor, state_norm: str | None) -> Tensor:
+    """The normalized state of each text's last token."""
+    texts = torch.arange(len(states), device=states.device)
+    return normalize(states[texts, mask.sum(dim=1) - 1], state_norm)  # (B, D)
+
+
+POOLINGS: dict[str, Callable[[Tensor, Tensor, str | None], Tensor]] = {"mean": mean, "last": last}
+
+
+def pool(states: Tensor, mask: Tensor, pooling: str, state_norm: str | None) -> Tensor:
+    """One vector for each text of a padded batch.
 
     Parameters
     ----------
-    states : TokenStates
-    pooling : {"mean", "last"}
-        The mean over a text's tokens, or its last token's state.
+    states : Tensor of shape (B, S, D)
+        Token states, with zeros in the padding.
+    mask : bool Tensor of shape (B, S)
+        True on real tokens, which come before the padding.
+    pooling : str
+        A key of `POOLINGS`.
     state_norm : {"rms", None}
         ``"rms"`` divides each token's state by its root mean square first.
 
     Returns
     -------
-    float32 Tensor of shape (n_texts, D)
+    Tensor of shape (B, D)
+        In float32, or in the dtype of the states where that is finer.
 
     Examples
     --------
     >>> import torch
-    >>> from sklearn_relish.states.token_states import TokenStates
-    >>> states = TokenStates.from_lengths(torch.tensor([[1.0], [3.0]]), torch.tensor([2]))
-    >>> pool(states, "mean", None), pool(states, "last", None)
+    >>> states, mask = torch.tensor([[[1.0], [3.0]]]), torch.tensor([[True, True]])
+    >>> pool(states, mask, "mean", None), pool(states, mask, "last", None)
     (tensor([[2.]]), tensor([[3.]]))
     """
-    pooled = torch.empty(len(states), states.hidden_size)
-    for row, text in enumerate(states):
-        tokens = text[-1:] if pooling == "last" else text
-        tokens = tokens.float()
-        if state_norm == "rms":
-            tokens = rms_norm(tokens, tokens.shape[-1:], eps=RMS_EPSILON)
-        pooled[row] = tokens.mean(dim=0)
-    return pooled
+    return POOLINGS[pooling](states, mask, state_norm)

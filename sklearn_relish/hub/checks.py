@@ -26,8 +26,9 @@ from sklearn.utils._param_validation import (
 )
 
 from sklearn_relish.base import BaseLLMEstimator
-from sklearn_relish.head.head import RelishEnsemble, RelishHead
-from sklearn_relish.head.losses import LOSSES, Loss
+from sklearn_relish.head.ensemble import RelishEnsemble
+from sklearn_relish.head.head import RelishHead
+from sklearn_relish.head.losses import LOSSES, make_loss
 from sklearn_relish.utils.versions import STAMP, check_format
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -235,7 +236,7 @@ def _check_fitted(fitted: dict[str, Any], path: Path) -> None:
         f"must be {'levels between 0 and 1 in rising order' if loss == 'quantile' else 'empty'}"
         f" with the loss {loss!r}",
     )
-    loss_fn = Loss(loss, tuple(quantiles))
+    loss_fn = make_loss(loss, quantiles)
     check(
         loss_fn.predicts_mean or not head["linear_path"],
         "head.linear_path",

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 from sklearn.utils.validation import check_is_fitted
 
-from sklearn_relish.head.head import RelishEnsemble
+from sklearn_relish.head.ensemble import RelishEnsemble
 from sklearn_relish.hub.card import model_card
 from sklearn_relish.hub.checks import (
     CONFIG,

@@ -1,1 +1,1 @@
-"""Fitting on token states: heads, ridges, their weights, the layer, intervals."""
+"""Fitting on token states: heads, ridges, their weights, the choice of a layer, intervals."""

@@ -1,114 +1,100 @@
-"""Padded batches of token states on the device where the head runs.
+"""How texts are batched for a head, in training and for predictions, on each kind of device.
 
-What a batch costs beside the head's own work is kept small: on a CPU memory is used again, on a
-CUDA device the states lie there as far as they fit, and shapes are few, so that each step's can be
-recorded (`recording.py`).
+To change how batches are made, change this file: nothing else decides on it. The language model's
+batches are decided in `llm`.
 """
 
 from __future__ import annotations
-
-import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from sklearn_relish.states.token_states import TokenStates
 
-RESIDENT_SHARE = 0.5  # of a CUDA device's free memory that may be taken by states
+POOL_BATCHES = 16  # batches whose texts are sorted by length together, after a shuffle
+STEP_TOKENS = 65_536  # padded tokens of a training batch; a larger one is split, to save memory
+PREDICT_TOKENS = 16_384  # padded tokens of a batch for predictions
+
+
+def shuffled_batches(lengths: Tensor, batch_size: int, generator: torch.Generator) -> list[Tensor]:
+    """Random training batches of texts of similar length; each text is in one of them.
+
+    The texts are shuffled and cut into pools of `POOL_BATCHES` batches. Each pool is sorted by
+    length and cut into batches, and the batches of all pools are shuffled.
+    """
+    batches = []
+    for pool in torch.randperm(len(lengths), generator=generator).split(POOL_BATCHES * batch_size):
+        batches += pool[lengths[pool].argsort(stable=True)].split(batch_size)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def split_batch(batch: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+    """A training batch in parts of at most `STEP_TOKENS` padded tokens, or of a single text."""
+    n_texts = max(1, STEP_TOKENS // int(lengths[batch].max()))
+    return batch.split(n_texts)
+
+
+def prediction_batches(lengths: Tensor) -> list[Tensor]:
+    """Batches for predictions, from the shortest texts to the longest.
+
+    Each has at most `PREDICT_TOKENS` padded tokens, or a single text.
+    """
+    order = lengths.argsort(stable=True)
+    batches, start = [], 0
+    while start < len(order):
+        # Lengths only grow along `order`: halve the batch until its padded size fits.
+        batch = order[start : start + PREDICT_TOKENS]
+        while len(batch) > 1 and len(batch) * int(lengths[batch[-1]]) > PREDICT_TOKENS:
+            batch = batch[: len(batch) // 2]
+        batches.append(batch)
+        start += len(batch)
+    return batches
 
 
 class BatchLoader:
-    """Makes batches of some texts' states.
+    """Makes padded batches of token states on a device.
 
     Parameters
     ----------
     states : TokenStates
         On the CPU, or in files.
     device : torch.device
-        Where the batches are wanted. On a CUDA device the states are copied there as a whole if
-        they take no more than half of its free memory; else each batch is gathered in pinned
-        memory, and copied, while the device is at work on the one before.
+        Where the batches are wanted.
     dtype : torch.dtype
-        Of the batches on a CPU; elsewhere they keep the dtype of the states.
+        Of the batches on a CPU. On other devices they keep the dtype of the states, so that less is
+        copied to the device.
     """
 
     def __init__(self, states: TokenStates, device: torch.device, dtype: torch.dtype) -> None:
+        self.states = states
         self.device = device
         self.dtype = dtype
-        self.lengths = states.lengths
-        self.states = states
         self._buffer = torch.empty(0, dtype=dtype)
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            # Memory that torch keeps for use again is free to it.
-            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            if states.n_bytes <= RESIDENT_SHARE * free:
-                self.states = states.to(device)
-            else:
-                self._copies = torch.cuda.Stream(device)
 
-    def load(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The batches, one by one.
+    def load(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """A padded batch.
 
         Parameters
         ----------
-        batches : list of int64 Tensor of shape (B,)
-            Which texts make each batch, on the CPU.
-
-        Yields
-        ------
         rows : int64 Tensor of shape (B,)
-            The batch's texts, on the device.
+            The texts of the batch, on the CPU.
+
+        Returns
+        -------
         states : Tensor of shape (B, S, D)
             Padded with zeros. On a CPU the next batch overwrites them.
         mask : bool Tensor of shape (B, S)
-            Which tokens are real.
+            True on real tokens.
         """
-        # All at once: a copy from pageable memory may wait for the device.
-        moved = torch.cat(batches).to(self.device).split([len(rows) for rows in batches])
-        for rows, there in zip(batches, moved, strict=True):
-            if self.device.type == "cuda":
-                n_tokens = round_up(int(self.lengths[rows].max()))
-                if self.states.device.type == "cuda":
-                    states, mask = self.states.batch(there, n_tokens)
-                else:
-                    states, mask = self._sent(*self.states.batch(rows, n_tokens))
-            else:
-                states, mask = self.states.batch(rows, int(self.lengths[rows].max()))
-                if self.device.type == "cpu":
-                    states = self._in_buffer(states)
-                else:
-                    states, mask = states.to(self.device), mask.to(self.device)
-            yield there, states, mask
-
-    def _sent(self, *tensors: Tensor) -> list[Tensor]:
-        """Tensors on the CUDA device, copied beside what it is doing; for its current stream."""
-        current = torch.cuda.current_stream(self.device)
-        with torch.cuda.stream(self._copies):
-            # The allocator keeps pinned memory until it has been copied.
-            sent = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
-        current.wait_stream(self._copies)
-        for tensor in sent:
-            tensor.record_stream(current)
-        return sent
+        states, mask = self.states.batch(rows)
+        if self.device.type == "cpu":
+            return self._in_buffer(states), mask
+        return states.to(self.device), mask.to(self.device)
 
     def _in_buffer(self, states: Tensor) -> Tensor:
-        """States in memory that is used for batch after batch: fresh memory costs more to get."""
+        """States in the loader's dtype, in memory that is reused: new memory takes longer."""
         if states.dtype == self.dtype:
             return states
         if self._buffer.numel() < states.numel():
             self._buffer = torch.empty(states.numel(), dtype=self.dtype)
         return self._buffer[: states.numel()].view(states.shape).copy_(states)
-
-
-def round_up(n_tokens: int) -> int:
-    """Tokens that a text of so many is padded to, where shapes are to be few.
-
-    Examples
-    --------
-    >>> [round_up(n) for n in (1, 8, 37, 64, 65, 130, 500)]
-    [8, 8, 40, 64, 80, 160, 512]
-    """
-    step = max(8, 2 ** math.floor(math.log2(n_tokens)) // 4)
-    return math.ceil(n_tokens / step) * step

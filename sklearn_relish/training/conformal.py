@@ -1,4 +1,4 @@
-"""Conformal intervals: how far off a fit was on unseen rows says how far off it may be."""
+"""Conformal intervals: errors on held-out rows show how wide an interval must be."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from sklearn_relish.head.losses import Loss
 class Conformal:
     """Conformity scores of held-out rows.
 
-    A score says how far a target lies outside of its out-of-fold prediction. With several
-    quantiles that is the distance to the nearer of the outermost two, negative between them [1]_.
-    With one prediction it is the distance from it, divided by the prediction under the gamma loss,
-    and by its square root under Poisson's, since the spread grows like that.
+    A score is how far a target lies outside its out-of-fold prediction, divided by the loss's
+    `interval_scale`. With one prediction it is the distance from it. With several quantiles it is
+    the distance to the nearer of the outermost two, negative between them [1]_.
 
     Parameters
     ----------
@@ -33,8 +32,9 @@ class Conformal:
     Examples
     --------
     >>> import numpy as np
+    >>> from sklearn_relish.head.losses import make_loss
     >>> y = np.arange(-99.0, 100.0)[:, None]
-    >>> conformal = Conformal.of(Loss("huber"), np.zeros_like(y), y, np.ones(len(y)))
+    >>> conformal = Conformal.of(make_loss("huber"), np.zeros_like(y), y, np.ones(len(y)))
     >>> conformal.interval(np.array([[1000.0]]), coverage=0.9).tolist()
     [[[910.0, 1090.0]]]
     """
@@ -47,50 +47,55 @@ class Conformal:
     def of(
         cls, loss_fn: Loss, oof_predictions: np.ndarray, y: np.ndarray, weight: np.ndarray
     ) -> Conformal:
-        """Scores of targets (n, n_outputs), given their out-of-fold predictions."""
-        low, high = _ends(loss_fn, oof_predictions)
-        scores = np.maximum(low - y, y - high) / _spread(loss_fn, low)
+        """Scores of targets, (n, n_outputs), given their out-of-fold predictions."""
+        low, high = _outermost(loss_fn, oof_predictions)
+        scores = np.maximum(low - y, y - high) / loss_fn.interval_scale(low)
         return cls(loss_fn, scores, weight / weight.mean())
 
-    def interval(self, responses: np.ndarray, coverage: float) -> np.ndarray:
-        """Lower and upper ends, (m, n_outputs, 2), that hold a share `coverage` of fresh targets.
+    def interval(self, predictions: np.ndarray, coverage: float) -> np.ndarray:
+        """Intervals that contain a fraction `coverage` of new targets.
+
+        Parameters
+        ----------
+        predictions : ndarray of shape (m, n_outputs * n_predictions)
+        coverage : float
+            Above 0 and below 1.
+
+        Returns
+        -------
+        ndarray of shape (m, n_outputs, 2)
+            Lower and upper ends.
 
         Raises
         ------
         ValueError
-            If there are too few held-out rows for that.
+            If there are too few held-out rows for that coverage.
         """
-        bound = coverage * (self.weight.sum() + 1)
-        if bound > self.weight.sum():
+        rank = coverage * (self.weight.sum() + 1)
+        if rank > self.weight.sum():
             needed = math.ceil(coverage / (1 - coverage) - 1e-9)
             raise ValueError(
                 f"coverage={coverage} needs {needed} held-out rows, and there were"
-                f" {len(self.weight)}, equal ones counted once: fit on more, hold out a larger"
-                " validation_fraction, or ask for less."
+                f" {len(self.weight)}, equal ones counted once: fit on more rows, hold out a larger"
+                " validation_fraction, or ask for a lower coverage."
             )
         widening = np.empty(self.scores.shape[1])
         for j, scores in enumerate(self.scores.T):
             order = scores.argsort()
             total = self.weight[order].cumsum()
             # Sums of weights that should be equal differ by rounding.
-            widening[j] = scores[order[np.searchsorted(total, bound * (1 - 1e-12))]]
-        low, high = _ends(self.loss_fn, responses)
-        widening = widening * _spread(self.loss_fn, low)
+            widening[j] = scores[order[np.searchsorted(total, rank * (1 - 1e-12))]]
+        low, high = _outermost(self.loss_fn, predictions)
+        widening = widening * self.loss_fn.interval_scale(low)
         low, high = low - widening, high + widening
         if self.loss_fn.log_link:
             low = np.maximum(low, 0.0)
-        crossed = low > high  # a negative score of the middle: nothing lies between
+        crossed = low > high  # a negative score so large that nothing is left between the ends
         low = np.where(crossed, (low + high) / 2, low)
         return np.stack([low, np.maximum(low, high)], axis=2)
 
 
-def _ends(loss_fn: Loss, responses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and the highest response for each output, (n, n_outputs)."""
-    responses = responses.reshape(len(responses), -1, loss_fn.n_predictions)
-    return responses[:, :, 0], responses[:, :, -1]
-
-
-def _spread(loss_fn: Loss, responses: np.ndarray) -> np.ndarray:
-    """What a score is a multiple of."""
-    powers = {"poisson": 0.5, "gamma": 1.0}
-    return responses ** powers.get(loss_fn.name, 0.0)
+def _outermost(loss_fn: Loss, predictions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest prediction for each output, each (n, n_outputs)."""
+    predictions = predictions.reshape(len(predictions), -1, loss_fn.n_predictions)
+    return predictions[:, :, 0], predictions[:, :, -1]

@@ -1,38 +1,31 @@
-"""Training of a RELISH head on token states: loss, optimiser, schedule, early stopping.
+"""Training of a RELISH head on token states: loss, optimizer, schedule, early stopping.
 
-It sees states and standardized targets; texts, units and scikit-learn are other rooms' business.
+It gets states and standardized targets, and knows neither texts nor the units of the target.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from tqdm.auto import tqdm
 
-from sklearn_relish.head.head import RelishEnsemble, RelishHead
+from sklearn_relish.head.head import RelishHead
 from sklearn_relish.head.losses import Loss
 from sklearn_relish.states.token_states import TokenStates
-from sklearn_relish.training.batching import BatchLoader
-from sklearn_relish.training.recording import Recorded
-from sklearn_relish.utils.devices import computes_bfloat16, current_device
+from sklearn_relish.training.batching import BatchLoader, shuffled_batches, split_batch
+from sklearn_relish.training.inference import predict_batches
 from sklearn_relish.utils.locks import ForkSafeLock
 
-GRADIENT_NORM = 1.0  # gradients longer than this are scaled down to it
-AUTO_EPOCHS, AUTO_STEPS = 10, 200  # a training has at least these many of both
-POOL_BATCHES = 16  # batches whose rows are sorted by length together, after a shuffle
-SAMPLED_WEIGHTS = 8  # entries of each weight by which a change of it is seen
-STEP_TOKENS = 65_536  # padded tokens of a batch; one of more is taken in parts, to spare memory
-PREDICT_TOKENS = 16_384  # padded tokens of a batch when the head only answers
+GRADIENT_NORM = 1.0  # longer gradients are scaled down to it
+AUTO_EPOCHS, AUTO_STEPS = 10, 200  # a training has at least that many of both
 
 
 @dataclass(frozen=True)
@@ -52,13 +45,13 @@ class Examples:
         chosen = torch.from_numpy(rows)
         return Examples(self.states[chosen], self.y[chosen], self.weight[chosen])
 
-    def merged(self, text: np.ndarray) -> Examples:
-        """One example for each text: the mean of its targets, the sum of its weights.
+    def merged(self, groups: np.ndarray) -> Examples:
+        """One example for each group of equal texts: mean of the targets, sum of the weights.
 
-        `text` has a number from 0 for each example, the same for equal texts.
+        `groups` has a number from 0 for each example, the same for equal texts.
         """
-        _, first = np.unique(text, return_index=True)
-        index = torch.from_numpy(text)
+        _, first = np.unique(groups, return_index=True)
+        index = torch.from_numpy(groups)
         weight = torch.zeros(len(first)).index_add_(0, index, self.weight)
         y = torch.zeros(len(first), self.y.shape[1])
         y.index_add_(0, index, self.y * self.weight[:, None])
@@ -66,10 +59,17 @@ class Examples:
 
 
 class Training(NamedTuple):
-    """What a training gave: its course, and which epoch's weights the head carries.
+    """The result of a training.
 
-    `oof_predictions`, (n, n_outputs * n_predictions), are those of the validation examples, each of
-    an epoch that was not chosen by that example; None without any.
+    Parameters
+    ----------
+    history : list of dict
+        An entry for each epoch, see `train_head`.
+    best_epoch : int
+        The epoch whose weights the head has, from 1.
+    oof_predictions : ndarray of shape (n_validation, n_outputs * n_predictions) or None
+        Predictions for the validation examples. The epoch of each prediction was chosen without
+        that example. None without validation examples.
     """
 
     history: list[dict[str, float]]
@@ -81,14 +81,14 @@ _init_lock = ForkSafeLock()  # initializers draw from the one global generator
 
 
 def new_head(seed: int, **sizes: Any) -> RelishHead:
-    """A head with fresh weights drawn from `seed`; the global random state is left as it was."""
+    """A head with new weights drawn from `seed`; the global random state is left as it was."""
     with _init_lock, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return RelishHead(**sizes)
 
 
 def auto_epochs(n_rows: int, batch_size: int) -> int:
-    """Epochs that suit a number of training rows: a small set takes more, to make enough steps.
+    """Epochs for a number of training rows: a small set gets more, to have enough steps.
 
     Examples
     --------
@@ -116,120 +116,81 @@ def train_head(
     deep_supervision: bool = False,
     constant_rate: bool = False,
 ) -> Training:
-    """Fit a head's weights in place, from where they are.
+    """Train a head in place, starting from its weights.
 
-    AdamW under a one-cycle schedule [1]_, gradients clipped, batches of like length. Every
-    iteration's answers may be asked to be right [2]_. With validation examples, the weights of the
-    epoch with the lowest validation loss are restored, and training stops once `n_iter_no_change`
-    epochs in a row, unless None, brought no lower one.
+    AdamW with a one-cycle schedule [1]_, clipped gradients, and batches of texts of similar length.
+    With validation examples, the weights of the epoch with the lowest validation loss are restored.
 
     Parameters
     ----------
     head : RelishHead
         Trained on `device`, left on the CPU.
-    train, validation : Examples
-        What is learned from, and what is held out; no validation, no early stopping.
+    train : Examples
+        The training examples.
+    validation : Examples or None
+        The held-out examples. None: no early stopping.
     loss_fn : Loss
         The loss on standardized targets.
     learning_rate : float
         Peak of the schedule.
     weight_decay : float
-        AdamW's.
+        Of AdamW.
     batch_size : int
-        Texts of a step.
+        Texts of a training step.
     max_epochs : int
         Passes over the training examples, the length of the schedule.
     n_iter_no_change : int or None
-        Epochs without a lower validation loss after which training stops; None: none stops it.
+        Training stops after that many epochs in a row without a lower validation loss. None: it
+        does not stop early.
     seed : int
-        Decides the order of the texts.
+        Of the order of the texts.
     device : torch.device
-        Where the steps run.
+        Where the head is trained.
     progress : bool
-        Whether a bar shows the epochs.
+        Whether to show a progress bar of the epochs.
     deep_supervision : bool, default=False
-        Whether the mean of the losses after each iteration is minimized, not the last one alone.
+        Whether to minimize the mean of the losses after each iteration [2]_, or only the last one.
     constant_rate : bool, default=False
-        Whether the learning rate stays where the schedule would have its peak.
+        Whether the learning rate stays at `learning_rate`.
 
     Returns
     -------
     Training
-        Its `history` has an entry an epoch with the keys ``epoch``, ``learning_rate``,
-        ``train_loss`` and, where something is held out, ``validation_loss`` and
-        ``validation_r2``, all of the last iteration's answers.
+        Each entry of its `history` has the keys ``epoch``, ``learning_rate``, ``train_loss`` and,
+        with validation examples, ``validation_loss`` and ``validation_r2``, all for the predictions
+        of the last iteration.
 
     Raises
     ------
     FloatingPointError
-        If the loss stops being finite.
+        If the loss is no longer finite.
 
     References
     ----------
     .. [1] Smith and Topin, "Super-Convergence", arXiv 1708.07120.
     .. [2] Lee et al., "Deeply-Supervised Nets", arXiv 1409.5185.
     """
-    # torch takes neither NumPy's integers nor such as need more than 64 bits.
+    # torch accepts neither NumPy's integers nor integers of more than 64 bits.
     max_epochs, batch_size = int(max_epochs), min(int(batch_size), len(train.states))
+    n_steps = max_epochs * math.ceil(len(train.states) / batch_size)
     generator = torch.Generator().manual_seed(seed)
     head.to(device).train()
-    optimizer = torch.optim.AdamW(
-        head.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True
-    )
-    steps = max_epochs * math.ceil(len(train.states) / batch_size)
-    if constant_rate:
-        schedule = LambdaLR(optimizer, lambda step: 1.0)
-    else:
-        schedule = OneCycleLR(optimizer, max_lr=learning_rate, total_steps=max(steps, 2))
-    on_cuda = device.type == "cuda"
-
-    def losses_of(states: Tensor, mask: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """What is minimized, and the loss of the last answers, of each text, (B,)."""
-        with mixed_precision(device):
-            stages = (
-                head.staged(states, mask)
-                if deep_supervision
-                else [head.raw_prediction(states, mask)]
-            )
-        losses = [loss_fn.losses(raw.float(), y).mean(dim=1) * weight for raw in stages]
-        return torch.stack(losses).mean(dim=0), losses[-1]
-
-    def gradients(states: Tensor, mask: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        """Sum of a batch's losses; the gradients of their mean are left in the parameters."""
-        minimized, losses = losses_of(states, mask, y, weight)
-        head.zero_grad(set_to_none=not on_cuda)  # a recording needs them to stay where they are
-        minimized.mean().backward()
-        return losses.detach().sum()
-
-    def add_gradients(states: Tensor, mask: Tensor, y: Tensor, weight: Tensor, n: int) -> Tensor:
-        """The same for a part of a batch of `n` texts, added to what is there."""
-        minimized, losses = losses_of(states, mask, y, weight)
-        (minimized.sum() / n).backward()
-        return losses.detach().sum()
-
-    step = Recorded(gradients, device) if on_cuda else gradients
-    loader = BatchLoader(train.states, device, torch.float32)
-    held_out = None if validation is None else BatchLoader(validation.states, device, torch.float32)
-    y, weight = train.y.to(device), train.weight.to(device)
-    history: list[dict[str, float]] = []
-    validated: list[Tensor] = []  # answers for the validation examples after each epoch
-    best_loss, best_epoch, best_weights = math.inf, max_epochs, None
+    optimizer = AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
+    schedule = _schedule(optimizer, learning_rate, n_steps, constant_rate)
+    step = _Step(head, train, loss_fn, deep_supervision, device)
+    if validation is not None:
+        held_out = BatchLoader(validation.states, device, torch.float32)
+    best = _BestEpoch(max_epochs)
     patience = math.inf if n_iter_no_change is None else n_iter_no_change
-    bar = tqdm(total=max_epochs, desc="Training head", unit="epoch", disable=not progress)
-    with bar, current_device(device):
+    history: list[dict[str, float]] = []
+    validated: list[Tensor] = []  # raw predictions for the validation examples after each epoch
+    with tqdm(total=max_epochs, desc="Training head", unit="epoch", disable=not progress) as bar:
         for epoch in range(1, max_epochs + 1):
             total = torch.zeros((), device=device)
-            batches = shuffled_batches(train.states.lengths, batch_size, generator)
-            split = [_parts(batch, train.states.lengths) for batch in batches]
-            loaded = loader.load([part for parts in split for part in parts])
-            for batch, parts in zip(batches, split, strict=True):
-                if len(parts) == 1:
-                    rows, states, mask = next(loaded)
-                    total += step(states, mask, y[rows], weight[rows])
-                else:
-                    head.zero_grad(set_to_none=not on_cuda)
-                    for rows, states, mask in islice(loaded, len(parts)):
-                        total += add_gradients(states, mask, y[rows], weight[rows], len(batch))
+            for batch in shuffled_batches(train.states.lengths, batch_size, generator):
+                optimizer.zero_grad()
+                for part in split_batch(batch, train.states.lengths):
+                    total += step.backward(part, len(batch))
                 nn.utils.clip_grad_norm_(head.parameters(), GRADIENT_NORM)
                 optimizer.step()
                 schedule.step()
@@ -243,200 +204,109 @@ def train_head(
                 "learning_rate": schedule.get_last_lr()[0],
                 "train_loss": float(total) / float(train.weight.sum()),
             }
-            if held_out is not None:
+            if validation is not None:
                 with torch.inference_mode():
-                    validated.append(_answers(head.raw_prediction, held_out))
+                    validated.append(predict_batches(head.forward_zero_padded, held_out))
                 entry |= evaluate(validated[-1], validation, loss_fn)
                 bar.set_postfix({"validation R²": f"{entry['validation_r2']:.3f}"})
-                if entry["validation_loss"] < best_loss:
-                    best_loss, best_epoch = entry["validation_loss"], epoch
-                    best_weights = copy.deepcopy(head.state_dict())
+                best.update(epoch, entry["validation_loss"], head)
             history.append(entry)
             bar.update()
-            if validation is not None and epoch - best_epoch >= patience:
+            if validation is not None and epoch - best.epoch >= patience:
                 break
-    if best_weights is not None:
-        head.load_state_dict(best_weights)
-    head.zero_grad(set_to_none=True)
+    if best.weights is not None:
+        head.load_state_dict(best.weights)
+    head.zero_grad()
     head.to("cpu").eval()
-    oof_predictions = _foretold(torch.stack(validated), validation, loss_fn) if validated else None
-    return Training(history, best_epoch, oof_predictions)
+    oof_predictions = None
+    if validation is not None:
+        oof_predictions = _oof_predictions(torch.stack(validated), validation, loss_fn)
+    return Training(history, best.epoch, oof_predictions)
 
 
-def _foretold(validated: Tensor, examples: Examples, loss_fn: Loss) -> np.ndarray:
-    """Responses for each half of the examples, of the epoch that is best on the other half.
+def _schedule(
+    optimizer: Optimizer, learning_rate: float, n_steps: int, constant_rate: bool
+) -> LRScheduler:
+    if constant_rate:
+        return LambdaLR(optimizer, lambda step: 1.0)
+    return OneCycleLR(optimizer, max_lr=learning_rate, total_steps=max(n_steps, 2))
 
-    The lowest of many losses is lower than a fresh text's would be: it is of the luckiest epoch.
+
+class _Step:
+    """The forward and backward pass for a batch, or for a part of it."""
+
+    def __init__(
+        self,
+        head: RelishHead,
+        train: Examples,
+        loss_fn: Loss,
+        deep_supervision: bool,
+        device: torch.device,
+    ) -> None:
+        self.head = head
+        self.loss_fn = loss_fn
+        self.deep_supervision = deep_supervision
+        self.loader = BatchLoader(train.states, device, torch.float32)
+        self.y, self.weight = train.y.to(device), train.weight.to(device)
+
+    def backward(self, rows: Tensor, n_texts: int) -> Tensor:
+        """Add the gradients of the rows' losses, divided by the batch's number of texts.
+
+        The sum of the losses of the last iteration's predictions is returned.
+        """
+        minimized, last = self._losses(rows)
+        (minimized.sum() / n_texts).backward()
+        return last.detach().sum()
+
+    def _losses(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses to minimize and those of the last iteration's predictions, each (B,)."""
+        states, mask = self.loader.load(rows)
+        rows = rows.to(self.y.device)
+        y, weight = self.y[rows], self.weight[rows]
+        if self.deep_supervision:
+            raw = self.head.staged(states, mask)  # (n_iterations, B, n_outputs * n_predictions)
+        else:
+            raw = self.head.forward_zero_padded(states, mask)[None]
+        losses = [self.loss_fn.loss(stage, y).mean(dim=1) * weight for stage in raw]
+        losses = torch.stack(losses)  # (n_iterations, B)
+        return losses.mean(dim=0), losses[-1]
+
+
+class _BestEpoch:
+    """The epoch with the lowest validation loss so far, and its weights."""
+
+    def __init__(self, max_epochs: int) -> None:
+        self.epoch = max_epochs  # the last one, without validation
+        self.loss = math.inf
+        self.weights: dict[str, Tensor] | None = None
+
+    def update(self, epoch: int, loss: float, head: RelishHead) -> None:
+        if loss < self.loss:
+            self.epoch, self.loss = epoch, loss
+            self.weights = copy.deepcopy(head.state_dict())
+
+
+def _oof_predictions(validated: Tensor, examples: Examples, loss_fn: Loss) -> np.ndarray:
+    """Predictions for each half of the examples, by the epoch that is best on the other half.
+
+    The lowest of many validation losses is too optimistic: it is the loss of the luckiest epoch.
     """
-    losses = torch.stack([loss_fn.losses(raw, examples.y).mean(dim=1) for raw in validated])
+    losses = torch.stack([loss_fn.loss(raw, examples.y).mean(dim=1) for raw in validated])
     losses = losses * examples.weight  # (n_epochs, n)
     half = torch.arange(validated.shape[1]) % 2 == 0
     raw = torch.empty_like(validated[0])
-    for chosen, others in ((half, ~half), (~half, half)):
-        raw[chosen] = validated[losses[:, others].sum(dim=1).argmin(), chosen]
+    for chosen, rest in ((half, ~half), (~half, half)):
+        raw[chosen] = validated[losses[:, rest].sum(dim=1).argmin(), chosen]
     return loss_fn.inverse_link(raw).double().numpy()
 
 
 def evaluate(raw: Tensor, examples: Examples, loss_fn: Loss) -> dict[str, float]:
-    """Validation loss and R² of raw answers for the examples, both weighted."""
+    """Validation loss and R² of raw predictions for the examples, both weighted."""
     weight = examples.weight[:, None]
     predicted = loss_fn.point_prediction(loss_fn.inverse_link(raw))
     mean = (weight * examples.y).sum(dim=0) / weight.sum()
     residual = (weight * (predicted - examples.y) ** 2).sum(dim=0)
     spread = (weight * (examples.y - mean) ** 2).sum(dim=0)
     r2 = torch.where(spread > 0, 1 - residual / spread, torch.nan).nanmean()
-    loss = (weight * loss_fn.losses(raw, examples.y)).sum() / weight.sum() / examples.y.shape[1]
+    loss = (weight * loss_fn.loss(raw, examples.y)).sum() / weight.sum() / examples.y.shape[1]
     return {"validation_loss": float(loss), "validation_r2": float(r2)}
-
-
-@torch.inference_mode()
-def predict_states(
-    head: RelishHead | RelishEnsemble, states: TokenStates, device: torch.device
-) -> np.ndarray:
-    """Answers of a trained head, or of several, for all texts: float64, (n_texts, n_predictions).
-
-    On a CPU the head computes in float64: a text's answer depends on its batch by no more than the
-    rounding of that.
-    """
-    dtype = torch.float64 if device.type == "cpu" else torch.float32
-    with current_device(device):
-        loader = BatchLoader(states, device, dtype)
-        return _answers(_placed(head, device, dtype).raw_prediction, loader).double().numpy()
-
-
-@torch.inference_mode()
-def staged_predict_states(
-    head: RelishEnsemble, states: TokenStates, device: torch.device
-) -> np.ndarray:
-    """The same after each iteration, (n_texts, n_iterations, n_predictions)."""
-    dtype = torch.float64 if device.type == "cpu" else torch.float32
-    with current_device(device):
-        placed = _placed(head, device, dtype)
-        loader = BatchLoader(states, device, dtype)
-        staged = _answers(lambda *batch: placed.staged(*batch).transpose(0, 1), loader)
-        return staged.double().numpy()
-
-
-@torch.inference_mode()
-def attention_weights(
-    head: RelishEnsemble, states: TokenStates, device: torch.device
-) -> list[np.ndarray]:
-    """For each text the weights by which its answer came to be.
-
-    Each is (n_estimators, n_iterations, n_heads, n_tokens).
-    """
-    dtype = torch.float64 if device.type == "cpu" else torch.float32
-    with current_device(device):
-        placed = _placed(head, device, dtype)
-        loader = BatchLoader(states, device, dtype)
-        return [
-            placed.attention(batch, mask)[:, :, 0][..., mask[0]].double().cpu().numpy()
-            for _, batch, mask in loader.load(list(torch.arange(len(states)).split(1)))
-        ]
-
-
-class _Placed(NamedTuple):
-    """A copy of a head on a device, and by what a change of the head is seen."""
-
-    head: RelishHead | RelishEnsemble
-    made_for: tuple[Any, ...]
-    some: Tensor
-
-
-class _Slot:
-    """Where the copy of a head is kept; the lock lets one thread make it while others wait."""
-
-    def __init__(self) -> None:
-        self.lock = ForkSafeLock()
-        self.placed: _Placed | None = None
-
-
-_slots: WeakKeyDictionary[nn.Module, _Slot] = WeakKeyDictionary()
-_slots_lock = ForkSafeLock()
-
-
-def _placed(
-    head: RelishHead | RelishEnsemble, device: torch.device, dtype: torch.dtype
-) -> RelishHead | RelishEnsemble:
-    """A copy of a head on a device, kept as long as the head lives and its weights stay.
-
-    A service that answers for one text after the other does not wait for it anew each time.
-    """
-    # Other tensors, or written to; but a fused optimizer's step is no write that torch counts: it
-    # moves all weights, so that a few of each tell of it.
-    weights = [
-        (weight.data_ptr(), None if weight.is_inference() else weight._version)
-        for weight in head.parameters()
-    ]
-    made_for = device, head.state_norm, weights
-    with torch.no_grad():
-        some = torch.cat([weight.flatten()[:SAMPLED_WEIGHTS] for weight in head.parameters()])
-    with _slots_lock:
-        slot = _slots.setdefault(head, _Slot())
-    with slot.lock:
-        known = slot.placed
-        if known is None or known.made_for != made_for or not torch.equal(known.some, some):
-            known = _Placed(_copied(head, device, dtype), made_for, some)
-            slot.placed = known
-    return known.head
-
-
-def _copied(
-    head: RelishHead | RelishEnsemble, device: torch.device, dtype: torch.dtype
-) -> RelishHead | RelishEnsemble:
-    """A copy of a head whose weights are views of one tensor.
-
-    The system gets that memory back when the copy is deleted. Small tensors would stay with the
-    allocator's arena of the thread that made them: a service with many threads that is refitted
-    would grow by a copy for each thread.
-    """
-    weights = list(head.parameters())
-    with torch.no_grad():
-        vector = torch.empty(sum(map(torch.numel, weights)), device=device, dtype=dtype)
-        parts = vector.split([weight.numel() for weight in weights])
-        copies = {
-            id(weight): nn.Parameter(part.view_as(weight).copy_(weight), requires_grad=False)
-            for weight, part in zip(weights, parts, strict=True)
-        }
-    return copy.deepcopy(head, copies)
-
-
-def _answers(answer: Callable[[Tensor, Tensor], Tensor], loader: BatchLoader) -> Tensor:
-    """Answers for all texts of a loader, on the CPU, in the order of the texts."""
-    order = loader.lengths.argsort(stable=True)
-    batches = []
-    start = 0
-    while start < len(order):
-        # Lengths only grow along `order`: halve the batch until its padded size fits.
-        rows = order[start : start + PREDICT_TOKENS]
-        while len(rows) > 1 and len(rows) * int(loader.lengths[rows[-1]]) > PREDICT_TOKENS:
-            rows = rows[: len(rows) // 2]
-        batches.append(rows)
-        start += len(rows)
-    answers = [answer(batch, mask) for _, batch, mask in loader.load(batches)]
-    return torch.cat(answers).cpu()[order.argsort()]
-
-
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """On a CUDA device with bfloat16: products in it, parameters in float32. Elsewhere nothing."""
-    enabled = device.type == "cuda" and computes_bfloat16(device)
-    # A cache of cast parameters would outlive the recording that it was made in.
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
-
-
-def _parts(batch: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-    """A batch, in so many parts that none has more padded tokens than a step can bear."""
-    n_texts = max(1, STEP_TOKENS // int(lengths[batch].max()))
-    return batch.split(n_texts)
-
-
-def shuffled_batches(lengths: Tensor, batch_size: int, generator: torch.Generator) -> list[Tensor]:
-    """All rows once, in random batches whose texts are of like length.
-
-    The rows are shuffled and cut into pools of `POOL_BATCHES` batches; each pool is sorted by
-    length and cut into batches, and the batches are shuffled.
-    """
-    batches = []
-    for pool in torch.randperm(len(lengths), generator=generator).split(POOL_BATCHES * batch_size):
-        batches += pool[lengths[pool].argsort(stable=True)].split(batch_size)
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

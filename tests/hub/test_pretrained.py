@@ -381,7 +381,7 @@ def test_what_can_not_work_is_refused(three, saved, monkeypatch):
     with pytest.raises(ValueError, match="RelishRegressor has no valid format number, but"):
         RelishRegressor().__setstate__(state)
     with monkeypatch.context() as then:
-        for module in (versions, sys.modules["sklearn_relish.head.head"]):
+        for module in (versions, sys.modules["sklearn_relish.head.ensemble"]):
             then.setattr(module, "FORMAT", 2)
         pickled = [pickle.dumps(some) for some in (three[0], three[0].head_, RelishRegressor())]
     for some in pickled:

@@ -10,7 +10,7 @@ from sklearn_relish.training.trainer import Examples
 
 
 def layers(n_texts, noises, n_outputs=1, seed=0):
-    """States of one token at several layers, which tell of the target with so much noise."""
+    """States of one token at several layers: the target with noise, and features of noise only."""
     random = np.random.RandomState(seed)
     y = random.randn(n_texts, n_outputs)
     states = {}
@@ -22,12 +22,12 @@ def layers(n_texts, noises, n_outputs=1, seed=0):
 
 
 def choose(states, y, weight):
-    examples = {layer: Examples.of(some, y, weight) for layer, some in states.items()}
+    examples = {layer: Examples.of(at_layer, y, weight) for layer, at_layer in states.items()}
     return choose_layer(examples, None)
 
 
 @pytest.mark.parametrize("n_outputs", [1, 2])
-def test_the_layer_that_tells_most_is_taken(n_outputs):
+def test_the_layer_with_the_best_ridges_is_taken(n_outputs):
     states, y = layers(400, {5: 1.0, 3: 2.0, 7: 0.3}, n_outputs)
     layer, scores = choose(states, y, np.ones(400))
     assert layer == 7
@@ -43,7 +43,7 @@ def test_the_first_is_taken_unless_another_is_clearly_better():
     assert chosen.count(5) >= 14
 
 
-def test_a_row_without_weight_tells_nothing():
+def test_a_row_without_weight_has_no_influence():
     states, y = layers(200, {5: 1.0, 3: 0.3})
     weight = np.r_[np.ones(150), np.full(50, 1e-9)]
     spoilt = y.copy()
@@ -60,7 +60,7 @@ def test_a_constant_target_takes_the_first():
 
 def test_a_sample_costs_a_seventh_more_of_reading_at_most():
     for n_layers in (12, 18, 24, 30, 32, 48):
-        layers = [round(share * n_layers) for share in SHARES]
+        layers = [round(fraction * n_layers) for fraction in SHARES]
         for n_texts in (25, 100, 3_000, 100_000):
             sample = sample_texts(n_texts, np.random.RandomState(0))
             assert 10 <= len(np.unique(sample)) == len(sample) <= 1_000

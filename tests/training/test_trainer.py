@@ -1,68 +1,24 @@
-import copy
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+"""Training: what a head learns, its history, early stopping, and its seeds."""
 
 import numpy as np
 import pytest
 import torch
+from tasks import CPU, task, train
 
-from sklearn_relish.head.head import RelishEnsemble
-from sklearn_relish.head.losses import Loss
-from sklearn_relish.states.token_states import TokenStates
-from sklearn_relish.training import trainer as training
-from sklearn_relish.training.trainer import (
-    Examples,
-    _placed,
-    auto_epochs,
-    new_head,
-    predict_states,
-    shuffled_batches,
-    train_head,
-)
-from sklearn_relish.utils import locks
-
-CPU = torch.device("cpu")
+from sklearn_relish.head.losses import HuberLoss, SquaredLoss
+from sklearn_relish.training import batching
+from sklearn_relish.training.inference import predict_states
+from sklearn_relish.training.trainer import Examples, _oof_predictions, auto_epochs
 
 
-def task(n_texts, seed=0, size=12, noise=0.0):
-    """Texts whose number is the first component of their loudest token."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 9, (n_texts,), generator=generator)
-    values = torch.randn(int(lengths.sum()), size, generator=generator)
-    states = TokenStates.from_lengths(values, lengths)
-    y = np.array([float(text[text[:, 1].argmax(), 0]) for text in values.split(lengths.tolist())])
-    y = y + noise * torch.randn(n_texts, generator=generator).numpy()
-    return Examples.of(states, y[:, None], np.ones(n_texts))
-
-
-def train(examples, validation=None, seed=0, head=None, **changes):
-    head = head or new_head(
-        seed, input_size=12, latent_size=32, n_heads=4, n_iterations=2, state_norm=None
-    )
-    settings = {
-        "loss_fn": Loss("huber"),
-        "learning_rate": 3e-3,
-        "weight_decay": 0.01,
-        "batch_size": 32,
-        "max_epochs": 8,
-        "n_iter_no_change": 8,
-        "seed": seed,
-        "device": CPU,
-        "progress": False,
-    }
-    return head, train_head(head, examples, validation, **(settings | changes))
-
-
-def test_learns_what_pooling_cannot():
+def test_learns_a_target_that_pooling_does_not_show():
     head, _ = train(task(1500), max_epochs=20)
     fresh = task(300, seed=1)
     predicted = predict_states(head, fresh.states, CPU)[:, 0]
     assert np.corrcoef(predicted, fresh.y[:, 0])[0, 1] > 0.9
 
 
-def test_deep_supervision_asks_every_iteration_to_be_right():
+def test_deep_supervision_makes_every_iteration_predict():
     fresh = task(300, seed=1)
 
     def losses(**changes):
@@ -71,8 +27,8 @@ def test_deep_supervision_asks_every_iteration_to_be_right():
         stages = head.staged(states, mask).detach()
         assert len(stages) == 2
         last = training.history[training.best_epoch - 1]["validation_loss"]
-        found = [float(Loss("huber").losses(raw, fresh.y).mean()) for raw in stages]
-        assert found[-1] == pytest.approx(last, rel=1e-4)  # what is told is of the last answer
+        found = [float(HuberLoss().loss(raw, fresh.y).mean()) for raw in stages]
+        assert found[-1] == pytest.approx(last, rel=1e-4)  # the history is of the last iteration
         return found
 
     first, last = losses(deep_supervision=True)
@@ -100,7 +56,7 @@ def test_history_and_best_epoch():
     )
     losses = [entry["validation_loss"] for entry in training.history]
     assert training.best_epoch == 1 + int(np.argmin(losses))
-    assert training.best_epoch < len(losses)  # it overfits: otherwise this shows nothing
+    assert training.best_epoch < len(losses)  # it overfits; otherwise the test shows nothing
 
     residual = torch.from_numpy(predict_states(head, validation.states, CPU)) - validation.y
     restored = torch.nn.functional.huber_loss(residual, torch.zeros_like(residual))
@@ -156,7 +112,7 @@ def test_gradients_are_clipped(monkeypatch):
     examples = task(64)
     train(
         Examples(examples.states, 1e6 * examples.y, examples.weight),
-        loss_fn=Loss("squared_error"),
+        loss_fn=SquaredLoss(),
     )
     assert max(norms) <= 1.0 + 1e-4
 
@@ -165,19 +121,19 @@ def test_validation_is_weighted():
     examples = task(64, noise=1.0)
     weight = torch.linspace(0, 2, 64)
     validation = Examples(examples.states, examples.y, weight)
-    head, training = train(task(64), validation, loss_fn=Loss("squared_error"), max_epochs=1)
+    head, training = train(task(64), validation, loss_fn=SquaredLoss(), max_epochs=1)
     error = (torch.from_numpy(predict_states(head, examples.states, CPU)) - examples.y)[:, 0] ** 2
     expected = float((weight * error).sum() / weight.sum())
     assert training.history[0]["validation_loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_without_validation_the_last_epoch_counts():
+def test_without_validation_the_last_epoch_is_kept():
     _, training = train(task(64))
     assert training.best_epoch == len(training.history) == 8
     assert set(training.history[0]) == {"epoch", "learning_rate", "train_loss"}
 
 
-def test_weights_count():
+def test_examples_with_little_weight_have_little_influence():
     examples = task(200)
     wrong = examples.y.clone()
     wrong[100:] = -wrong[100:]
@@ -187,69 +143,14 @@ def test_weights_count():
     assert np.corrcoef(predicted[100:, 0], examples.y[100:, 0])[0, 1] > 0.3
 
 
-@pytest.mark.parametrize("loss", ["huber", "squared_error"])
-def test_losses(loss):
+@pytest.mark.parametrize("loss_fn", [HuberLoss(), SquaredLoss()])
+def test_the_train_loss_is_that_of_the_loss(loss_fn):
     examples = task(100)
-    head, training = train(examples, loss_fn=Loss(loss), max_epochs=1, learning_rate=1e-12)
+    head, training = train(examples, loss_fn=loss_fn, max_epochs=1, learning_rate=1e-12)
     residual = (torch.from_numpy(predict_states(head, examples.states, CPU)) - examples.y).abs()
     huber = torch.where(residual < 1, 0.5 * residual**2, residual - 0.5)
-    expected = huber if loss == "huber" else residual**2
+    expected = huber if loss_fn == HuberLoss() else residual**2
     assert training.history[0]["train_loss"] == pytest.approx(float(expected.mean()), rel=1e-4)
-
-
-def test_answers_keep_order_and_do_not_depend_on_company(monkeypatch):
-    examples = task(50)
-    head, _ = train(examples)
-    together = predict_states(head, examples.states, CPU)
-    monkeypatch.setattr("sklearn_relish.training.trainer.PREDICT_TOKENS", 16)
-    for rows in ([7], [3, 3, 40], list(range(49, -1, -1))):
-        some = predict_states(head, examples.states[torch.tensor(rows)], CPU)
-        np.testing.assert_allclose(some, together[rows], rtol=1e-10, atol=1e-12)
-
-
-def test_answers_follow_the_weights():
-    examples = task(20)
-    head, _ = train(examples)
-    before = predict_states(head, examples.states, CPU)
-    assert (predict_states(head, examples.states, CPU) == before).all()
-    with torch.no_grad():
-        head.readout.bias += 1
-    np.testing.assert_allclose(predict_states(head, examples.states, CPU), before + 1, atol=1e-6)
-    assert _placed(head, CPU, torch.float64) is _placed(head, CPU, torch.float64)
-    head.readout = copy.deepcopy(head.readout)
-    with torch.no_grad():
-        head.readout.bias += 1
-    np.testing.assert_allclose(predict_states(head, examples.states, CPU), before + 2, atol=1e-6)
-
-
-def test_answers_follow_further_training():
-    examples = task(20)
-    head, _ = train(examples)
-    before = predict_states(head, examples.states, CPU)
-    train(examples, head=head, max_epochs=1)
-    after = predict_states(head, examples.states, CPU)
-    assert np.abs(after - before).max() > 1e-3
-    assert (predict_states(copy.deepcopy(head), examples.states, CPU) == after).all()
-
-
-def test_a_head_copied_in_inference_mode_answers():
-    examples = task(20)
-    head, _ = train(examples)
-    with torch.inference_mode():
-        copied = copy.deepcopy(head)
-        answers = predict_states(copied, examples.states, CPU)
-    assert (answers == predict_states(head, examples.states, CPU)).all()
-
-
-def test_batches_hold_every_row_once_with_like_lengths_together():
-    lengths = torch.randint(1, 100, (1000,), generator=torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(0)
-    first, second = (shuffled_batches(lengths, 32, generator) for _ in range(2))
-    assert torch.equal(torch.cat(first).sort().values, torch.arange(1000))
-    assert [len(batch) for batch in first].count(32) == 31
-    padded = sum(len(batch) * int(lengths[batch].max()) for batch in first)
-    assert padded / int(lengths.sum()) < 1.15
-    assert [batch.tolist() for batch in first] != [batch.tolist() for batch in second]
 
 
 def test_batches_may_be_larger_than_any_number_of_texts():
@@ -261,51 +162,26 @@ def test_batches_may_be_larger_than_any_number_of_texts():
     assert auto_epochs(20, batch_size=10**400) == 200
 
 
-def test_threads_that_use_a_head_for_the_first_time_share_one_copy(monkeypatch):
-    examples = task(5)
-    head = new_head(0, input_size=12, latent_size=32, n_heads=4)
-    copies, original = [], copy.deepcopy
-
-    def counted(module, memo):
-        copies.append(module)
-        time.sleep(0.05)  # so that the others come meanwhile
-        return original(module, memo)
-
-    monkeypatch.setattr(training, "copy", SimpleNamespace(deepcopy=counted))
-    barrier = threading.Barrier(20)
-
-    def answer(_):
-        barrier.wait()
-        return predict_states(head, examples.states, CPU)
-
-    with ThreadPoolExecutor(20) as pool:
-        first, *others = pool.map(answer, range(20))
-    assert len(copies) == 1
-    assert all((other == first).all() for other in others)
+def test_a_batch_in_parts_is_trained_like_a_complete_one(monkeypatch):
+    examples = task(64)
+    complete, training = train(examples, max_epochs=2, deep_supervision=True)
+    monkeypatch.setattr(batching, "STEP_TOKENS", 40)
+    split, split_training = train(examples, max_epochs=2, deep_supervision=True)
+    for ours, theirs in zip(split.parameters(), complete.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    loss, split_loss = (run.history[-1]["train_loss"] for run in (training, split_training))
+    assert split_loss == pytest.approx(loss, rel=1e-4)
 
 
-def test_locks_that_were_taken_are_free_in_a_forked_child():
-    """What `os.register_at_fork` calls in the child, called here."""
-    examples = task(5)
-    head = new_head(0, input_size=12, latent_size=32, n_heads=4)
-    before = predict_states(head, examples.states, CPU)
-    renewed = [training._init_lock, training._slots_lock, training._slots[head].lock]
-    taken = [lock._lock for lock in renewed]
-    for lock in taken:
-        lock.acquire()
-    locks._renew_all()
-    assert all(lock.locked() for lock in taken)
-    assert not any(lock._lock.locked() for lock in renewed)
-    assert (predict_states(head, examples.states, CPU) == before).all()
-    new_head(0, input_size=12, latent_size=32, n_heads=4)
+def test_out_of_fold_predictions_are_of_the_epoch_that_is_best_on_the_other_half():
+    validated = torch.tensor([[0.0, 3.0, 9.0, 3.0], [5.0, 1.0, 0.0, 1.0]])[:, :, None]
+    examples = Examples.of(task(4).states, np.zeros((4, 1)), np.array([1.0, 1.0, 0.0, 1.0]))
+    found = _oof_predictions(validated, examples, HuberLoss())
+    # Epoch 0 is best on rows 0 and 2, the latter without weight, and epoch 1 on rows 1 and 3.
+    assert found[:, 0].tolist() == [5.0, 3.0, 0.0, 3.0]
 
 
-def test_the_weights_of_a_copy_for_predictions_are_one_tensor():
-    """Then the system gets its memory back when the next fit replaces it."""
-    heads = [new_head(seed, input_size=8, latent_size=16, n_heads=2) for seed in (0, 1)]
-    ensemble = RelishEnsemble(heads, linear_path=True)
-    placed = _placed(ensemble, torch.device("cpu"), torch.float64)
-    assert len({weight.untyped_storage().data_ptr() for weight in placed.parameters()}) == 1
-    copied = dict(placed.named_parameters())
-    for name, weight in ensemble.named_parameters(remove_duplicate=False):
-        assert torch.equal(copied[name], weight.double()), name
+def test_a_training_may_have_a_single_step():
+    _, training = train(task(20), max_epochs=1)
+    assert len(training.history) == 1
+    assert np.isfinite(training.history[0]["learning_rate"])

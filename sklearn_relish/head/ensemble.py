@@ -1,0 +1,136 @@
+"""An ensemble: the mean of several heads, and a linear path on pooled states."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sklearn_relish.head.head import RelishHead, zero_padding
+from sklearn_relish.head.losses import HuberLoss, Loss, make_loss
+from sklearn_relish.head.pooling import pool
+from sklearn_relish.utils.versions import FORMAT, check_format
+
+LINEAR_POOLINGS = ("mean", "last")  # what the linear path reads, in the order of its weights
+HUBER = HuberLoss()
+
+
+class RelishEnsemble(nn.Module):
+    """The mean of several heads' predictions, plus a linear function of pooled states.
+
+    A prediction is ``head_weight * mean of the heads + V [mean state; last state] + b`` if there is
+    a linear path, and the mean of the heads if there is none.
+
+    Parameters
+    ----------
+    heads : list of RelishHead
+        With the same input size, `state_norm` and number of outputs.
+    linear_path : bool
+        Whether there is a linear path. It has no influence until its weights are set.
+    loss_fn : Loss
+        Its inverse link turns the heads' raw predictions into predictions.
+
+    Attributes
+    ----------
+    head_weight : Tensor of shape (n_outputs,)
+        Weight of the heads' mean, 1 at first.
+    linear : torch.nn.Linear or None
+        From a text's vectors, one for each of `LINEAR_POOLINGS`, to its prediction. Their states
+        are normalized like those of the heads.
+    """
+
+    def __init__(self, heads: list[RelishHead], linear_path: bool, loss_fn: Loss = HUBER) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+        self.loss_fn = loss_fn
+        self.state_norm = heads[0].state_norm
+        input_size, n_outputs = heads[0].sizes["input_size"], heads[0].sizes["n_outputs"]
+        self.head_weight = nn.Parameter(torch.ones(n_outputs), requires_grad=False)
+        self.linear = None
+        if linear_path:
+            # Made without values: initial ones would be drawn from torch's global generator.
+            self.linear = nn.Linear(len(LINEAR_POOLINGS) * input_size, n_outputs, device="meta")
+            self.linear = self.linear.to_empty(device=self.head_weight.device)
+            self.linear.requires_grad_(False)
+            nn.init.zeros_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
+
+    def with_heads(self, heads: Iterable[RelishHead], loss_fn: Loss) -> RelishEnsemble:
+        """An ensemble of other heads, with a copy of the linear path of this one."""
+        ensemble = RelishEnsemble(list(heads), self.linear is not None, loss_fn)
+        ensemble.head_weight.copy_(self.head_weight)
+        if self.linear is not None:
+            ensemble.linear.load_state_dict(self.linear.state_dict())
+        return ensemble.eval()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RelishEnsemble:
+        """A copy as of any other module, not by way of `__getstate__`."""
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Only arrays and plain values, which can be opened without a GPU."""
+        weights = {name: weight.cpu().numpy() for name, weight in self.state_dict().items()}
+        return {
+            "format": FORMAT,
+            "sizes": self.heads[0].sizes,
+            "n_heads": len(self.heads),
+            "linear_path": self.linear is not None,
+            "loss_fn": {
+                "name": self.loss_fn.name,
+                "quantiles": list(self.loss_fn.quantiles),
+            },
+            "weights": weights,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        check_format(state, f"The saved {type(self).__name__}")
+        with torch.device("meta"):
+            heads = [RelishHead(**state["sizes"]) for _ in range(state["n_heads"])]
+            self.__init__(heads, state["linear_path"], make_loss(**state["loss_fn"]))
+        weights = {name: torch.tensor(array) for name, array in state["weights"].items()}
+        self.load_state_dict(weights, assign=True)
+        self.eval()
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Predict for each text of a padded batch, in standardized units; see `RelishHead`."""
+        return self.forward_zero_padded(zero_padding(states, mask), mask)
+
+    def forward_zero_padded(self, states: Tensor, mask: Tensor) -> Tensor:
+        """The same as `forward`, without its check and copy: the padding must hold zeros."""
+        states = states.to(self.head_weight.dtype)  # (B, S, D)
+        raw = [head.forward_zero_padded(states, mask) for head in self.heads]  # (B, n_outputs)
+        mean = sum(map(self.loss_fn.inverse_link, raw)) / len(self.heads)  # (B, n_outputs)
+        return self._with_linear_path(mean, states, mask)
+
+    def staged(self, states: Tensor, mask: Tensor) -> Tensor:
+        """The prediction after each iteration of the heads, (n_iterations, B, n_outputs).
+
+        The padding must hold zeros.
+        """
+        states = states.to(self.head_weight.dtype)  # (B, S, D)
+        raw = [head.staged(states, mask).unbind() for head in self.heads]
+        mean = torch.stack(
+            [sum(map(self.loss_fn.inverse_link, stage)) for stage in zip(*raw, strict=True)]
+        ) / len(self.heads)  # (n_iterations, B, n_outputs)
+        return self._with_linear_path(mean, states, mask)
+
+    def attention(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Weights of the tokens, (n_estimators, n_iterations, B, n_heads, S), of sum 1.
+
+        The padding must hold zeros.
+        """
+        states = states.to(self.head_weight.dtype)  # (B, S, D)
+        steps = [list(head.steps(states, mask)) for head in self.heads]
+        return torch.stack([torch.stack([step.attention for step in head]) for head in steps])
+
+    def _with_linear_path(self, mean: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        """The heads' mean, (..., B, n_outputs), weighted together with the linear path."""
+        if self.linear is None:
+            return mean
+        pooled = [pool(states, mask, pooling, self.state_norm) for pooling in LINEAR_POOLINGS]
+        return self.head_weight * mean + self.linear(torch.cat(pooled, dim=1))

@@ -1,0 +1,154 @@
+"""What fitted heads compute from token states: predictions, stages, attention; pooled states too.
+
+On a CPU heads compute in float64: a text's prediction depends on the other texts of its batch only
+by rounding in that dtype. On other devices they compute in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sklearn_relish.head.ensemble import RelishEnsemble
+from sklearn_relish.head.head import RelishHead
+from sklearn_relish.head.pooling import pool
+from sklearn_relish.states.token_states import TokenStates
+from sklearn_relish.training.batching import BatchLoader, prediction_batches
+from sklearn_relish.utils.locks import ForkSafeLock
+
+SAMPLED_WEIGHTS = 8  # entries of each weight that are compared to notice a change
+
+
+@torch.inference_mode()
+def predict_states(
+    head: RelishHead | RelishEnsemble, states: TokenStates, device: torch.device
+) -> np.ndarray:
+    """Predictions of a fitted head or ensemble for all texts: float64, (n_texts, n_predictions)."""
+    head, loader = _prepared(head, states, device)
+    return predict_batches(head.forward_zero_padded, loader).double().numpy()
+
+
+@torch.inference_mode()
+def staged_predict_states(
+    head: RelishEnsemble, states: TokenStates, device: torch.device
+) -> np.ndarray:
+    """Predictions after each iteration: float64, (n_texts, n_iterations, n_predictions)."""
+    head, loader = _prepared(head, states, device)
+    return (
+        predict_batches(lambda *batch: head.staged(*batch).transpose(0, 1), loader).double().numpy()
+    )
+
+
+@torch.inference_mode()
+def attention_weights(
+    head: RelishEnsemble, states: TokenStates, device: torch.device
+) -> list[np.ndarray]:
+    """Weights of each text's tokens: float64, (n_estimators, n_iterations, n_heads, n_tokens)."""
+    head, loader = _prepared(head, states, device)
+    alone = torch.arange(len(states)).split(1)  # a batch for each text: no padding
+    return [head.attention(*loader.load(row))[:, :, 0].double().cpu().numpy() for row in alone]
+
+
+def predict_batches(predict: Callable[[Tensor, Tensor], Tensor], loader: BatchLoader) -> Tensor:
+    """Predictions for all texts of a loader, on the CPU, in the order of the texts."""
+    batches = prediction_batches(loader.states.lengths)
+    predictions = [predict(*loader.load(batch)) for batch in batches]
+    return torch.cat(predictions).cpu()[torch.cat(batches).argsort()]
+
+
+def pool_states(states: TokenStates, pooling: str, state_norm: str | None) -> Tensor:
+    """One vector for each text, pooled alone: float32, (n_texts, D).
+
+    See `sklearn_relish.head.pooling.pool`. A vector does not depend on the other texts.
+
+    Examples
+    --------
+    >>> import torch
+    >>> states = TokenStates.from_lengths(torch.tensor([[1.0], [3.0]]), torch.tensor([2]))
+    >>> pool_states(states, "mean", None), pool_states(states, "last", None)
+    (tensor([[2.]]), tensor([[3.]]))
+    """
+    pooled = torch.empty(len(states), states.hidden_size)
+    for row, text in enumerate(states):
+        mask = torch.ones(1, len(text), dtype=torch.bool)
+        pooled[row] = pool(text[None], mask, pooling, state_norm)[0]
+    return pooled
+
+
+def _prepared(
+    head: RelishHead | RelishEnsemble, states: TokenStates, device: torch.device
+) -> tuple[RelishHead | RelishEnsemble, BatchLoader]:
+    """A copy of the head on the device, and the loader of the states."""
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    return device_copy(head, device, dtype), BatchLoader(states, device, dtype)
+
+
+class _Copy(NamedTuple):
+    """A copy of a head on a device, and what shows whether the head has changed since."""
+
+    head: RelishHead | RelishEnsemble
+    made_for: tuple[Any, ...]
+    sample: Tensor
+
+
+class _Slot:
+    """Holds the copy of a head. One thread makes it while the others wait for the lock."""
+
+    def __init__(self) -> None:
+        self.lock = ForkSafeLock()
+        self.copy: _Copy | None = None
+
+
+_slots: WeakKeyDictionary[nn.Module, _Slot] = WeakKeyDictionary()
+_slots_lock = ForkSafeLock()
+
+
+def device_copy(
+    head: RelishHead | RelishEnsemble, device: torch.device, dtype: torch.dtype
+) -> RelishHead | RelishEnsemble:
+    """A copy of a head on a device, kept as long as the head lives and its weights do not change.
+
+    A service that predicts one text after another then copies the head only once.
+    """
+    # A change shows as another tensor or another version of it. But torch does not count the step
+    # of a fused optimizer as a change: it moves all weights, so a sample of each shows it.
+    versions = [
+        (weight.data_ptr(), None if weight.is_inference() else weight._version)
+        for weight in head.parameters()
+    ]
+    made_for = device, head.state_norm, versions
+    with torch.no_grad():
+        sample = torch.cat([weight.flatten()[:SAMPLED_WEIGHTS] for weight in head.parameters()])
+    with _slots_lock:
+        slot = _slots.setdefault(head, _Slot())
+    with slot.lock:
+        kept = slot.copy
+        if kept is None or kept.made_for != made_for or not torch.equal(kept.sample, sample):
+            kept = slot.copy = _Copy(_copy_in_one_tensor(head, device, dtype), made_for, sample)
+    return kept.head
+
+
+def _copy_in_one_tensor(
+    head: RelishHead | RelishEnsemble, device: torch.device, dtype: torch.dtype
+) -> RelishHead | RelishEnsemble:
+    """A copy of a head whose weights are views of one tensor.
+
+    The system gets that memory back when the copy is deleted. Small tensors would stay with the
+    allocator's arena of the thread that made them: a service with many threads that is refitted
+    would grow by a copy for each thread.
+    """
+    weights = list(head.parameters())
+    with torch.no_grad():
+        vector = torch.empty(sum(map(torch.numel, weights)), device=device, dtype=dtype)
+        parts = vector.split([weight.numel() for weight in weights])
+        copies = {
+            id(weight): nn.Parameter(part.view_as(weight).copy_(weight), requires_grad=False)
+            for weight, part in zip(weights, parts, strict=True)
+        }
+    return copy.deepcopy(head, copies)

@@ -1,0 +1,277 @@
+"""Heads and ridges, fitted and weighted together by their out-of-fold predictions.
+
+The ridges are linear models on pooled states. They make the linear path of a `RelishEnsemble`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+from sklearn import config_context
+from sklearn.linear_model import RidgeCV
+from sklearn.preprocessing import StandardScaler
+
+from sklearn_relish.head.ensemble import LINEAR_POOLINGS, RelishEnsemble
+from sklearn_relish.head.head import RelishHead
+from sklearn_relish.head.losses import Loss
+from sklearn_relish.states.token_states import TokenStates
+from sklearn_relish.training.inference import pool_states
+from sklearn_relish.training.trainer import Examples, Training, train_head
+
+MIN_TEXTS = 10  # held-out texts; with fewer there are no ridges
+MAX_RIDGE_TEXTS = 10_000  # that the ridges are fitted on
+PENALTIES = np.logspace(0, 6, 19)  # of the ridges, on standardized features and targets
+# Weights without any rows to estimate them from: of the heads, and of the ridge of each pooling.
+PRIOR_WEIGHTS = (0.5, 0.3, 0.2)
+PRIOR_ROWS = 100.0  # rows that the prior weights count for
+# How large the weighted sum is, relative to its least squares fit: prior, its rows, and minimum.
+PRIOR_SCALE, PRIOR_SCALE_ROWS, MIN_SCALE = 0.6, 30.0, 0.1
+
+
+class FittedEnsemble(NamedTuple):
+    """The result of `fit_ensemble`.
+
+    Parameters
+    ----------
+    ensemble : RelishEnsemble
+        On the CPU.
+    trainings : list of Training
+        One for each head.
+    oof_predictions : ndarray of shape (n, n_outputs * n_predictions)
+        The ensemble's prediction for each row by heads and ridges that were fitted without it. NaN
+        if there are none.
+    """
+
+    ensemble: RelishEnsemble
+    trainings: list[Training]
+    oof_predictions: np.ndarray
+
+
+class Ridge(NamedTuple):
+    """A linear function of pooled states.
+
+    Parameters
+    ----------
+    coef : ndarray of shape (n_outputs, D)
+    intercept : ndarray of shape (n_outputs,)
+    oof_predictions : ndarray of shape (n_texts, n_outputs)
+        Prediction for each training row by the ridge without that row, minus the mean of the
+        targets of the other rows.
+    """
+
+    coef: np.ndarray
+    intercept: np.ndarray
+    oof_predictions: np.ndarray
+
+
+def fit_ensemble(
+    examples: Examples,
+    groups: np.ndarray,
+    held_out: list[np.ndarray],
+    *,
+    make_head: Callable[[int, int], RelishHead],
+    linear_path: bool,
+    loss_fn: Loss,
+    random: np.random.RandomState,
+    device: torch.device,
+    **training: Any,
+) -> FittedEnsemble:
+    """Train a head for each set of held-out rows, and fit the linear path.
+
+    Each head is trained on all rows but its held-out ones, which decide on early stopping. The
+    linear path has a ridge for each of `LINEAR_POOLINGS`, with leave-one-out predictions in closed
+    form. Heads and ridges are weighted by their out-of-fold predictions, see `stack`. A row's
+    out-of-fold prediction is that of a single head where each row is held out once, so the mean of
+    the heads has the weight of one of them.
+
+    Parameters
+    ----------
+    examples : Examples
+    groups : int64 ndarray of shape (n,)
+        A number from 0 for each example, the same for equal texts.
+    held_out : list of int64 ndarray
+        The held-out rows of each head, with equal texts together. Empty for a head that is trained
+        on all rows.
+    make_head : callable
+        Returns a head, given its number from 0 and a seed. It is trained in place.
+    linear_path : bool
+        Whether there is a linear path, given enough held-out texts and a loss that predicts a mean.
+    loss_fn : Loss
+    random : RandomState
+        Draws each head's seed, the order of its texts and the texts of the ridges.
+    device : torch.device
+        Where heads are trained.
+    **training
+        Further arguments of `train_head`.
+
+    Returns
+    -------
+    FittedEnsemble
+    """
+    n_rows = len(examples.states)
+    heads, trainings = [], []
+    oof_predictions = np.zeros((n_rows, examples.y.shape[1] * loss_fn.n_predictions))
+    target_means = np.zeros_like(oof_predictions)  # of the rows that each prediction learned from
+    n_held_out = np.zeros(n_rows)  # how often a row was
+    linear_path = linear_path and loss_fn.predicts_mean
+    for number, rows in enumerate(held_out):
+        learned = np.setdiff1d(np.arange(n_rows), rows)
+        head = make_head(number, random.randint(np.iinfo(np.int32).max))
+        result = train_head(
+            head,
+            examples[learned],
+            examples[rows] if len(rows) else None,
+            loss_fn=loss_fn,
+            seed=random.randint(np.iinfo(np.int32).max),
+            device=device,
+            **training,
+        )
+        if len(rows):
+            oof_predictions[rows] += result.oof_predictions
+            n_held_out[rows] += 1
+            if linear_path:
+                y, weight = examples.y[learned].numpy(), examples.weight[learned].numpy()
+                target_means[rows] += np.average(y, axis=0, weights=weight)
+        heads.append(head)
+        trainings.append(result)
+    oof_predictions[n_held_out == 0] = np.nan
+    oof_predictions /= np.maximum(n_held_out, 1)[:, None]
+    target_means /= np.maximum(n_held_out, 1)[:, None]
+
+    _, first = np.unique(groups, return_index=True)  # the first row of each text
+    chosen = np.sort(random.permutation(len(first))[:MAX_RIDGE_TEXTS])
+    seen = n_held_out[first[chosen]] > 0
+    linear_path = linear_path and np.count_nonzero(seen) >= MIN_TEXTS
+    ensemble = RelishEnsemble(heads, linear_path, loss_fn)
+    if linear_path:
+        centred = (oof_predictions - target_means)[first[chosen]]
+        stacked = np.full((len(first), oof_predictions.shape[1]), np.nan)
+        stacked[chosen] = _fit_linear_path(ensemble, examples.merged(groups)[chosen], seen, centred)
+        oof_predictions = stacked[groups]
+    return FittedEnsemble(ensemble.eval(), trainings, oof_predictions)
+
+
+def _fit_linear_path(
+    ensemble: RelishEnsemble, texts: Examples, seen: np.ndarray, oof_predictions: np.ndarray
+) -> np.ndarray:
+    """Fit the ridges, and set the weights of heads and ridges.
+
+    The weights come from the texts that are `seen`, a bool array: those with an out-of-fold
+    prediction of the heads. These predictions are minus the mean of their training targets. The
+    weighted predictions of all texts are returned.
+    """
+    y, weight = texts.y.double().numpy(), texts.weight.double().numpy()
+    ridges = fit_ridges(texts.states, ensemble.state_norm, y, weight)
+    stacked = np.empty_like(oof_predictions)
+    for j in range(y.shape[1]):
+        predictions = np.column_stack(
+            [oof_predictions[:, j], *(ridge.oof_predictions[:, j] for ridge in ridges)]
+        )
+        weights = stack(predictions[seen], y[seen, j], weight[seen], PRIOR_WEIGHTS)
+        stacked[:, j] = predictions @ weights
+        head_weight, *ridge_weights = weights
+        ensemble.head_weight[j] = head_weight
+        weighted = list(zip(ridge_weights, ridges, strict=True))
+        coef = np.concatenate([part * ridge.coef[j] for part, ridge in weighted])
+        ensemble.linear.weight[j] = torch.from_numpy(coef)
+        ensemble.linear.bias[j] = sum(part * ridge.intercept[j] for part, ridge in weighted)
+    return stacked
+
+
+def fit_ridges(
+    states: TokenStates, state_norm: str | None, y: np.ndarray, weight: np.ndarray
+) -> list[Ridge]:
+    """A ridge for each of `LINEAR_POOLINGS`, with the penalty of the best leave-one-out error.
+
+    Parameters
+    ----------
+    states : TokenStates
+    state_norm : {"rms", None}
+        As of the head.
+    y : ndarray of shape (n_texts, n_outputs)
+        Standardized targets.
+    weight : ndarray of shape (n_texts,)
+
+    Returns
+    -------
+    list of Ridge
+    """
+    weighted = weight[:, None] * y
+    mean_of_rest = (weighted.sum(axis=0) - weighted) / (weight.sum() - weight)[:, None]
+    ridges = []
+    for pooling in LINEAR_POOLINGS:
+        X = pool_states(states, pooling, state_norm).double().numpy()
+        scaler = StandardScaler().fit(X, sample_weight=weight)
+        ridge = RidgeCV(
+            PENALTIES,
+            scoring="neg_mean_squared_error",  # with a scorer, predictions are what is stored
+            store_cv_results=True,
+            alpha_per_target=True,
+        )
+        with config_context(enable_metadata_routing=False):  # otherwise the scorer needs requests
+            ridge.fit(scaler.transform(X), y, sample_weight=weight)
+        coef = ridge.coef_.reshape(y.shape[1], -1) / scaler.scale_
+        stored = ridge.cv_results_.reshape(len(y), y.shape[1], len(PENALTIES))
+        chosen = np.searchsorted(PENALTIES, np.broadcast_to(ridge.alpha_, y.shape[1]))
+        left_out = np.take_along_axis(stored, chosen[None, :, None], axis=2)[:, :, 0]
+        intercept = ridge.intercept_ - coef @ scaler.mean_
+        ridges.append(Ridge(coef, intercept, left_out - mean_of_rest))
+    return ridges
+
+
+def stack(
+    oof_predictions: np.ndarray, y: np.ndarray, weight: np.ndarray, prior: Sequence[float]
+) -> np.ndarray:
+    """Weights of models, from their out-of-fold predictions.
+
+    Least squares without negative weights (stacked regressions [1]_), pulled to the prior weights.
+    Each model's predictions are first scaled to unit size, since a model with few rows may shrink
+    them to almost nothing and still order texts better than the others. The scale of the weighted
+    sum is fitted after that.
+
+    Parameters
+    ----------
+    oof_predictions : ndarray of shape (n, n_models)
+        Predictions for rows that the models were not fitted on, minus the mean of the targets that
+        they were fitted on. That mean is lower, the higher the row's own target is. If it were not
+        subtracted, a model that predicts little else would seem to be worse than nothing.
+    y, weight : ndarray of shape (n,)
+        Standardized target and weight of each row.
+    prior : sequence of float
+        The prior weight of each model.
+
+    Returns
+    -------
+    ndarray of shape (n_models,)
+
+    References
+    ----------
+    .. [1] Breiman, "Stacked Regressions", Machine Learning 24, 1996.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> y = np.tile([-1.0, 1.0], 5000)
+    >>> noise = np.tile([-1.0, -1.0, 1.0, 1.0], 2500)
+    >>> predictions = np.column_stack([y + noise, 0.01 * (y - noise)])
+    >>> stack(predictions, y, np.ones(10_000), [0.5, 0.5]).round(1)
+    array([ 0.5, 49.9])
+    """
+    size = np.sqrt(np.average(oof_predictions**2, axis=0, weights=weight))
+    size = np.where(size > 0, size, np.inf)
+    scaled, root, prior_root = oof_predictions / size, np.sqrt(weight), np.sqrt(PRIOR_ROWS)
+    weights, _ = nnls(
+        np.vstack([root[:, None] * scaled, prior_root * np.eye(len(prior))]),
+        np.concatenate([root * y, prior_root * np.asarray(prior)]),
+    )
+    stacked = scaled @ weights
+    square = np.average(stacked**2, weights=weight)
+    if square == 0:
+        return np.zeros(len(prior))
+    fitted = weight @ (stacked * y) + PRIOR_SCALE_ROWS * PRIOR_SCALE * square
+    scale = fitted / ((weight.sum() + PRIOR_SCALE_ROWS) * square)
+    return max(scale, MIN_SCALE) * weights / size

@@ -8,6 +8,7 @@ from read_helpers import read
 from tiny import tiny_model
 
 from sklearn_relish import FrozenLLM
+from sklearn_relish.llm.fingerprint import model_fingerprint
 from sklearn_relish.llm.frozen import shared_llm
 
 
@@ -61,3 +62,12 @@ def test_each_subfolder_is_a_separate_model(tmp_path):
     llms = [FrozenLLM(tmp_path, model_kwargs={"subfolder": name}) for name in "ab"]
     assert [llm.config.model_type for llm in llms] == ["llama", "gpt2"]
     assert llms[0].fingerprint != llms[1].fingerprint
+
+
+def test_commit_and_subfolder_identify_a_model_of_the_hub():
+    fingerprints = {
+        model_fingerprint("no/such", revision, model_kwargs)
+        for revision in ("a", "b")
+        for model_kwargs in (None, {"subfolder": "x"}, {"subfolder": "y"})
+    }
+    assert len(fingerprints) == 6

@@ -131,3 +131,11 @@ def test_a_chat_has_the_models_template_and_one_bos_token():
     encoder.tokenizer.chat_template = llm.tokenizer.chat_template
     (chat,) = encoder.as_chat(["hello"])  # its tokenizer adds the bos token itself
     assert encoder.tokenizer(chat)["input_ids"].count(encoder.tokenizer.bos_token_id) == 1
+
+
+def test_batches_are_padded_with_the_padding_token_if_there_is_one():
+    with_padding, without = (
+        FrozenLLM(tiny_model(kind))._text_tokenizer for kind in ("bert", "llama")
+    )
+    assert with_padding.padding_id == with_padding.tokenizer.pad_token_id != with_padding.filler_id
+    assert without.padding_id == without.filler_id == without.tokenizer.bos_token_id

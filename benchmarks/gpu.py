@@ -31,7 +31,7 @@ from peers import TextbookHead, largest_product, settings, textbook_fit
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-import sklearn_relish.llm.frozen
+import sklearn_relish.llm.batching
 from sklearn_relish import FrozenLLM, RelishRegressor
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.inference import predict_states
@@ -164,12 +164,12 @@ def check_reading(check: Checks) -> None:
         total = torch.cuda.get_device_properties(GPU).total_memory
         kept = torch.cuda.memory_reserved()
         torch.cuda.set_per_process_memory_fraction((kept + 2**28) / total)
-        llms["float32"].token_budget = sklearn_relish.llm.frozen.WINDOW_TEXTS = 2**22
+        llms["float32"].token_budget = sklearn_relish.llm.batching.CHUNK_TEXTS = 2**22
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             states = torch.cat(read_all(llms["float32"], many, 2)[: len(texts)])
         torch.cuda.set_per_process_memory_fraction(1.0)
-        sklearn_relish.llm.frozen.WINDOW_TEXTS = 4_096
+        sklearn_relish.llm.batching.CHUNK_TEXTS = 4_096
         check("states after batches that were too large", apart(states, reference), 1e-3)
         check("of warnings, those missing", float(not caught), 0)
 
@@ -217,13 +217,13 @@ def reading(llm: FrozenLLM, n_texts: int, rounds: int) -> None:
     own = [len(ids) for ids in llm.tokenizer(texts)["input_ids"]]
     assert own == lengths.tolist(), "a word is to be a token"
     n_tokens = sum(own)
-    weights = sum(p.numel() for layer in llm._layers for p in layer.parameters())
+    weights = sum(p.numel() for layer in llm._forward_pass.layers for p in layer.parameters())
     attention = 2 * n_layers * 4096 * float((lengths**2).sum())  # causal: half of 4 S² D
     flops = 2 * weights * n_tokens + attention
     print(f"largest product {ceiling / 1e12:.0f} TFLOP/s; {n_texts} texts, {n_tokens} tokens")
     for budget, enough in ((4_096, 4_096), (8_192, 4_096), (16_384, 4_096), (16_384, 16_384)):
         llm.token_budget = budget
-        sklearn_relish.llm.frozen.ENOUGH_TOKENS["cuda"] = enough
+        sklearn_relish.llm.batching.ANY_LENGTH_TOKENS["cuda"] = enough
         list(llm.read(texts[:200], layers=[n_layers], max_length=512))
         took = statistics.median(
             seconds(lambda: list(llm.read(texts, layers=[n_layers], max_length=512)))

@@ -7,6 +7,7 @@ by rounding in that dtype. On other devices they compute in float32.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -145,10 +146,11 @@ def _copy_in_one_tensor(
     """
     weights = list(head.parameters())
     with torch.no_grad():
-        vector = torch.empty(sum(map(torch.numel, weights)), device=device, dtype=dtype)
-        parts = vector.split([weight.numel() for weight in weights])
+        # Each part begins at a multiple of 64 bytes, as torch's own tensors do.
+        sizes = [math.ceil(weight.numel() / 16) * 16 for weight in weights]
+        parts = torch.empty(sum(sizes), device=device, dtype=dtype).split(sizes)
         copies = {
-            id(weight): nn.Parameter(part.view_as(weight).copy_(weight), requires_grad=False)
+            id(weight): nn.Parameter(part[: weight.numel()].view_as(weight).copy_(weight), False)
             for weight, part in zip(weights, parts, strict=True)
         }
     return copy.deepcopy(head, copies)

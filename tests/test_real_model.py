@@ -107,7 +107,8 @@ def test_states_of_a_text_are_bit_equal_in_any_batch_and_with_any_threads(llm, l
 
 def test_ratings_of_words_are_learned(llm, store, lexicon):
     words, ratings = lexicon
-    regressor = RelishRegressor(llm, memory=store, random_state=0).fit(words[:1000], ratings[:1000])
+    regressor = RelishRegressor(llm, n_estimators=2, memory=store, random_state=0)
+    regressor.fit(words[:1000], ratings[:1000])
     predicted = regressor.predict(words[1000:1500])
     assert np.corrcoef(predicted, ratings[1000:1500])[0, 1] > 0.7
     assert regressor.score(words[1000:1500], ratings[1000:1500]) > 0.45

@@ -18,7 +18,10 @@ from safetensors.torch import load_file
 from sklearn.base import clone
 from tiny import SIZE, tiny_model
 
-import sklearn_relish.states.store
+import sklearn_relish.states.contents
+import sklearn_relish.states.index
+import sklearn_relish.states.reading
+import sklearn_relish.states.retention
 from sklearn_relish import FrozenLLM, LLMEncoder, StateStore
 from sklearn_relish.llm.frozen import TOKEN_BUDGET
 from sklearn_relish.states.shard import Shard
@@ -63,7 +66,7 @@ def streamed(store, texts, llm):
 
 def forget():
     """Leave what is on disk alone: what another process would find."""
-    sklearn_relish.states.store._known.clear()
+    sklearn_relish.states.contents._cached.clear()
 
 
 def reference(texts):
@@ -181,7 +184,7 @@ def test_what_was_read_before_an_interruption_is_kept(llm, tmp_path, monkeypatch
 
 
 def test_states_are_kept_in_shards_of_bounded_size(llm, tmp_path, monkeypatch):
-    monkeypatch.setattr("sklearn_relish.states.store.SHARD_BYTES", 10_000)
+    monkeypatch.setattr("sklearn_relish.states.retention.SHARD_BYTES", 10_000)
     monkeypatch.setitem(TOKEN_BUDGET, "cpu", 64)
     first = fetch(StateStore(tmp_path), TEXTS, llm)
     shards = list(tmp_path.rglob("*.safetensors"))
@@ -244,7 +247,7 @@ def test_a_damaged_file_is_said_and_its_texts_are_read_again(llm, tmp_path, dama
 def test_damaged_claims_and_unfinished_files_are_as_good_as_absent(llm, tmp_path):
     first = fetch(StateStore(tmp_path), TEXTS[:10], llm)
     (shard,) = tmp_path.rglob("*.safetensors")
-    (shard.parent / "claims" / "0.claim").write_bytes(b"odd")
+    (shard.parent / "leases" / "0.lease").write_bytes(b"odd")
     partial = shard.parent / f".{'0' * 32}.partial"
     partial.mkdir()
     (partial / f"{'0' * 32}.safetensors").write_bytes(shard.read_bytes()[:99])
@@ -252,7 +255,7 @@ def test_damaged_claims_and_unfinished_files_are_as_good_as_absent(llm, tmp_path
     again = fetch(StateStore(tmp_path), TEXTS, llm)
     assert same(again[torch.arange(10)], first)
     assert llm.tokens_read == n_tokens(TEXTS)
-    assert not list(tmp_path.rglob("*.claim"))
+    assert not list(tmp_path.rglob("*.lease"))
 
 
 def test_whoever_may_use_the_folder_may_use_its_files(llm, tmp_path):
@@ -325,9 +328,9 @@ def test_beyond_its_budget_memory_goes_to_a_temporary_folder(llm, monkeypatch):
     store = StateStore(max_memory=2 * 2**20)
     first = fetch(store, texts, llm)
     assert n_tokens(texts) * SIZE * 4 > 6 * store.max_memory
-    (shelf,) = store._contents.shelves.values()
-    assert 0 < shelf.memory_bytes <= store.max_memory
-    files = [shard.path for shard in shelf.shards if shard.path is not None]
+    (index,) = store._contents.indexes.values()
+    assert 0 < index.memory_bytes <= store.max_memory
+    files = [shard.path for shard in index.shards if shard.path is not None]
     assert {path.parent for path in files} == {temporary_folder().path}
     assert temporary_folder().path.stat().st_mode & 0o77 == 0
     assert same(fetch(store, texts[::-1], llm), first[torch.arange(len(texts) - 1, -1, -1)])
@@ -336,7 +339,7 @@ def test_beyond_its_budget_memory_goes_to_a_temporary_folder(llm, monkeypatch):
 
 def test_states_on_disk_are_mapped_and_not_copied(llm, tmp_path, monkeypatch):
     monkeypatch.setattr("sklearn_relish.states.shard.SMALL_BYTES", 0)
-    monkeypatch.setattr("sklearn_relish.states.store.SHARD_BYTES", 10_000)
+    monkeypatch.setattr("sklearn_relish.states.retention.SHARD_BYTES", 10_000)
     monkeypatch.setitem(TOKEN_BUDGET, "cpu", 64)
     first, again = (fetch(StateStore(tmp_path), TEXTS, llm) for _ in range(2))
     assert len(first.arrays) > 3
@@ -417,9 +420,9 @@ def test_one_budget_for_all_models_in_memory(llm):
     fetch(store, [f"question {i}" for i in range(10)], llm)
     for i in range(100):
         fetch(store, [f"question {i % 10}{i // 10}"], llm, layer=1)
-    shelves = store._contents.shelves.values()
-    assert sum(shelf.memory_bytes for shelf in shelves) <= store.max_memory
-    n_files = len({shard.path for shelf in shelves for shard in shelf.shards})
+    indexes = store._contents.indexes.values()
+    assert sum(index.memory_bytes for index in indexes) <= store.max_memory
+    n_files = len({shard.path for index in indexes for shard in index.shards})
     assert n_files < 20
 
 
@@ -427,9 +430,9 @@ def test_single_texts_in_memory_are_gathered(llm):
     texts = [f"question {i}" for i in range(200)]
     for text in texts:
         fetch(StateStore(), [text], llm)
-    (shelf,) = StateStore()._contents.shelves.values()
-    assert len(shelf.shards) < 70
-    assert shelf.memory_bytes == shelf.n_bytes == n_tokens(texts) * SIZE * 4
+    (index,) = StateStore()._contents.indexes.values()
+    assert len(index.shards) < 70
+    assert index.memory_bytes == index.n_bytes == n_tokens(texts) * SIZE * 4
     assert same(fetch(StateStore(), texts, llm), reference(texts))
 
 
@@ -456,8 +459,8 @@ def test_states_that_fit_nowhere_are_dropped_and_read_again(llm, tmp_path, monke
 
 def kept_in_memory(store):
     contents = store._contents
-    shelves = contents.shelves.values()
-    held = sum(s.n_bytes for shelf in shelves for s in shelf.shards if s.path is None)
+    indexes = contents.indexes.values()
+    held = sum(s.n_bytes for index in indexes for s in index.shards if s.path is None)
     assert held == contents.memory_bytes
     return held + contents.recent.n_bytes
 
@@ -592,22 +595,22 @@ def test_a_thread_finds_states_while_another_reads(llm, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("how", ["fetch", "stream"])
 def test_waiting_for_another_process_ends_when_it_lets_go(llm, tmp_path, monkeypatch, how):
-    monkeypatch.setattr("sklearn_relish.states.store.POLL_SECONDS", 1e-4)
+    monkeypatch.setattr("sklearn_relish.states.reading.POLL_SECONDS", 1e-4)
     monkeypatch.setattr(
-        "sklearn_relish.states.store.PATIENCE_SECONDS", 0.0
+        "sklearn_relish.states.reading.PATIENCE_SECONDS", 0.0
     )  # any wait is a long one
     store = StateStore(tmp_path)
     fetch(store, TEXTS[:1], llm)
-    (shelf,) = store._contents.shelves.values()
-    name = next(iter(store._contents.shelves))
-    claimed = {sklearn_relish.states.store._key(name, text) for text in TEXTS}
+    (index,) = store._contents.indexes.values()
+    name = next(iter(store._contents.indexes))
+    claimed = {sklearn_relish.states.index.text_key(name, text) for text in TEXTS}
     looks = []
 
-    def taken():
+    def leased(collection):
         looks.append(1)
         return claimed if len(looks) < 20 else set()
 
-    monkeypatch.setattr(shelf.claims, "taken", taken)
+    monkeypatch.setattr(index.backend, "leased", leased)
     read = {"fetch": fetch, "stream": streamed}[how]
     with pytest.warns(UserWarning, match="Another process has been reading") as caught:
         states = read(store, TEXTS, llm)
@@ -641,15 +644,15 @@ def test_a_service_stays_as_large_as_it_is(llm, tmp_path, on_disk):
     store = StateStore(tmp_path / "states" if on_disk else None, max_memory=200_000)
     fetch(store, TEXTS, llm)
     contents, files = store._contents, sorted(tmp_path.rglob("*"))
-    (shelf,) = contents.shelves.values()
+    (index,) = contents.indexes.values()
     for i in range(20):
         texts = [f"{i} {j}" for j in range(100)]
         assert len(streamed(store, texts, llm)) == 100
         assert contents.recent.n_bytes <= store.max_memory / 4
         assert kept_in_memory(store) <= store.max_memory
         assert len(contents.recent) < 100
-        assert len(shelf.entries) == len(TEXTS)
-        assert not contents.in_work
+        assert len(index.entries) == len(TEXTS)
+        assert not contents.reserved
         assert not contents.calls
     assert sorted(tmp_path.rglob("*")) == files
     before = llm.tokens_read
@@ -660,7 +663,7 @@ def test_a_service_stays_as_large_as_it_is(llm, tmp_path, on_disk):
 
 
 def test_a_stream_holds_a_piece_at_a_time(llm, monkeypatch):
-    monkeypatch.setattr("sklearn_relish.states.store.STREAM_TEXTS", 4)
+    monkeypatch.setattr("sklearn_relish.states.reading.STREAM_TEXTS", 4)
     monkeypatch.setitem(TOKEN_BUDGET, "cpu", 64)
     store = StateStore(max_memory=0)
     pieces = list(store.stream(TEXTS, llm, layer=2, max_length=512))
@@ -670,7 +673,7 @@ def test_a_stream_holds_a_piece_at_a_time(llm, monkeypatch):
 
 
 def test_a_stream_counts_cut_texts_in_one_warning(llm, monkeypatch):
-    monkeypatch.setattr("sklearn_relish.states.store.STREAM_TEXTS", 1)
+    monkeypatch.setattr("sklearn_relish.states.reading.STREAM_TEXTS", 1)
     texts = ["short", "x" * 600, "y" * 550, "x" * 600]
     with pytest.warns(UserWarning, match="3 of 4 texts .* the longest has 600") as caught:
         streamed(StateStore(), texts, llm)
@@ -702,8 +705,8 @@ def test_a_thread_does_not_wait_for_other_texts_of_another(llm, tmp_path, monkey
 
 
 def test_threads_that_want_the_same_texts_share_the_reading(llm, tmp_path, monkeypatch):
-    monkeypatch.setattr("sklearn_relish.states.store.PIECE_TEXTS", 3)
-    monkeypatch.setattr("sklearn_relish.states.store.PIECE_SECONDS", 0.0)
+    monkeypatch.setattr("sklearn_relish.states.reading.PIECE_TEXTS", 3)
+    monkeypatch.setattr("sklearn_relish.states.reading.PIECE_SECONDS", 0.0)
     store = StateStore()
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(how, store, TEXTS, llm) for how in (fetch, streamed) * 3]
@@ -712,7 +715,7 @@ def test_threads_that_want_the_same_texts_share_the_reading(llm, tmp_path, monke
 
 
 def test_a_stream_that_is_left_alone_keeps_no_other_thread_waiting(llm, monkeypatch):
-    monkeypatch.setattr("sklearn_relish.states.store.STREAM_TEXTS", 1)
+    monkeypatch.setattr("sklearn_relish.states.reading.STREAM_TEXTS", 1)
     monkeypatch.setitem(TOKEN_BUDGET, "cpu", 64)
     store = StateStore()
     stream = store.stream(TEXTS, llm, layer=2, max_length=512)
@@ -720,7 +723,7 @@ def test_a_stream_that_is_left_alone_keeps_no_other_thread_waiting(llm, monkeypa
     with ThreadPoolExecutor() as pool:
         assert same(pool.submit(fetch, store, TEXTS, llm).result(60), reference(TEXTS))
     stream.close()
-    assert not store._contents.in_work
+    assert not store._contents.reserved
 
 
 def crafted(shard, change):
@@ -789,15 +792,15 @@ def test_what_is_no_file_is_neither_followed_nor_waited_for(llm, tmp_path, what)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
-@pytest.mark.parametrize("depth", ["model", "layer", "claims"])
+@pytest.mark.parametrize("depth", ["model", "layer", "leases"])
 def test_a_linked_folder_inside_the_store_is_left_alone(llm, tmp_path, depth):
     fetch(StateStore(tmp_path / "states"), TEXTS, llm)
     (shard,) = tmp_path.rglob("*.safetensors")
     place = {"model": shard.parent.parent, "layer": shard.parent}.get(depth)
-    place = shard.parent / "claims" if place is None else place
+    place = shard.parent / "leases" if place is None else place
     outside = tmp_path / "outside"
     place.rename(outside)
-    (outside / "0.claim").write_bytes(b"theirs")
+    (outside / "0.lease").write_bytes(b"theirs")
     place.symlink_to(outside)
     files = sorted(outside.rglob("*"))
     forget()
@@ -809,13 +812,13 @@ def test_a_linked_folder_inside_the_store_is_left_alone(llm, tmp_path, depth):
         store.clear()
     assert sorted(outside.rglob("*")) == files
     said = [str(warning.message) for warning in caught]
-    assert any("symbolic link" in message for message in said) == (depth != "claims")
+    assert any("symbolic link" in message for message in said) == (depth != "leases")
 
 
 def test_the_indexes_of_few_folders_are_remembered(llm, tmp_path):
     for i in range(20):
         fetch(StateStore(tmp_path / str(i)), ["text"], llm)
-    known = sklearn_relish.states.store._known
+    known = sklearn_relish.states.contents._cached
     assert list(known) == [tmp_path / str(i) for i in range(4, 20)]
     shutil.rmtree(tmp_path)
     fetch(StateStore(tmp_path / "new"), ["text"], llm)
@@ -835,17 +838,17 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads(llm, tmp_path, loc
         with ExitStack() as stack:
             if locked:
                 for lock in (
-                    contents.spilling,
+                    contents.spill_lock,
                     contents.lock,
-                    sklearn_relish.states.store._known_lock,
+                    sklearn_relish.states.contents._cached_lock,
                     sklearn_relish.states.temporary._lock,
                 ):
                     stack.enter_context(lock)
-            contents.in_work.add(sklearn_relish.states.store._key(*missing))
+            contents.reserved.add(sklearn_relish.states.index.text_key(*missing))
             held.set()
             go.wait(60)
 
-    missing = next(iter(contents.shelves)), TEXTS[10]
+    missing = next(iter(contents.indexes)), TEXTS[10]
     thread = threading.Thread(target=hold)
     thread.start()
     try:
@@ -855,12 +858,12 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads(llm, tmp_path, loc
             failed = True
             try:
                 signal.alarm(60)
-                entries = store._contents.shelves
+                entries = store._contents.indexes
                 assert bool(entries) != locked  # it may have been left half changed
-                assert not store._contents.in_work
+                assert not store._contents.reserved
                 assert len(store.info()) == 1
                 temporary_folder()
-                with store._contents.changed, store._contents.spilling:
+                with store._contents.changed, store._contents.spill_lock:
                     failed = False
             finally:
                 os._exit(failed)

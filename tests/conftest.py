@@ -24,7 +24,7 @@ torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 def fresh_process_state(monkeypatch):
     """Start each test without a shared model and without a shared store."""
     monkeypatch.setattr("sklearn_relish.llm.frozen._shared", {})
-    monkeypatch.setattr("sklearn_relish.states.store._known", {})
+    monkeypatch.setattr("sklearn_relish.states.contents._cached", {})
 
 
 @pytest.fixture(scope="session")

@@ -83,9 +83,9 @@ def test_a_prediction_does_not_depend_on_company_or_order(llm, monkeypatch):
     fresh = [f"{text} and so on {i}" for i, text in enumerate(texts)]
     regressor = make(llm, max_epochs=3).fit(texts, y)
     together = regressor.predict(fresh)
-    monkeypatch.setattr("sklearn_relish.states.store._known", {})  # so that they are read anew
+    monkeypatch.setattr("sklearn_relish.states.contents._cached", {})  # so that they are read anew
     np.testing.assert_array_equal(regressor.predict(fresh[::-1]), together[::-1])
-    monkeypatch.setattr("sklearn_relish.states.store._known", {})
+    monkeypatch.setattr("sklearn_relish.states.contents._cached", {})
     alone = [regressor.predict([text])[0] for text in fresh]
     np.testing.assert_array_equal(alone, together)
 

@@ -179,6 +179,13 @@ class FrozenLLM:
         """Size D of a token's state; only the model's configuration is loaded."""
         return self._text_config.hidden_size
 
+    def state_sizes(self, layer: int) -> set[int]:
+        """Sizes D that a token's state may have at a layer, from 1 to `n_layers`."""
+        sizes = {self.hidden_size}
+        if layer == self.n_layers:  # some models project the last layer's states
+            sizes.add(getattr(self._text_config, "word_embed_proj_dim", None) or self.hidden_size)
+        return sizes
+
     def resolve_layer(self, layer: int | float) -> int:
         """The number of a layer, from 1 to `n_layers`.
 

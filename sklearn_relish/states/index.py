@@ -1,50 +1,47 @@
-"""A shelf: the states of one model at one layer, as far as this process knows them.
+"""The index of one collection of shards: where this process finds the states of each text.
 
-It finds the shards that other processes put into the shelf's folder, trusts none whose checksum
-disagrees, and keeps their number small.
+It notices shards that other processes add and remove, refuses those whose checksum does not agree,
+and merges small ones.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
+import hashlib
 import threading
-import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from contextlib import suppress
-from pathlib import Path
 
 import torch
 
-from sklearn_relish.states.lease import Claims
-from sklearn_relish.states.shard import SMALL_BYTES, DamagedShardError, Entry, Shard
-from sklearn_relish.states.temporary import made_temporary_folder
-from sklearn_relish.states.token_states import SCALE_BYTES, TokenStates
-from sklearn_relish.utils.files import check_no_links
-
-MERGE_SHARDS = 32  # small shards of like size that are merged
-LEFT_BEHIND_SECONDS = 3600.0  # after which a file that is being written is nobody's
-SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
-SHELF_NAME = re.compile(
-    r"layer(?P<layer>\d+)-(?P<dtype>\w+(-8bit)?)-(?P<max_length>\d+)(-windows)?"
+from sklearn_relish.states.backend import COLLECTION_NAME, Backend
+from sklearn_relish.states.shard import (
+    KEY_BYTES,
+    SMALL_BYTES,
+    DamagedShardError,
+    Entry,
+    Shard,
 )
+from sklearn_relish.states.temporary import remove_temporary_file
+from sklearn_relish.states.token_states import SCALE_BYTES, TokenStates
+
+STATES_VERSION = 1  # goes up when this package computes other states for the same text
+MERGE_SHARDS = 32  # small shards of similar size that are merged
 
 
-class Shelf:
-    """An index over shards.
+class ShardIndex:
+    """The texts of one collection, and the shards that hold their states.
 
-    Its methods may be called by several threads. Files are listed, read and written without the
-    lock, so that no thread waits for another one's disk.
+    Shards lie in the backend, in memory, or in the temporary folder. Methods may be called by
+    several threads. The backend is used without the lock, so that no thread waits for another
+    one's disk.
 
     Parameters
     ----------
-    name : str
-        What the states are of; the last part names layer, dtype and length.
-    folder : Path or None
-        Where its files lie; None: it has none.
+    collection : str
+        Its name, see `Backend`.
+    backend : Backend
     lock : RLock
         Guards all attributes; other indexes may share it.
 
@@ -53,153 +50,155 @@ class Shelf:
     entries : dict
         Where each text's states lie, by the text's key.
     shards : Counter
-        How many texts are to be found in each shard; none in a file whose texts others have too.
+        Number of texts that `entries` finds in each shard. It is zero if all of a shard's texts
+        are found in other shards.
     n_bytes, memory_bytes : int
-        Bytes of all states, and of those that are held in memory.
-    widths : collection of int
-        Sizes D that a state may have; none: any.
-    writing : set of str
-        Names of files that this process is writing.
+        Bytes of all states, and of those that lie in memory.
+    sizes : collection of int
+        Sizes D that a token's state may have; empty: any size.
     """
 
-    def __init__(self, name: str, folder: Path | None, lock: threading.RLock) -> None:
-        self.folder = folder
-        self.lock = lock
+    def __init__(self, collection: str, backend: Backend, lock: threading.RLock) -> None:
+        self.collection = collection
+        self.backend = backend
         self.entries: dict[bytes, Entry] = {}
         self.shards: Counter[Shard] = Counter()
         self.n_bytes = self.memory_bytes = 0
-        self.widths: Collection[int] = ()
-        self.writing: set[str] = set()
-        self.claims = None if folder is None else Claims(folder / "claims")
-        self._label = SHELF_NAME.fullmatch(name.rpartition("/")[2]).groupdict()
-        self._seen: set[str] = set()
+        self.sizes: Collection[int] = ()
+        self._label = COLLECTION_NAME.fullmatch(collection.rpartition("/")[2]).groupdict()
+        self._names: dict[Shard, str] = {}  # of the backend's shards
+        self._seen: set[str] = set()  # names in the backend that need not be opened any more
+        self.renew(lock)
 
-    def look(self) -> list[str]:
-        """Find files that are new, forget those that are gone; tell which can't be used, and why.
+    def renew(self, lock: threading.RLock) -> None:
+        """Use another lock, as a forked child does, in which no other thread is saving."""
+        self.lock = lock
+        self._saving: set[str] = set()  # names of shards that threads are saving
 
-        A file found damaged is removed.
+    def refresh(self) -> list[str]:
+        """Add shards that are new in the backend and discard those that are gone.
+
+        A damaged shard is removed.
+
+        Returns
+        -------
+        list of str
+            For each shard that can't be used, where it lies and what is wrong.
 
         Raises
         ------
         OSError
-            If the folder can't be read, or is a link.
+            If the backend can't be read.
         """
-        if self.folder is None:
-            return []
         with self.lock:
             before = self._seen.copy()
-        paths = self._files()
+        listed = self.backend.names(self.collection)
         with self.lock:
-            for shard in list(self.shards):
-                name = None if shard.path is None else shard.path.name
-                ours = name is not None and shard.path.parent == self.folder
-                # What another thread has added since may be missing from the list.
-                if ours and name in before and name not in paths:
-                    self.forget(shard)
-            self._seen -= before - paths.keys()
-            new = sorted(paths.keys() - self._seen - self.writing)
-        troubles = []
+            for shard, name in list(self._names.items()):
+                # `listed` may lack what another thread has added since.
+                if name in before and name not in listed:
+                    self.discard(shard)
+            self._seen -= before - listed
+            new = sorted(listed - self._seen - self._saving)
+        problems = []
         for name in new:
-            path = paths[name]
+            location = self.backend.location(self.collection, name)
             try:
-                shard = Shard.open(path)
+                shard = self.backend.load(self.collection, name)
                 self._check(shard)
                 with self.lock:
-                    if name not in self._seen:  # another thread may have found it too
-                        self.add(shard)
+                    if name not in self._seen:  # another thread may have opened it too
+                        self._add_stored(shard, name)
             except DamagedShardError as error:
-                _unlink(path)
-                troubles.append(f"{path} ({error})")
+                self.backend.remove(self.collection, name)
+                problems.append(f"{location} ({error})")
+            except FileNotFoundError:
+                pass
             except OSError as error:
-                if os.path.lexists(path):  # else merged or removed since
-                    troubles.append(f"{path} ({error.strerror or error})")
+                problems.append(f"{location} ({error.strerror or error})")
             with self.lock:
                 self._seen.add(name)
-        return troubles
+        return problems
 
-    def expect(self, widths: Collection[int]) -> list[str]:
-        """Have states of these sizes D alone; shards of another size are removed and reported."""
-        troubles = []
+    def require_sizes(self, sizes: Collection[int]) -> list[str]:
+        """Accept only states of these sizes D; remove and report shards of another size."""
+        problems = []
         with self.lock:
-            if widths != self.widths:
-                self.widths = widths
+            if sizes != self.sizes:
+                self.sizes = sizes
                 for shard in list(self.shards):
                     try:
                         self._check(shard)
                     except DamagedShardError as error:
-                        troubles.append(f"{shard.path} ({error})")
+                        problems.append(f"{shard.path} ({error})")
                         self.remove(shard)
-        return troubles
+        return problems
 
     def verify(self, keys: Iterable[bytes]) -> list[str]:
-        """Drop the shards of these texts whose states aren't what was written; tell which."""
-        troubles = []
+        """Drop the shards of these texts whose states are not what was saved, and report them."""
+        problems = []
         with self.lock:
             shards = {self.entries[key].shard for key in keys if key in self.entries}
         for shard in shards:
-            trouble, remove = None, False
+            problem, damaged = None, False
             try:
-                if shard.is_whole():
+                if shard.is_intact():
                     continue
-                trouble = f"{shard.path} (its states do not agree with their checksum)"
-                remove = True
+                problem = f"{shard.path} (its states do not agree with their checksum)"
+                damaged = True
             except FileNotFoundError:
                 pass
             except OSError as error:
-                trouble = f"{shard.path} ({error.strerror or error})"
+                problem = f"{shard.path} ({error.strerror or error})"
             with self.lock:
-                if shard not in self.shards:  # another thread was faster
+                if shard not in self.shards:  # another thread has dropped it already
                     continue
-                (self.remove if remove else self.forget)(shard)
-            if trouble is not None:
-                troubles.append(trouble)
-        return troubles
-
-    def new_file(self, folder: Path) -> Path:
-        """A name for a file of this process; `look` leaves it alone until it has been added."""
-        path = folder / f"{uuid.uuid4().hex}.safetensors"
-        with self.lock:
-            self.writing.add(path.name)
-        return path
+                if damaged:
+                    self.remove(shard)
+                else:
+                    self.discard(shard)
+            if problem is not None:
+                problems.append(problem)
+        return problems
 
     def save(self, shard: Shard) -> Shard:
-        """Write a shard to the folder and add it.
+        """Save a shard in the backend and add it.
 
         Raises
         ------
         OSError
-            If it can't be written.
+            If it can't be saved.
         """
-        path = self.new_file(self.folder)
+        name = uuid.uuid4().hex
+        with self.lock:
+            self._saving.add(name)  # before it appears: `refresh` is not to open it
         try:
-            saved = shard.save(path)
+            saved = self.backend.save(self.collection, name, shard)
             with self.lock:
-                self.add(saved)
+                self._add_stored(saved, name)
         finally:
             with self.lock:
-                self.writing.discard(path.name)
+                self._saving.discard(name)
         return saved
 
     def add(self, shard: Shard) -> None:
-        """Take in a shard; where it has a text that others have too, it counts."""
+        """Add a shard. Texts that other shards hold too are found in this one from now on."""
         with self.lock:
             self.n_bytes += shard.n_bytes
             if shard.path is None:
                 self.memory_bytes += shard.n_bytes
-            else:
-                self._seen.add(shard.path.name)
             self.shards[shard] += 0
             for key, entry in shard.entries():
                 self.shards[shard] += 1
-                self._forget_text(key)
+                self._discard_text(key)
                 self.entries[key] = entry
 
-    def forget(self, shard: Shard) -> None:
-        """Have nothing to do with a shard any more; where others have its texts, they count."""
+    def discard(self, shard: Shard) -> None:
+        """Drop a shard from the index. Texts that other shards hold too are found there."""
         with self.lock:
             for key in shard.text_keys():
                 if key in self.entries and self.entries[key].shard is shard:
-                    self._forget_text(key)
+                    self._discard_text(key)
             self._drop(shard)
             for other, n_texts in self.shards.items():
                 if n_texts < len(other.lengths):
@@ -208,78 +207,78 @@ class Shelf:
                     self.shards[other] += len(found)
 
     def remove(self, shard: Shard) -> None:
-        """Forget a shard and delete its file, unless that is another process's temporary one."""
-        self.forget(shard)
-        if shard.path is not None:
-            temporary = made_temporary_folder()
-            if shard.path.parent in (self.folder, temporary and temporary.path):
-                _unlink(shard.path)
+        """Discard a shard and delete it from the backend or this process's temporary folder."""
+        with self.lock:
+            name = self._names.get(shard)
+        self.discard(shard)
+        if name is not None:
+            self.backend.remove(self.collection, name)
+        elif shard.path is not None:
+            remove_temporary_file(shard.path)
 
     def merge_small(self) -> list[str]:
-        """Merge small shards when there are many of like size, as single predictions make them.
+        """Merge the backend's small shards if there are many, as single predictions make them.
 
-        A text is rewritten a few times at most, since a merged shard is of another size. A process
-        that is killed at it leaves texts twice, which does no harm. Files that can't be used are
-        told as by `look`.
+        A merged shard is of another size, so a text is rewritten only a few times. A process that
+        is killed while it merges leaves texts stored twice, which does no harm.
+
+        Returns
+        -------
+        list of str
+            Shards that can't be used, as `refresh` reports them.
         """
         with self.lock:
             groups = self._mergeable()
-            if self.claims is None:
+            if self.backend.in_memory:  # within one lock: no other process takes part
                 for group in groups:
-                    self.add(Shard.merged(group))  # which takes the place of the group
-        if not groups or self.claims is None:
+                    self.save(Shard.merged(group))  # the group's shards are dropped
+                return []
+        if not groups:
             return []
-        troubles: list[str] = []
-        with suppress(OSError), self.claims.lock():
-            troubles = self.look()
-            for partial in self.folder.glob(".*.partial"):
-                old = time.time() - partial.lstat().st_mtime > LEFT_BEHIND_SECONDS
-                if old and not partial.is_symlink():
-                    shutil.rmtree(partial, ignore_errors=True)
+        problems: list[str] = []
+        with suppress(OSError), self.backend.lock(self.collection):
+            problems = self.refresh()
+            self.backend.clean(self.collection)
             with self.lock:
                 for shard, n_texts in list(self.shards.items()):
                     if not n_texts and shard.n_bytes < SMALL_BYTES:
                         self.remove(shard)
                 groups = self._mergeable()
             for group in groups:
-                whole = [shard for shard in group if shard.is_whole()]
-                if len(whole) > 1:
-                    self.save(Shard.merged(whole))
-                    for shard in whole:
+                intact = [shard for shard in group if shard.is_intact()]
+                if len(intact) > 1:
+                    self.save(Shard.merged(intact))
+                    for shard in intact:
                         self.remove(shard)
-        return troubles
+        return problems
 
     def _mergeable(self) -> list[list[Shard]]:
-        """Groups of small shards of like size: the folder's files, or without one, in memory."""
-        sizes = defaultdict(list)
-        for shard in self.shards:
-            place = None if shard.path is None else shard.path.parent
-            if shard.n_bytes < SMALL_BYTES and place == self.folder:
-                sizes[shard.n_bytes.bit_length() // 5].append(shard)  # up to 32 times as large
-        return [group for group in sizes.values() if len(group) >= MERGE_SHARDS]
-
-    def _files(self) -> dict[str, Path]:
-        """The folder's shards by name."""
-        check_no_links(self.folder, n_parents=1)
-        try:
-            with os.scandir(self.folder) as entries:
-                return {e.name: Path(e.path) for e in entries if SHARD_NAME.fullmatch(e.name)}
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
+        """Groups of the backend's small shards of similar size."""
+        groups = defaultdict(list)
+        for shard in self._names:
+            if shard.n_bytes < SMALL_BYTES:
+                groups[shard.n_bytes.bit_length() // 5].append(shard)  # up to 32 times as large
+        return [group for group in groups.values() if len(group) >= MERGE_SHARDS]
 
     def _check(self, shard: Shard) -> None:
-        """Refuse a shard of other states than this index is of."""
+        """Refuse a shard whose states are not those of this collection."""
         if any(shard.label[name] != value for name, value in self._label.items()):
             raise DamagedShardError("its label does not agree with its folder")
         packed = self._label["dtype"].endswith("-8bit")
         dtype = torch.uint8 if packed else getattr(torch, self._label["dtype"], None)
         if shard.states.dtype != dtype:
             raise DamagedShardError(f"its states are {shard.states.dtype}")
-        width = shard.states.shape[1] - (SCALE_BYTES if packed else 0)
-        if self.widths and width not in self.widths:
-            raise DamagedShardError(f"its states have {width} numbers instead of {self.widths}")
+        size = shard.states.shape[1] - (SCALE_BYTES if packed else 0)
+        if self.sizes and size not in self.sizes:
+            raise DamagedShardError(f"its states have {size} numbers instead of {self.sizes}")
 
-    def _forget_text(self, key: bytes) -> None:
+    def _add_stored(self, shard: Shard, name: str) -> None:
+        """Add a shard that the backend holds. The caller holds the lock."""
+        self._seen.add(name)
+        self._names[shard] = name
+        self.add(shard)
+
+    def _discard_text(self, key: bytes) -> None:
         entry = self.entries.pop(key, None)
         if entry is not None:
             self.shards[entry.shard] -= 1
@@ -287,15 +286,19 @@ class Shelf:
                 self._drop(entry.shard)
 
     def _drop(self, shard: Shard) -> None:
+        name = self._names.pop(shard, None)
         if self.shards.pop(shard, None) is not None:
             self.n_bytes -= shard.n_bytes
             if shard.path is None:
                 self.memory_bytes -= shard.n_bytes
+        if name is not None and self.backend.in_memory:  # what no index finds is not held
+            self.backend.remove(self.collection, name)
 
 
-def _unlink(path: Path) -> None:
-    with suppress(OSError):  # gone, not ours to remove, or mapped by another process on Windows
-        path.unlink()
+def text_key(collection: str, text: str) -> bytes:
+    """The key of a text's states: a digest of the text and of all that changes its states."""
+    identity = f"{STATES_VERSION}/{collection}/{text}"
+    return hashlib.blake2b(identity.encode(), digest_size=KEY_BYTES).digest()
 
 
 def gather(entries: list[Entry]) -> TokenStates:

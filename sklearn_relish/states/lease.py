@@ -1,7 +1,8 @@
-"""Claims: which of the processes that share a folder reads which texts, so that none is read twice.
+"""Leases: among processes that share a folder, each text is read by one process at a time.
 
-A claim is a file of texts' keys beside a lock that the reading process holds. A process that ends,
-however it ends, lets go of its lock, and others read what it has not.
+A lease is a file of text keys and a file lock that the reading process holds. The operating system
+releases the lock when the process ends, however it ends, and other processes then read the texts
+that it left unread.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from sklearn_relish.states.shard import split_keys
 from sklearn_relish.utils.files import check_no_links, open_regular
 
 
-class Claims:
-    """The claims on texts of one folder.
+class Leases:
+    """The leases on the texts of one folder.
 
     Parameters
     ----------
     folder : Path
-        Made when it is first needed.
+        It is made when it is first needed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,32 +32,32 @@ class Claims:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """The folder to oneself, for looking at claims and making one.
+        """Exclude all other processes, to list leases and to take one.
 
         Raises
         ------
         OSError
-            If the folder can't be written to, or knows no locks.
+            If the folder can't be written to, or its file system has no locks.
         """
         check_no_links(self.folder, n_parents=2)
         self.folder.mkdir(parents=True, exist_ok=True)
         with _file_lock(self.folder / "lock"):
             yield
 
-    def taken(self) -> set[bytes]:
-        """Keys that running processes have claimed; claims left behind are removed.
+    def leased(self) -> set[bytes]:
+        """Keys that running processes have leased; leases of ended processes are removed.
 
         Raises
         ------
         OSError
-            If the folder is a link, or knows no locks.
+            If the folder is a link, or its file system has no locks.
         """
         keys: set[bytes] = set()
         check_no_links(self.folder, n_parents=2)
-        for path in self.folder.glob("*.claim"):
+        for path in self.folder.glob("*.lease"):
             holder = path.with_suffix(".holder")
             if any(p.is_symlink() or (p.exists() and not p.is_file()) for p in (path, holder)):
-                continue  # not made by this package: no process claims anything with it
+                continue  # this package did not make it, so no process has a lease by it
             try:
                 with _file_lock(holder).acquire(timeout=0):
                     _remove(path)
@@ -66,9 +67,9 @@ class Claims:
         return keys
 
     @contextmanager
-    def claim(self, keys: list[bytes]) -> Iterator[None]:
-        """Claim keys, under the lock, until the context is left."""
-        path = self.folder / f"{uuid.uuid4().hex}.claim"
+    def lease(self, keys: list[bytes]) -> Iterator[None]:
+        """Lease keys until the context is left. Enter it while `lock` is held."""
+        path = self.folder / f"{uuid.uuid4().hex}.lease"
         with _file_lock(path.with_suffix(".holder")):
             try:
                 path.write_bytes(b"".join(keys))
@@ -78,7 +79,7 @@ class Claims:
 
 
 def _file_lock(path: Path) -> FileLock:
-    """A lock that the system lets go of when its process ends, for any user of the folder."""
+    """A lock for all users of the folder; the operating system frees it when its process ends."""
     return FileLock(path, mode=0o666, fallback_to_soft=False)
 
 

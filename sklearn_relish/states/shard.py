@@ -1,9 +1,9 @@
 """Shards: some texts' token states with their index, in memory or as one safetensors file.
 
-A file is written whole under another name, takes its own by renaming, and never changes after; it
-carries the checksums of its index, looked at when it is opened, and of its states, looked at when
-they are first used. It is read by memory map. Measured against LMDB and against an index in SQLite
-in `benchmarks/storage.py`; unlike those, it serves on a network folder too.
+A file is written under another name, renamed when it is complete, and never changed afterwards. It
+holds two checksums: that of its index is checked when the file is opened, that of its states when
+they are first used. It is read by memory map. `benchmarks/storage.py` compares it with LMDB and
+with an index in SQLite; unlike those, it also works on a network folder.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import stat
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -28,16 +29,16 @@ from sklearn_relish.states.token_states import unpack_states
 from sklearn_relish.utils.files import check_no_links, open_regular
 
 KEY_BYTES = 16
-HEADER_BYTES = 2**20  # a safetensors header of this package has less than a thousand
-MAX_TEXTS = 2**23  # in a file: the index of more is not read into memory
+HEADER_BYTES = 2**20  # bound of a safetensors header; this package writes less than 1,000 bytes
+MAX_TEXTS = 2**23  # bound of a file's texts, whose index is read into memory
 CHECK_BYTES = 16 * 2**20  # states that are checked at once
-SMALL_BYTES = 4 * 2**20  # files of less are read, not mapped
+SMALL_BYTES = 4 * 2**20  # smaller files are read, not mapped
 INDEX = ("keys", "lengths", "full_lengths")
 LABEL = ("model", "layer", "dtype", "max_length")
 
 
 class DamagedShardError(Exception):
-    """A file that is not what was written."""
+    """A shard that is not what was written."""
 
 
 class Entry(NamedTuple):
@@ -51,25 +52,26 @@ class Entry(NamedTuple):
 
 @dataclass(eq=False)
 class Shard:
-    """Token states of some texts and what is needed to find them.
+    """Token states of texts, and the index that finds them.
 
     Parameters
     ----------
     states : Tensor of shape (n_tokens, D)
         Text after text; or packed, see `pack_states`.
     lengths, full_lengths : int64 Tensor of shape (n_texts,)
-        Tokens of each text, and what they were before the cut.
+        Tokens of each text, and how many there were before the text was cut.
     keys : uint8 Tensor of shape (n_texts, KEY_BYTES)
     label : dict of str
-        What the states are of, for people.
+        Model, layer, dtype and length of the states.
     path : Path, default=None
-        The file that the tensors are mapped from. None: they lie in memory.
+        The file that holds the states. None: they lie in memory.
     states_checksum : str, default=None
-        What the states must agree with; None once they have been seen to.
+        Checksum that the states must have. None: they have been checked.
     file_bytes : int, default=0
         Size of the file.
     last_used : float, default=now
-        Seconds since the epoch; of a file, its time of change.
+        When this process used the shard last, in seconds since the epoch; of a file that it has
+        opened and not used, the file's modification time.
     """
 
     states: Tensor
@@ -84,15 +86,15 @@ class Shard:
 
     @classmethod
     def open(cls, path: Path, *, map_small: bool = False) -> Shard:
-        """A shard of a file, whose states are mapped.
+        """Open a file and map its states into memory.
 
-        Those of a small file are read instead, for it may be merged away, and on a network its
-        mapping would end with it; unless `map_small` says that it stays.
+        The states of a small file are read instead: merging may remove the file, and on a network
+        folder its mapping would then fail. `map_small` maps them nevertheless.
 
         Raises
         ------
         DamagedShardError
-            If the file is no shard, or its index is not what was written.
+            If the file is not a shard, or its index is not what was written.
         OSError
             If it can't be read.
         """
@@ -105,12 +107,12 @@ class Shard:
             raise DamagedShardError(str(error)) from error
         except (RuntimeError, MemoryError) as error:  # torch opens the file a second time
             raise OSError(str(error)) from error
-        index = {name: tensors[name].clone() for name in INDEX}  # small, and of constant use
+        index = {name: tensors[name].clone() for name in INDEX}  # small, and often used
         if metadata.pop("index_checksum", None) != checksum(index, metadata):
             raise DamagedShardError("its index does not agree with its checksum")
         states = tensors["states"]
         if not (metadata.keys() >= {"states_checksum", *LABEL} and _fits(states, **index)):
-            raise DamagedShardError("it is not laid out as a shard")
+            raise DamagedShardError("it does not have the layout of a shard")
         status = path.stat()
         return cls(
             **index,
@@ -123,25 +125,23 @@ class Shard:
         )
 
     def save(self, path: Path, *, map_small: bool = False) -> Shard:
-        """The same shard in a file, which is complete or absent at any moment.
-
-        It is opened as by `open`.
+        """Write the shard to a file and open it. The file appears complete or not at all.
 
         Raises
         ------
         OSError
-            If it can't be written; nothing is left of it then.
+            If it can't be written. Nothing is left of it then.
         """
         folder = path.parent
         index = {name: getattr(self, name) for name in INDEX}
         metadata = self.label | {"states_checksum": checksum({"states": self.states})}
         metadata["index_checksum"] = checksum(index, metadata)
-        partial = folder / f".{path.stem}.partial"  # a folder, for save_file leaves files if killed
+        partial = folder / f".{path.stem}.partial"  # a folder: save_file leaves files if killed
         check_no_links(folder, n_parents=1)
         try:
             partial.mkdir(parents=True)
             save_file(index | {"states": self.states}, partial / path.name, metadata)
-            # It makes them its writer's alone: whoever may use the folder may use its files.
+            # save_file makes it the writer's alone, but all users of the folder may use its files.
             os.chmod(partial / path.name, stat.S_IMODE(folder.stat().st_mode) & 0o666)
             os.utime(partial / path.name, (self.last_used, self.last_used))
             (partial / path.name).rename(path)
@@ -150,12 +150,12 @@ class Shard:
             raise OSError(str(error)) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        saved.states_checksum = None  # these are the bytes that the checksum was made of
+        saved.states_checksum = None  # the states need no check: they were written just now
         return saved
 
     @classmethod
     def merged(cls, shards: list[Shard]) -> Shard:
-        """One shard in memory with the texts of several."""
+        """One shard in memory with the texts of several shards."""
         tensors = {
             name: torch.cat([getattr(shard, name) for shard in shards])
             for name in ("states", *INDEX)
@@ -179,12 +179,26 @@ class Shard:
         """The keys of the texts, in their order."""
         return split_keys(self.keys.numpy().tobytes())
 
-    def is_whole(self) -> bool:
+    def mark_used(self) -> None:
+        """Remember that the shard was used now, for other processes too."""
+        self.last_used = time.time()
+        if self.path is not None:
+            with suppress(OSError):  # gone, or this process may not touch it
+                os.utime(self.path)
+
+    def used_at(self) -> float:
+        """When this or another process used the shard last, in seconds since the epoch."""
+        if self.path is not None:
+            with suppress(OSError):
+                return self.path.lstat().st_mtime
+        return self.last_used
+
+    def is_intact(self) -> bool:
         """Whether the states are those that were written.
 
-        Their checksum is looked at once, and the size of a file each time, since a mapped file
-        that was cut short ends the process that reads on. States that are not finite, or zeros
-        throughout as in a sparse file, are none that a model gave.
+        Their checksum is computed once. The size of a file is checked each time, since reading
+        beyond the end of a mapped file ends the process. States that are not finite, or that are
+        all zero as in a sparse file, can't be a model's.
 
         Raises
         ------
@@ -211,7 +225,7 @@ class Shard:
 
 
 def _check_header(path: Path) -> None:
-    """Refuse what is no regular file, or too large in places to be a shard, before it is mapped."""
+    """Refuse a file that is not regular, or whose header can't be a shard's, before mapping it."""
     with open_regular(path) as file:
         n_bytes = os.fstat(file.fileno()).st_size
         n_header = int.from_bytes(file.read(8), "little")
@@ -225,11 +239,11 @@ def _check_header(path: Path) -> None:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedShardError("its header is not that of a shard") from error
     if not fits:
-        raise DamagedShardError("it is not laid out as a shard")
+        raise DamagedShardError("it does not have the layout of a shard")
 
 
 def _is_plausible(states: Tensor) -> bool:
-    """Whether states can be a model's: finite, and not zero throughout."""
+    """Whether states can be a model's: they are finite, and not all zero."""
     if not states.any():
         return False
     return bool((unpack_states(states) if states.dtype == torch.uint8 else states).isfinite().all())
@@ -245,17 +259,17 @@ def _fits(states: Tensor, keys: Tensor, lengths: Tensor, full_lengths: Tensor) -
         and keys.shape == (len(lengths), KEY_BYTES)
         and lengths.shape == full_lengths.shape
         and bool(((lengths > 0) & (lengths <= len(states)) & (lengths <= full_lengths)).all())
-        and int(lengths.sum()) == len(states)  # of lengths so small the sum can't overflow
+        and int(lengths.sum()) == len(states)  # which can't overflow, as each is small
     )
 
 
 def split_keys(joined: bytes) -> list[bytes]:
-    """Keys that lie one after the other."""
+    """Split joined keys."""
     return [joined[i : i + KEY_BYTES] for i in range(0, len(joined), KEY_BYTES)]
 
 
 def checksum(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
-    """CRC-32 of tensors, with their names, shapes and dtypes, and of what is said of them."""
+    """CRC-32 of tensors with their names, shapes and dtypes, and of their metadata."""
     value = zlib.crc32(repr(sorted((metadata or {}).items())).encode())
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)

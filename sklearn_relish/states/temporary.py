@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import NamedTuple
@@ -70,6 +71,14 @@ def temporary_folder() -> TemporaryFolder:
                 raise
             _made[os.getpid()] = TemporaryFolder(path, holder, n_bytes)
         return _made[os.getpid()]
+
+
+def remove_temporary_file(path: Path) -> None:
+    """Remove a file of this process's temporary folder; files of other folders stay."""
+    folder = made_temporary_folder()
+    if folder is not None and path.parent == folder.path:
+        with suppress(OSError):  # gone already
+            path.unlink()
 
 
 def _remove_left_behind() -> None:

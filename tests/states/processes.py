@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 
-import sklearn_relish.states.store
+import sklearn_relish.states.contents
+import sklearn_relish.states.index
+import sklearn_relish.states.reading
+import sklearn_relish.states.retention
 from sklearn_relish import FrozenLLM, RelishRegressor, StateStore
 from sklearn_relish.llm.batching import TOKEN_BUDGET
 from sklearn_relish.states.temporary import temporary_folder
@@ -71,10 +74,10 @@ class StoppingLLM(LoggedLLM):
 
 def fetch_in_small_pieces(folder, texts, model, log, stop_at=0):
     """Read texts into a store, in as many claims, files and mergers as can be."""
-    sklearn_relish.states.store.PIECE_TEXTS = 8
-    sklearn_relish.states.store.PIECE_SECONDS = 0.0
-    sklearn_relish.states.store.SHARD_BYTES = 1
-    sklearn_relish.states.store.POLL_SECONDS = 0.01
+    sklearn_relish.states.reading.PIECE_TEXTS = 8
+    sklearn_relish.states.reading.PIECE_SECONDS = 0.0
+    sklearn_relish.states.retention.SHARD_BYTES = 1
+    sklearn_relish.states.reading.POLL_SECONDS = 0.01
     sklearn_relish.states.index.MERGE_SHARDS = 4
     TOKEN_BUDGET["cpu"] = 64
     llm = StoppingLLM(model, log)

@@ -205,7 +205,7 @@ def test_a_full_disk_is_said_and_the_work_goes_on(context, log, tmp_path):
     assert reader.exitcode == 0
     assert read_log(log)[0] == n_tokens(texts)
     files = [path for path in (tmp_path / "states").rglob("*") if path.is_file()]
-    assert not [path for path in files if path.parent.name != "claims"]
+    assert not [path for path in files if path.parent.name != "leases"]
 
 
 def test_the_temporary_folder_goes_with_its_process(context, log, tmp_path, monkeypatch):

@@ -1,0 +1,480 @@
+"""Reading: the states of missing texts, piece by piece, shared among threads and processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sklearn_relish.states.contents import Call, Contents
+from sklearn_relish.states.index import ShardIndex, text_key
+from sklearn_relish.states.reader import TokenStateReader
+from sklearn_relish.states.recent import RecentText
+from sklearn_relish.states.retention import Retention
+from sklearn_relish.states.shard import KEY_BYTES, Entry, Shard
+from sklearn_relish.states.token_states import TokenStates, pack_states
+from sklearn_relish.utils.messages import warn
+
+PIECE_TEXTS = 256  # texts that a thread leases at first; twice as many each time, as long as a
+PIECE_SECONDS = 5.0  # piece takes less than this
+STREAM_BYTES = 16 * 2**20  # bytes of states, and
+STREAM_TEXTS = 1024  # number of texts, in one piece of a stream
+POLL_SECONDS = 0.2  # between checks for what other processes have read
+PATIENCE_SECONDS = 600.0  # after which the user is told of a wait
+
+
+class Reading:
+    """How one call finds and reads texts.
+
+    Parameters
+    ----------
+    call : Call
+    contents : Contents
+    retention : Retention
+    llm : TokenStateReader
+    max_length, windows
+        As of `TokenStateReader.read`.
+    bits : {8, None}
+        8 packs the states that are read, see `pack_states`.
+    progress : bool
+        Whether a bar counts the texts.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        contents: Contents,
+        retention: Retention,
+        llm: TokenStateReader,
+        *,
+        max_length: int,
+        windows: bool,
+        bits: int | None,
+        progress: bool,
+    ) -> None:
+        self.call = call
+        self.contents = contents
+        self.retention = retention
+        self.llm = llm
+        self.max_length = max_length
+        self.windows = windows
+        self.bits = bits
+        self.progress = progress
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype in which states are kept."""
+        name = str(self.llm.torch_dtype).removeprefix("torch.")
+        return name if self.bits is None else f"{name}-{self.bits}bit"
+
+    def collection(self, layer: int) -> str:
+        """Name of the collection of the model's states at a layer, see `Backend`."""
+        length = f"{self.max_length}{'-windows' if self.windows else ''}"
+        return f"{self.llm.fingerprint}/layer{layer}-{self.dtype_name}-{length}"
+
+    def index(self, layer: int) -> ShardIndex:
+        """The index of a layer's states; it accepts only states of the model's size."""
+        index = self.contents.index(self.collection(layer))
+        warn_damaged(index.require_sizes(set(self.llm.state_sizes(layer))))
+        return index
+
+    def refresh(self, index: ShardIndex, wanted: Collection[bytes]) -> None:
+        """Find what is new in the backend, and drop what is damaged of the wanted texts."""
+        try:
+            problems = index.refresh()
+        except OSError as error:
+            problems = []
+            location = index.backend.location(index.collection)
+            if location not in self.call.warned:
+                self.call.warned.add(location)
+                warn(unreadable(location, error))
+        warn_damaged(problems + index.verify(wanted))
+
+    def read(self, missing: dict[bytes, str], layers: list[int]) -> int:
+        """Wait until all missing texts are kept, and read those that no other thread reads.
+
+        Parameters
+        ----------
+        missing : dict of bytes to str
+            Texts by their keys in the collection of the first layer.
+        layers : list of int
+            The first is the one that the call wants; the others are kept too.
+
+        Returns
+        -------
+        int
+            Number of texts that this thread had to read.
+        """
+        if (
+            self.contents.backend.in_memory
+            and multiprocessing.current_process().name != "MainProcess"
+        ):
+            warn(
+                f"This worker process reads {len(missing)} texts that other processes may read too,"
+                " or have read: pass memory= a folder, and they share what they read.",
+            )
+        contents, held = self.contents, self.call.held
+        index = contents.index(self.collection(layers[0]))
+        # Texts of similar length are read together, the longest first.
+        missing = dict(sorted(missing.items(), key=lambda item: -len(item[1])))
+        n_read, n_piece, wait = 0, PIECE_TEXTS, _Wait()
+        with _Bar(len(missing), self.progress) as bar:
+            while True:
+                wait.begin()
+                n_before = len(missing)
+                self.refresh(index, missing)
+                with contents.lock:
+                    found = index.entries.keys() | held.keys() if held else index.entries
+                    missing = {k: text for k, text in missing.items() if k not in found}
+                bar.update(n_before - len(missing))
+                if not missing:
+                    return n_read
+                with ExitStack() as stack:
+                    mine = self._take(index, missing, n_piece, stack)
+                    took = bool(mine)  # `mine` shrinks as texts are read
+                    if took:
+                        began = time.monotonic()
+                        piece = {key: text for key, text in missing.items() if key in mine}
+                        n_read += self._read_piece(piece, mine, layers)
+                        if time.monotonic() - began < PIECE_SECONDS:
+                            n_piece *= 2
+                if took or len(missing) < n_before:
+                    wait.progressed()
+                else:
+                    wait.wait(contents, len(missing))
+
+    def stream(self, rest: dict[bytes, str], layer: int) -> Iterator[dict[bytes, Entry]]:
+        """Entries of all texts, piece by piece: first of those that are kept, then of the others.
+
+        Parameters
+        ----------
+        rest : dict of bytes to str
+            Texts by key. It is empty at the end.
+        layer : int
+
+        Yields
+        ------
+        dict of bytes to Entry
+        """
+        contents, index = self.contents, self.index(layer)
+        n_piece, wait = PIECE_TEXTS, _Wait()
+        with _Bar(len(rest), self.progress) as bar:
+            while rest:
+                wait.begin()
+                self.refresh(index, rest)
+                n_before = len(rest)
+                for entries in self._kept(index, list(rest)):
+                    for key in entries:
+                        del rest[key]
+                    bar.update(len(entries))
+                    with contents.lock:
+                        contents.hits += len(entries)
+                    yield entries
+                if len(rest) < n_before:
+                    wait.progressed()
+                if not rest:
+                    return
+                with ExitStack() as stack:
+                    mine = self._take(index, rest, n_piece, stack, for_prediction=True)
+                    took = bool(mine)  # `mine` shrinks as texts are read
+                    if took:
+                        began, seconds = time.monotonic(), 0.0
+                        for entries in self._read_recent(mine, rest, layer):
+                            seconds += time.monotonic() - began
+                            bar.update(len(entries))
+                            yield entries
+                            began = time.monotonic()
+                        if seconds < PIECE_SECONDS:
+                            n_piece *= 2
+                        wait.progressed()
+                if not took:
+                    wait.wait(contents, len(rest))
+
+    def _take(
+        self,
+        index: ShardIndex,
+        missing: dict[bytes, str],
+        n_texts: int,
+        stack: ExitStack,
+        for_prediction: bool = False,
+    ) -> set[bytes]:
+        """Take the next texts to read, which no other thread reads until `stack` is closed.
+
+        Texts that are read for a fit are leased from other processes too. What is read for a
+        prediction is not saved, so other processes need not wait for it.
+        """
+        contents, backend, collection = self.contents, self.contents.backend, index.collection
+
+        def take(leased: Collection[bytes]) -> set[bytes]:
+            with contents.lock:
+                free = (
+                    key
+                    for key in missing
+                    if key not in leased
+                    and key not in contents.reserved
+                    and key not in index.entries
+                    and not (for_prediction and key in contents.recent)
+                )
+                return stack.enter_context(contents.reserve(islice(free, n_texts)))
+
+        try:
+            if for_prediction:
+                leased = backend.leased(collection)
+                warn_damaged(index.refresh())
+                return take(leased)
+            with backend.lock(collection):
+                leased = backend.leased(collection)
+                # Only now: a process saves the states before it gives up a lease.
+                warn_damaged(index.refresh())
+                mine = take(leased)
+                if mine:
+                    stack.enter_context(backend.lease(collection, list(mine)))
+                return mine
+        except OSError:  # no writing or no locks here: each process reads for itself
+            return take(())
+
+    def _read_piece(self, piece: dict[bytes, str], mine: set[bytes], layers: list[int]) -> int:
+        """Read texts and keep their states, shard by shard. If interrupted, keep what was read.
+
+        States of texts that were predicted lately are taken from memory. Returns the number of the
+        other texts.
+        """
+        contents = self.contents
+        names = {layer: self.collection(layer) for layer in layers}
+        indexes = {layers[0]: contents.index(names[layers[0]])}
+        for layer in layers[1:]:
+            indexes[layer] = self.index(layer)
+            self.refresh(indexes[layer], ())
+        gathered = _Gathered(indexes)
+        try:
+            unread: list[str] = []
+            for first_key, text in piece.items():
+                keys = [first_key, *(text_key(names[layer], text) for layer in layers[1:])]
+                with contents.lock:
+                    entries = [
+                        contents.find(indexes[layer], key)
+                        for layer, key in zip(layers, keys, strict=True)
+                    ]
+                    if not all(entries):
+                        unread.append(text)
+                        continue
+                    for layer, key, entry in zip(layers, keys, entries, strict=True):
+                        if contents.recent.pop(key) is not None:
+                            gathered.add(layer, _batch_of_one(key, entry))
+                if gathered.n_bytes >= self.retention.shard_bytes:
+                    self._keep(gathered, mine)
+            keys_of = {layer: [text_key(names[layer], text) for text in unread] for layer in layers}
+            batches = self.llm.read(
+                unread, layers=layers, max_length=self.max_length, windows=self.windows
+            )
+            for rows, states_of_layers, full_lengths in batches if unread else ():
+                for layer, states in zip(layers, states_of_layers, strict=True):
+                    keys = [keys_of[layer][row] for row in rows]
+                    batch = _Batch(keys, self._packed(states), states.lengths, full_lengths)
+                    gathered.add(layer, batch)
+                if gathered.n_bytes >= self.retention.shard_bytes:
+                    self._keep(gathered, mine)
+        finally:
+            self._keep(gathered, mine)
+        return len(unread)
+
+    def _keep(self, gathered: _Gathered, mine: set[bytes]) -> None:
+        """Keep the gathered states of each layer as a shard, and let others have their texts."""
+        for layer in reversed(gathered.batches):  # the first layer's are the ones waited for
+            batches = gathered.take(layer)
+            if batches:
+                model = self.llm.model
+                label = {
+                    "model": os.path.abspath(model) if os.path.exists(model) else model,
+                    "layer": str(layer),
+                    "dtype": self.dtype_name,
+                    "max_length": str(self.max_length),
+                }
+                self.retention.keep(gathered.indexes[layer], _shard(batches, label), self.call)
+                self.contents.release(mine, [key for batch in batches for key in batch.keys])
+
+    def _kept(self, index: ShardIndex, keys: list[bytes]) -> Iterator[dict[bytes, Entry]]:
+        """Entries of the texts that the store has, in pieces of some MiB."""
+        marked: set[Shard] = set()
+        for start in range(0, len(keys), STREAM_TEXTS):
+            with self.contents.lock:
+                found = {
+                    key: self.contents.find(index, key)
+                    for key in keys[start : start + STREAM_TEXTS]
+                }
+            piece, n_bytes = {}, 0
+            for key, entry in found.items():
+                if entry is None:
+                    continue
+                if isinstance(entry.shard, Shard) and entry.shard not in marked:
+                    marked.add(entry.shard)
+                    entry.shard.mark_used()
+                piece[key] = entry
+                n_bytes += entry.length * entry.shard.states[0].nbytes
+                if n_bytes >= STREAM_BYTES:
+                    yield piece
+                    piece, n_bytes = {}, 0
+            if piece:
+                yield piece
+
+    def _read_recent(
+        self, mine: set[bytes], rest: dict[bytes, str], layer: int
+    ) -> Iterator[dict[bytes, Entry]]:
+        """Read the texts that this thread has taken, and keep in memory what fits there.
+
+        Each text is removed from `rest`. While a piece is with the caller, who may take any time,
+        other threads can take the texts that are not read yet.
+        """
+        contents = self.contents
+        keys = [key for key in rest if key in mine]
+        texts = [rest[key] for key in keys]
+        unread, piece, n_bytes = set(keys), {}, 0
+        for rows, (states,), full_lengths in self.llm.read(
+            texts, layers=[layer], max_length=self.max_length, windows=self.windows
+        ):
+            values = self._packed(states)
+            read = [keys[row] for row in rows]
+            batch = RecentText(values)
+            with contents.lock:
+                contents.misses += len(rows)
+                bound = self.retention.recent_bytes
+                places = states.starts.tolist(), states.lengths.tolist(), full_lengths.tolist()
+                for key, start, length, full_length in zip(read, *places, strict=True):
+                    piece[key] = Entry(batch, start, length, full_length)
+                    contents.recent.put(key, values[start : start + length], full_length, bound)
+                    del rest[key]
+                    unread.discard(key)
+                contents.release(mine, read)
+            n_bytes += values.nbytes
+            if n_bytes >= STREAM_BYTES or len(piece) >= STREAM_TEXTS:
+                contents.release(mine, unread)
+                yield piece
+                contents.reserve_again(mine, unread)
+                piece, n_bytes = {}, 0
+        if piece:
+            yield piece
+
+    def _packed(self, states: TokenStates) -> Tensor:
+        """States of a batch, in the form in which they are kept."""
+        (values,) = states.arrays
+        return pack_states(values) if self.bits == 8 else values
+
+
+def warn_damaged(problems: list[str]) -> None:
+    """Warn of files that can't be used, once for all of them."""
+    if problems:
+        warn(
+            f"{len(problems)} damaged files of the store were left out, and removed where that was"
+            f" possible: their texts are read again by the model. The first is {problems[0]}.",
+        )
+
+
+def unreadable(place: str | os.PathLike[str], error: OSError) -> str:
+    """The message about a folder that can't be read."""
+    return (
+        f"The store's folder {place} can't be read ({error.strerror or error}): its states are not"
+        " used. Pass the path of a folder that you may read and write."
+    )
+
+
+class _Wait:
+    """Waits for other threads and processes, and warns once if that takes long."""
+
+    def __init__(self) -> None:
+        self._progressed = self._began = time.monotonic()
+        self._warned = False
+
+    def begin(self) -> None:
+        """A check for new states begins. The wait after it lasts at least as long as the check."""
+        self._began = time.monotonic()
+
+    def progressed(self) -> None:
+        """Texts were read or found."""
+        self._progressed = time.monotonic()
+
+    def wait(self, contents: Contents, n_texts: int) -> None:
+        """Wait until a thread of this process has read something, or the next check is due."""
+        with contents.changed:
+            contents.changed.wait(max(POLL_SECONDS, time.monotonic() - self._began))
+        if not self._warned and time.monotonic() - self._progressed >= PATIENCE_SECONDS:
+            self._warned = True
+            warn(
+                f"Another process has been reading the last {n_texts} texts for"
+                f" {PATIENCE_SECONDS:.0f} seconds. If it hangs, end it: this process then reads"
+                " the texts itself.",
+            )
+
+
+class _Bar:
+    """A progress bar, or none: tqdm takes a lock even for a bar that is disabled."""
+
+    def __init__(self, n_texts: int, progress: bool) -> None:
+        self._bar = tqdm(total=n_texts, desc="Reading texts", unit="text") if progress else None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, n_texts: int) -> None:
+        """Count texts that were found or read."""
+        if self._bar is not None:
+            self._bar.update(n_texts)
+
+
+class _Batch(NamedTuple):
+    """Texts that a model has read at once."""
+
+    keys: list[bytes]
+    values: Tensor
+    lengths: Tensor
+    full_lengths: np.ndarray
+
+
+class _Gathered:
+    """States that are not yet in a shard, by layer."""
+
+    def __init__(self, indexes: dict[int, ShardIndex]) -> None:
+        self.indexes = indexes
+        self.batches: dict[int, list[_Batch]] = {layer: [] for layer in indexes}
+        self.n_bytes = 0
+
+    def add(self, layer: int, batch: _Batch) -> None:
+        """Add a batch, unless the store has all of its texts."""
+        if not all(key in self.indexes[layer].entries for key in batch.keys):
+            self.batches[layer].append(batch)
+            self.n_bytes += batch.values.nbytes
+
+    def take(self, layer: int) -> list[_Batch]:
+        """Remove and return the batches of a layer."""
+        batches, self.batches[layer] = self.batches[layer], []
+        self.n_bytes -= sum(batch.values.nbytes for batch in batches)
+        return batches
+
+
+def _batch_of_one(key: bytes, entry: Entry) -> _Batch:
+    """A text that was predicted lately, as a batch."""
+    lengths = torch.tensor([entry.length])
+    return _Batch([key], entry.shard.states, lengths, np.array([entry.full_length]))
+
+
+def _shard(batches: list[_Batch], label: dict[str, str]) -> Shard:
+    keys = b"".join(key for batch in batches for key in batch.keys)
+    return Shard(
+        states=torch.cat([batch.values for batch in batches]),
+        lengths=torch.cat([batch.lengths for batch in batches]),
+        full_lengths=torch.from_numpy(np.concatenate([b.full_lengths for b in batches])),
+        keys=torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, KEY_BYTES),
+        label=label,
+    )

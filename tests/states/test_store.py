@@ -174,7 +174,7 @@ def test_a_stream_counts_cut_texts_in_one_warning(llm, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"folder": "~nobody-of-this-name/x"}, "has no meaning here.*Pass the folder's full path"),
+        ({"folder": "~nobody-of-this-name/x"}, "can't be resolved.*Pass the folder's full path"),
         ({"max_memory": -1}, "max_memory must be a number of bytes, 0 or more, got -1"),
         ({"max_bytes": "50GB"}, "max_bytes must be a number of bytes, 0 or more, got '50GB'"),
         ({"folder": ""}, "empty name"),

@@ -46,8 +46,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import sklearn_relish.states.backend
 import sklearn_relish.states.index
-import sklearn_relish.states.store
+import sklearn_relish.states.reading
+import sklearn_relish.states.retention
 from sklearn_relish import FrozenLLM, RelishRegressor, StateStore
 from sklearn_relish.states.temporary import made_temporary_folder
 
@@ -165,7 +167,7 @@ class Sampler:
         n_files, n_bytes = files_of(self.store)
         contents = self.store._contents
         with contents.lock:
-            kept = sum(len(shelf.entries) for shelf in contents.shelves.values())
+            kept = sum(len(index.entries) for index in contents.indexes.values())
             recent, recent_bytes = len(contents.recent), contents.recent.n_bytes
         self.samples.append(
             {
@@ -322,13 +324,13 @@ TIMEOUT = 120.0
 
 
 def small_pieces() -> None:
-    """As many claims, files and merges as possible; files left behind are removed early."""
-    sklearn_relish.states.store.PIECE_TEXTS = 8
-    sklearn_relish.states.store.PIECE_SECONDS = 0.0
-    sklearn_relish.states.store.SHARD_BYTES = 1
-    sklearn_relish.states.store.POLL_SECONDS = 0.01
+    """Make many leases, files and merges, and remove files left behind early."""
+    sklearn_relish.states.reading.PIECE_TEXTS = 8
+    sklearn_relish.states.reading.PIECE_SECONDS = 0.0
+    sklearn_relish.states.retention.SHARD_BYTES = 1
+    sklearn_relish.states.reading.POLL_SECONDS = 0.01
     sklearn_relish.states.index.MERGE_SHARDS = 4
-    sklearn_relish.states.index.LEFT_BEHIND_SECONDS = 60.0
+    sklearn_relish.states.backend.LEFT_BEHIND_SECONDS = 60.0
     torch.set_num_threads(1)
 
 
@@ -515,7 +517,7 @@ def run_kills(arguments: argparse.Namespace, folder: Path) -> int:
             print(f"{kill} kills, {len(wrong)} wrong", flush=True)
     seconds = time.monotonic() - began
     partial = [path.name for path in (folder / "states").rglob(".*.partial")]
-    claims = [path.name for path in (folder / "states").rglob("*.claim")]
+    leases = [path.name for path in (folder / "states").rglob("*.lease")]
     left = sorted(path.name for path in (folder / "model").iterdir())
     n_files, n_bytes = files_of(StateStore(folder / "states"))
     take(in_fresh_process(context, check, folder, model, list(range(POOL_TEXTS))), POOL_TEXTS)
@@ -541,7 +543,7 @@ def run_kills(arguments: argparse.Namespace, folder: Path) -> int:
         "warnings_of_damaged_files": sum("damaged" in line for line in said),
         "left_in_the_store": {"files": n_files, "mib": round(n_bytes / MIB, 1)},
         "of_them_partial": len(partial),
-        "of_them_claims": len(claims),
+        "of_them_leases": len(leases),
         "left_with_the_model": left,
     }
     report(result)

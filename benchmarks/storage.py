@@ -5,8 +5,8 @@
 Random states of texts of 30 tokens, 576 wide, in bfloat16, as SmolLM2-135M gives them: no model is
 needed to measure files. Each keeps them in a fresh folder and reads all back in random order, in
 padded batches of 32 as a training asks for them; what is read comes from the page cache. "Open" is
-what a new process does once: the index is built, and the checksums of all states are looked at,
-which LMDB has none of. Rounds take turns, and the medians of 3 stand beside each other.
+what a new process does once: it builds the index and checks the checksums of all states; LMDB has
+no checksums. The formats are measured in turns, and the medians of 3 rounds are printed.
 """
 
 import argparse
@@ -22,9 +22,11 @@ import lmdb
 import numpy as np
 import torch
 
-from sklearn_relish.states.index import Shelf
+from sklearn_relish.states.backend import FolderBackend
+from sklearn_relish.states.contents import Contents
+from sklearn_relish.states.index import gather
+from sklearn_relish.states.retention import SHARD_BYTES
 from sklearn_relish.states.shard import KEY_BYTES, Shard
-from sklearn_relish.states.store import SHARD_BYTES
 
 N_TOKENS, SIZE, BATCH = 30, 576, 32
 TEXT_BYTES = N_TOKENS * SIZE * 2
@@ -32,7 +34,8 @@ SHARD_TEXTS = SHARD_BYTES // TEXT_BYTES
 STATES = torch.randn(SHARD_TEXTS * N_TOKENS, SIZE).bfloat16()  # of as many texts as fill a shard
 
 
-LABEL = dict.fromkeys(("model", "layer", "dtype", "max_length"), "")
+COLLECTION = f"{'0' * 32}/layer1-bfloat16-{N_TOKENS}"
+LABEL = {"model": "random", "layer": "1", "dtype": "bfloat16", "max_length": str(N_TOKENS)}
 
 
 def key(number: int) -> bytes:
@@ -46,20 +49,19 @@ class Shards:
         self.folder = folder
 
     def write(self, n_texts: int) -> None:
-        shelf = Shelf(self.folder)
+        index = Contents(FolderBackend(self.folder)).index(COLLECTION)
         for start in range(0, n_texts, SHARD_TEXTS):
             numbers = range(start, min(start + SHARD_TEXTS, n_texts))
             lengths = torch.full((len(numbers),), N_TOKENS)
             keys = torch.tensor([list(key(number)) for number in numbers], dtype=torch.uint8)
             states = STATES[: len(numbers) * N_TOKENS]
-            shelf.add(Shard(states, lengths, lengths.clone(), keys, LABEL).save(self.folder))
+            index.save(Shard(states, lengths, lengths.clone(), keys, LABEL))
 
     def open(self, order: list[int]) -> None:
-        shelf = Shelf(self.folder)
-        shelf.look()
+        index = Contents(FolderBackend(self.folder)).index(COLLECTION)
         keys = [key(number) for number in order]
-        assert not shelf.verify(keys)
-        self.states = shelf.states(keys)
+        assert not index.refresh() + index.verify(keys)
+        self.states = gather([index.entries[key] for key in keys])
 
     def read(self, order: list[int]) -> None:
         for rows in torch.arange(len(order)).split(BATCH):
@@ -67,7 +69,7 @@ class Shards:
 
 
 class SQLiteIndex(Shards):
-    """The same files, found by a table on disk beside what each carries."""
+    """The same files, found by a table on disk as well as by their own index."""
 
     def write(self, n_texts: int) -> None:
         super().write(n_texts)
@@ -90,7 +92,7 @@ class SQLiteIndex(Shards):
 
 
 class LMDB:
-    """One value a text, a transaction a shard, no flush to disk, as the others do none."""
+    """One value per text, one transaction per shard, no flush to disk, like the others."""
 
     def __init__(self, folder: Path) -> None:
         self.environment = lmdb.open(str(folder), map_size=2**40, sync=False)
@@ -131,7 +133,7 @@ def main() -> None:
                 for step, argument in {"write": n_texts, "open": order, "read": order}.items():
                     start = time.perf_counter()
                     getattr(keeper, step)(argument)
-                    if turn:  # the first one finds no memory for the page cache yet
+                    if turn:  # the first round fills the page cache
                         seconds[peer.__name__, step].append(time.perf_counter() - start)
     mebibytes = n_texts * TEXT_BYTES / 2**20
     print(

@@ -29,7 +29,7 @@ PIECE_SECONDS = 5.0  # piece takes less than this
 STREAM_BYTES = 16 * 2**20  # bytes of states, and
 STREAM_TEXTS = 1024  # number of texts, in one piece of a stream
 POLL_SECONDS = 0.2  # between checks for what other processes have read
-PATIENCE_SECONDS = 600.0  # after which the user is told of a wait
+PATIENCE_SECONDS = 600.0  # after which a wait gives a warning
 
 
 class Reading:
@@ -153,7 +153,7 @@ class Reading:
                     wait.wait(contents, len(missing))
 
     def stream(self, rest: dict[bytes, str], layer: int) -> Iterator[dict[bytes, Entry]]:
-        """Entries of all texts, piece by piece: first of those that are kept, then of the others.
+        """Entries of all texts, piece by piece: first of kept texts, then of missing ones.
 
         Parameters
         ----------
@@ -245,8 +245,8 @@ class Reading:
     def _read_piece(self, piece: dict[bytes, str], mine: set[bytes], layers: list[int]) -> int:
         """Read texts and keep their states, shard by shard. If interrupted, keep what was read.
 
-        States of texts that were predicted lately are taken from memory. Returns the number of the
-        other texts.
+        States of recently predicted texts are taken from memory. Return the number of texts that
+        were read.
         """
         contents = self.contents
         names = {layer: self.collection(layer) for layer in layers}
@@ -288,7 +288,7 @@ class Reading:
         return len(unread)
 
     def _keep(self, gathered: _Gathered, mine: set[bytes]) -> None:
-        """Keep the gathered states of each layer as a shard, and let others have their texts."""
+        """Keep the gathered states of each layer as a shard, and release their texts."""
         for layer in reversed(gathered.batches):  # the first layer's are the ones waited for
             batches = gathered.take(layer)
             if batches:

@@ -1,7 +1,7 @@
-"""States of texts that were predicted lately: in this process's memory alone, and bounded.
+"""States of recently predicted texts, in this process's memory and within a bound.
 
-A search predicts a fold, and fits with the same fold next: what was read for the prediction need
-not be read again for the fit.
+A search predicts a fold and then fits on the same fold. States that were read for the prediction
+need not be read again for the fit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sklearn_relish.states.shard import Entry
 
-TEXT_BYTES = 1024  # what a text's entry takes besides its states
+TEXT_BYTES = 1024  # of a text's entry, without its states
 
 
 @dataclass(eq=False)
@@ -24,12 +24,12 @@ class RecentText:
 
 
 class RecentStates:
-    """Entries by text key, the least recently used first. It is not safe between threads.
+    """Entries by text key, the least recently used first. Callers lock it against other threads.
 
     Attributes
     ----------
     n_bytes : int
-        What all of them take.
+        Memory of all entries.
     """
 
     def __init__(self) -> None:
@@ -43,18 +43,18 @@ class RecentStates:
         return len(self._entries)
 
     def get(self, key: bytes) -> Entry | None:
-        """A text's entry, which is the most recently used then."""
+        """A text's entry, which becomes the most recently used."""
         if key in self._entries:
             self._entries.move_to_end(key)
         return self._entries.get(key)
 
     def put(self, key: bytes, states: Tensor, full_length: int, bound: float) -> None:
-        """Keep a copy of a text's states if they fit the bound; others are dropped for it."""
+        """Keep a copy of a text's states if it fits the bound, and drop older ones for it."""
         n_bytes = states.nbytes + TEXT_BYTES
         if n_bytes <= bound:
             self.pop(key)
             self.shrink(bound - n_bytes)
-            # A copy, for a view would keep the whole batch.
+            # A copy: a view would keep the states of all texts of the batch.
             self._entries[key] = Entry(RecentText(states.clone()), 0, len(states), full_length)
             self.n_bytes += n_bytes
 
@@ -66,11 +66,11 @@ class RecentStates:
         return entry
 
     def shrink(self, bound: float) -> None:
-        """Drop the least recently used until the rest is within a bound."""
+        """Drop the least recently used entries until the rest is within a bound."""
         while self._entries and self.n_bytes > bound:
             self.pop(next(iter(self._entries)))
 
     def clear(self) -> None:
-        """Drop all."""
+        """Drop all entries."""
         self._entries.clear()
         self.n_bytes = 0

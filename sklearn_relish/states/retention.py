@@ -96,8 +96,8 @@ class Retention:
                         evicted |= self._evict_oldest(spilled, excess, used)
         if evicted & used:
             warn(
-                f"The store's bound of {bound} bytes is less than one call's states take: some are"
-                " removed now, and their texts are read again next time.",
+                f"The store's bound of {bound} bytes is less than one call's states take: some"
+                " states are removed now, and their texts are read again next time.",
             )
 
     def _evict_oldest(
@@ -147,7 +147,7 @@ class Retention:
                     if all(shard in index.shards for shard in shards):
                         index.add(merged)  # it replaces these shards
                         continue
-                with suppress(OSError):  # some were removed meanwhile: again without them
+                with suppress(OSError):  # a shard was removed meanwhile: try again without it
                     path.unlink()
 
     def _beyond_memory(self) -> list[tuple[ShardIndex, Shard]]:

@@ -1,4 +1,4 @@
-"""Shards: some texts' token states with their index, in memory or as one safetensors file.
+"""Shards: token states of texts with their index, in memory or as one safetensors file.
 
 A file is written under another name, renamed when it is complete, and never changed afterwards. It
 holds two checksums: that of its index is checked when the file is opened, that of its states when

@@ -30,36 +30,39 @@ MAX_MEMORY = 2 * 2**30
 
 
 class StateStore:
-    """Token states of texts, read once by a model and found again by text.
+    """Token states of texts: a model reads each text once, later calls find its states by text.
 
-    It says where states are kept and how many, and can be given as `memory` to the estimators.
-    All stores of one folder within a process share what they know, and so do all without a folder.
+    A store says where states are kept and how many. Pass it as `memory` to the estimators. All
+    stores of one folder within a process share one index, and so do all stores without a folder.
 
     Parameters
     ----------
     folder : str, path or joblib.Memory, default=None
-        Where states are kept, for other processes and later days; of a `joblib.Memory`, a folder
-        in its location. None: in this process, and in a temporary folder that goes with it.
+        Where states are kept for other processes and later sessions. A `joblib.Memory` stands for
+        a folder in its location. None: states are kept in this process, and in a temporary folder
+        that is removed when the process ends.
     max_memory : number, default=2 * 2**30
-        Bytes of states that the process holds in memory between calls, 2 GiB: those that are kept
-        where there is no folder or it can't be written, and in up to a quarter of it those of
-        texts that were predicted lately, which are in no file. Of the kept ones, what comes after
-        is written to the temporary folder, or dropped if that can't be written. A call itself may
-        hold all states that it asked for. States in files are mapped, not held.
+        Bytes of states that the process holds in memory between calls (2 GiB). These are the kept
+        states if there is no folder or it can't be written to; and, in up to a quarter of the
+        bound, the states of recently predicted texts, which are in no file. Kept states beyond the
+        bound are written to the temporary folder, or dropped if that is not possible. A call may
+        hold all states that it returns. States in files are mapped into memory and don't count.
     max_bytes : number, default=None
-        Bytes of states that are kept in all, without those of texts that were predicted lately,
-        which take as many more at most. After a call that added some, the least recently
-        used are removed, file by file, until the rest is within the bound; during the call there
-        may be more by what it adds. None: no bound for a folder; what is not in one is bounded by
-        `max_memory` and half of what the disk of the temporary folder had free.
+        Bytes of states that are kept in all. The states of recently predicted texts don't count;
+        they take at most the same number of bytes again. After a call that added states, the least
+        recently used files are removed until the rest is within the bound. During the call there
+        may be more, by the states that it adds. None: a folder has no bound; without a folder,
+        states are bounded by `max_memory` and half of the free space on the disk of the temporary
+        folder.
     bits : {8, None}, default=None
-        8 keeps states in float8 (e4m3, with a scale a token): half the bytes, to be read anew
-        where there are some in the model's own dtype, which is what None keeps.
+        8: states are kept in float8 (e4m3, with one scale per token), in half the bytes of
+        bfloat16. None: they are kept in the model's own dtype. States that are kept in one form
+        are read again for the other.
 
     Raises
     ------
     ValueError
-        If a bound is no number of bytes, or `bits` another number.
+        If a bound is not a number of bytes, or `bits` is neither 8 nor None.
 
     Examples
     --------
@@ -88,8 +91,8 @@ class StateStore:
                 folder = Path(folder).expanduser().absolute()
             except RuntimeError:
                 raise ValueError(
-                    f"The folder {os.fspath(folder)!r} of a StateStore has no meaning here: there"
-                    " is no home folder of that user. Pass the folder's full path."
+                    f"The folder {os.fspath(folder)!r} of a StateStore can't be resolved: that user"
+                    " has no home folder here. Pass the folder's full path."
                 ) from None
         self.folder = folder
         self.max_memory = _check_bytes("max_memory", max_memory)
@@ -119,16 +122,16 @@ class StateStore:
 
     @property
     def hits(self) -> int:
-        """Texts that this process found here; equal ones of one call count once.
+        """Number of texts whose states this process found. Equal texts of a call count once.
 
-        Counting begins anew for a folder whose index the process no longer remembers, which is so
-        once it has used many other folders.
+        The count starts again at 0 after the process has used many other folders, since it then
+        discards the folder's index.
         """
         return self._contents.hits
 
     @property
     def misses(self) -> int:
-        """Texts that this process had to read."""
+        """Number of texts that this process had to read."""
         return self._contents.misses
 
     def fetch(
@@ -142,9 +145,9 @@ class StateStore:
         windows: bool = False,
         progress: bool,
     ) -> TokenStates:
-        """States of texts, in their order; what the store lacks is read by the model and kept.
+        """Return the states of texts. The model reads missing texts, and their states are kept.
 
-        Of several processes that lack the same texts of a folder, each reads a part of them.
+        If several processes need the same missing texts of a folder, each reads a part of them.
 
         Parameters
         ----------
@@ -154,31 +157,30 @@ class StateStore:
         layer : int
             From 1 to the model's number of layers.
         also : sequence of int, default=()
-            Layers whose states are kept too, of the texts that are read now: the same pass gives
-            them.
+            More layers whose states are kept, for the texts that are read in this call: one pass
+            computes all layers.
         max_length : int
-            Tokens of a text that are read.
+            Number of tokens after which a text is cut.
         windows : bool, default=False
-            Whether longer texts are read in windows of so many tokens instead of being cut.
+            If True, longer texts are read completely, in windows of `max_length` tokens.
         progress : bool
             Whether a bar counts the texts that are read.
 
         Returns
         -------
         TokenStates
-            In the model's dtype, or packed in 8 bits; on the CPU.
+            In the order of `texts`, in the model's dtype or packed in 8 bits, on the CPU.
 
         Raises
         ------
         OSError, FloatingPointError
-            If the model can't be loaded, or overflows. What was read until then is kept.
+            If the model can't be loaded, or its states overflow. What was read before is kept.
 
         Warns
         -----
         UserWarning
-            If texts were cut; if files of the store were damaged, or states could not be written,
-            after either of which the work goes on; if a worker process reads texts that it can't
-            share.
+            If texts were cut, if files of the store were damaged, if states could not be written,
+            or if a worker process reads texts into a store that other processes can't use.
         """
         contents, call = self._contents, Call()
         retention = Retention(contents, self.max_memory, self.max_bytes)
@@ -237,14 +239,14 @@ class StateStore:
         windows: bool = False,
         progress: bool = False,
     ) -> Iterator[tuple[np.ndarray, TokenStates]]:
-        """States of texts in pieces of some MiB, for predictions; nothing is written to a file.
+        """Yield the states of texts in pieces of some MiB, for predictions. No file is written.
 
-        What the store lacks is read by the model. The states of texts that were read lately stay in
-        memory, where `fetch` finds them too: they take up to a quarter of `max_memory`, and less
-        where kept states need the room. A search therefore reads each text once in a process while
-        the states of a fold fit this bound; beyond it, a text is read for a prediction and again
-        for a fit. Other processes do not see these states: each reads for itself what it predicts
-        before any process has read it for a fit.
+        The model reads missing texts. The most recently read states stay in memory, where `fetch`
+        finds them too. They take up to a quarter of `max_memory`, and less if kept states need the
+        memory. A search thus reads each text once per process if the states of a fold fit into
+        this bound; otherwise, a text is read for a prediction and again for a fit. Other processes
+        can't use these states: each process reads a text that it predicts, unless some process has
+        read it for a fit before.
 
         Parameters
         ----------
@@ -254,28 +256,29 @@ class StateStore:
         layer : int
             From 1 to the model's number of layers.
         max_length : int
-            Tokens of a text that are read.
+            Number of tokens after which a text is cut.
         windows : bool, default=False
-            Whether longer texts are read in windows of so many tokens instead of being cut.
+            If True, longer texts are read completely, in windows of `max_length` tokens.
         progress : bool, default=False
             Whether a bar counts the texts that are read.
 
         Yields
         ------
         rows : int64 ndarray of shape (n_piece,)
-            Which texts the piece holds, in no particular order. Each row is in one piece.
+            Positions in `texts` of the texts of this piece, in no particular order. Each position
+            is in one piece.
         states : TokenStates
             Their states, as `fetch` returns them.
 
         Raises
         ------
         OSError, FloatingPointError
-            If the model can't be loaded, or overflows.
+            If the model can't be loaded, or its states overflow.
 
         Warns
         -----
         UserWarning
-            After the last piece if texts were cut; if files of the store were damaged.
+            If files of the store were damaged; after the last piece, if texts were cut.
         """
         contents, call = self._contents, Call()
         reading = Reading(
@@ -306,13 +309,13 @@ class StateStore:
         _warn_cut(n_cut, len(texts), max_length, longest)
 
     def info(self) -> list[dict[str, Any]]:
-        """What the store holds: a dict for each model, layer, dtype and way to read long texts.
+        """List what the store holds: a dict for each model, layer, dtype and way of reading.
 
         Returns
         -------
         list of dict
             With the keys ``model``, ``layer``, ``dtype``, ``max_length``, ``long_text``,
-            ``n_texts``, ``n_bytes`` and ``fingerprint``, which tells apart models of one name.
+            ``n_texts``, ``n_bytes`` and ``fingerprint``, which differs between models of one name.
 
         Raises
         ------

@@ -1,6 +1,6 @@
-"""The process's temporary folder: made when something must be put there, gone with the process.
+"""The process's temporary folder. It is made on first use and removed when the process ends.
 
-A process that was killed leaves its folder behind; the next one to make a folder removes it.
+A killed process leaves its folder behind. The next process that makes a folder removes it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ YOUNG_SECONDS = 60.0  # a folder this new may belong to a process that is about 
 
 
 class TemporaryFolder(NamedTuple):
-    """A folder, the lock that says that its process lives, and how much may be put there."""
+    """A folder, the lock that its process holds as long as it runs, and the folder's bound."""
 
     path: Path
     holder: FileLock
@@ -31,24 +31,24 @@ class TemporaryFolder(NamedTuple):
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the files that lie there."""
+        """Bytes of the folder's files."""
         with os.scandir(self.path) as entries:
             return sum(entry.stat().st_size for entry in entries if entry.is_file())
 
 
 _lock = ForkSafeLock()
-_made: dict[int, TemporaryFolder] = {}  # by process, for a fork must not use its parent's
+_made: dict[int, TemporaryFolder] = {}  # by process: a fork must not use its parent's folder
 
 
 def made_temporary_folder() -> TemporaryFolder | None:
-    """The process's temporary folder if it has been made."""
+    """The process's temporary folder, or None if it has not been made."""
     return _made.get(os.getpid())
 
 
 def temporary_folder() -> TemporaryFolder:
-    """The process's temporary folder, made on first use, readable by its user alone.
+    """The process's temporary folder, made on first use and readable only by its user.
 
-    At most half of what its disk has free by then is to be put there.
+    Its bound is half of the free space that its disk has when the folder is made.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def temporary_folder() -> TemporaryFolder:
             try:
                 holder.acquire()
                 n_bytes = shutil.disk_usage(path).free // 2
-            except BaseException:  # it is tried again with another folder
+            except BaseException:  # the next call tries another folder
                 shutil.rmtree(path, ignore_errors=True)
                 raise
             _made[os.getpid()] = TemporaryFolder(path, holder, n_bytes)

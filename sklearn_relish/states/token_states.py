@@ -1,6 +1,6 @@
 """Token states of many texts: a few arrays of tokens, and where each text's tokens lie in them.
 
-Texts have different lengths; nothing is padded, and nothing copied, until a batch is asked for.
+Texts have different lengths. Nothing is padded or copied before a batch is made.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class TokenStates:
     array : int64 Tensor of shape (n_texts,)
         Which of `arrays` holds the text.
     starts : int64 Tensor of shape (n_texts,)
-        The row of that array at which the text begins. A text may be pointed to twice, so a
-        selection of texts, repeated or not, shares the arrays.
+        The row of that array at which the text begins. Several texts may begin at the same row,
+        so a selection of texts, repeated or not, shares the arrays.
     lengths : int64 Tensor of shape (n_texts,)
         Tokens of each text, at least one.
 
@@ -51,7 +51,7 @@ class TokenStates:
 
     @classmethod
     def from_lengths(cls, values: Tensor, lengths: Tensor) -> TokenStates:
-        """States of texts that lie one after the other in one array, without gaps."""
+        """States of texts that follow each other in one array, without gaps."""
         return cls((values,), torch.zeros_like(lengths), lengths.cumsum(0) - lengths, lengths)
 
     @property
@@ -86,24 +86,24 @@ class TokenStates:
         return int(self.lengths.sum()) * array.shape[1] * array.element_size()
 
     def to(self, device: torch.device) -> TokenStates:
-        """A copy of the texts' states, and no others, in one array on a device."""
+        """Copy the states of these texts, and only these, to one array on a device."""
         n_tokens = int(self.lengths.sum())
         values = self.arrays[0].new_empty(n_tokens, self.arrays[0].shape[1], device=device)
         end = 0
         for rows in torch.arange(len(self)).split(COPY_TEXTS):
-            some = torch.cat(list(self[rows]._slices()))
-            values[end : end + len(some)] = some.to(device)
-            end += len(some)
+            chunk = torch.cat(list(self[rows]._slices()))
+            values[end : end + len(chunk)] = chunk.to(device)
+            end += len(chunk)
         return TokenStates.from_lengths(values, self.lengths.to(device))
 
     def batch(self, rows: Tensor, n_tokens: int | None = None) -> tuple[Tensor, Tensor]:
-        """States of some texts, padded with zeros, and which of them are real.
+        """States of a batch of texts, padded with zeros, and a mask of the real tokens.
 
         Parameters
         ----------
         rows : int64 Tensor of shape (B,)
         n_tokens : int, default=None
-            What each text is padded to, S; none of them may be longer. None: the longest of them.
+            Length S to which texts are padded; no text may be longer. None: that of the longest.
 
         Returns
         -------
@@ -121,7 +121,7 @@ class TokenStates:
         return texts._gathered(mask), mask
 
     def _gathered(self, mask: Tensor) -> Tensor:
-        """All texts, padded to the shape of a mask: token by token, at once, from one array."""
+        """All texts, padded to the shape of a mask, by one indexing operation on one array."""
         (values,) = self.arrays
         tokens = self.starts[:, None] + torch.arange(mask.shape[1], device=self.device)  # (B, S)
         padded = values[tokens.clamp_(max=len(values) - 1)]  # (B, S, D)
@@ -135,7 +135,7 @@ class TokenStates:
 
 
 def pack_states(states: Tensor) -> Tensor:
-    """States in 8 bits: a float8 (e4m3) a value, and a power of two a token that scales them.
+    """Pack states in 8 bits: one float8 (e4m3) per value, and one power of two as scale per token.
 
     Parameters
     ----------
@@ -162,6 +162,6 @@ def pack_states(states: Tensor) -> Tensor:
 
 
 def unpack_states(packed: Tensor) -> Tensor:
-    """The states that `pack_states` has packed, as bfloat16, which holds them exactly."""
+    """Unpack what `pack_states` has packed, as bfloat16, which represents it exactly."""
     codes, scale = packed[..., :-SCALE_BYTES].view(CODE), packed[..., -SCALE_BYTES:]
     return codes.bfloat16() * scale.contiguous().view(torch.float32).bfloat16()

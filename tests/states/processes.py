@@ -1,4 +1,4 @@
-"""What runs in other processes: a model that logs what it loads and reads, and users of a store."""
+"""Code of the other processes: a model that logs what it loads and reads, and users of a store."""
 
 import os
 import sys
@@ -52,14 +52,14 @@ class LoggedLLM(FrozenLLM):
 
 
 def read_log(log):
-    """Tokens read in all, and what was loaded, by process."""
+    """Number of tokens read, and what each process loaded."""
     lines = [line.split() for line in Path(log).read_text().splitlines()]
     loaded = [(pid, what) for pid, what, *rest in lines if not rest]
     return sum(int(rest[0]) for _, _, *rest in lines if rest), loaded
 
 
 class StoppingLLM(LoggedLLM):
-    """Stops for good in its pass number `n_passes`, until it is killed."""
+    """Waits in its pass number `n_passes` until it is killed."""
 
     n_passes = 0
 
@@ -73,7 +73,7 @@ class StoppingLLM(LoggedLLM):
 
 
 def fetch_in_small_pieces(folder, texts, model, log, stop_at=0):
-    """Read texts into a store, in as many claims, files and mergers as can be."""
+    """Read texts into a store, with many small leases, files and merges."""
     sklearn_relish.states.reading.PIECE_TEXTS = 8
     sklearn_relish.states.reading.PIECE_SECONDS = 0.0
     sklearn_relish.states.retention.SHARD_BYTES = 1
@@ -111,7 +111,7 @@ def threads_after_a_fit(model, folder):
 
 
 def spill(model, log):
-    """Use the temporary folder, tell where it is, and stay until the log is emptied."""
+    """Write the temporary folder's path to the log, and wait until the log is emptied."""
     store = StateStore(max_memory=0)
     store.fetch(["text"], LoggedLLM(model, log), layer=2, max_length=512, progress=False)
     Path(log).write_text(str(temporary_folder().path))
@@ -120,7 +120,7 @@ def spill(model, log):
 
 
 def peak_of_fit(model, texts, max_memory):
-    """How far a fit and a prediction raise the memory that is this process's own, in bytes."""
+    """Bytes by which a fit and a prediction raise the memory of this process."""
 
     def own_memory():
         status = Path("/proc/self/status").read_text()

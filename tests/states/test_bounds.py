@@ -95,7 +95,7 @@ def test_max_bytes_evicts_the_least_recently_used_states(llm, tmp_path):
     store = StateStore(tmp_path, max_bytes=3 * size)
     for i, text in enumerate(["text a", "text b", "text c", "text a", "text d"]):
         fetch(store, [text], llm)
-        for file in tmp_path.rglob("*.safetensors"):  # as if some time went by
+        for file in tmp_path.rglob("*.safetensors"):  # as if a second had passed
             stat = file.stat()
             os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns - 10**9))
         assert store.info()[0]["n_bytes"] == min(3, i + 1) * size
@@ -205,8 +205,8 @@ def test_a_stream_holds_a_piece_at_a_time(llm, monkeypatch):
 def test_only_the_indexes_of_recent_folders_stay_in_memory(llm, tmp_path):
     for i in range(20):
         fetch(StateStore(tmp_path / str(i)), ["text"], llm)
-    known = sklearn_relish.states.contents._cached
-    assert list(known) == [tmp_path / str(i) for i in range(4, 20)]
+    cached = sklearn_relish.states.contents._cached
+    assert list(cached) == [tmp_path / str(i) for i in range(4, 20)]
     shutil.rmtree(tmp_path)
     fetch(StateStore(tmp_path / "new"), ["text"], llm)
-    assert list(known) == [tmp_path / "new"]
+    assert list(cached) == [tmp_path / "new"]

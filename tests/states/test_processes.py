@@ -72,7 +72,7 @@ def dask():
     distributed = pytest.importorskip("distributed")
     with (
         distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0"
         ) as cluster,
         distributed.Client(cluster),
         joblib.parallel_config(backend="dask"),
@@ -81,7 +81,7 @@ def dask():
 
 
 @pytest.mark.parametrize("memory", [None, "folder"])
-def test_a_search_reads_each_text_once_and_others_after_it_none(log, tmp_path, memory):
+def test_a_search_reads_each_text_once_and_later_searches_read_none(log, tmp_path, memory):
     memory = memory and str(tmp_path / "states")
     search(log, memory, n_jobs=None)
     assert read_log(log)[0] == n_tokens(TEXTS)
@@ -108,14 +108,14 @@ def test_processes_share_what_they_read_and_load_nothing_when_all_is_read(log, t
     assert Path(log).read_text() == ""
 
 
-def test_worker_processes_without_a_folder_are_told_of_it(log):
+def test_worker_processes_without_a_folder_warn(log):
     with loky():
-        (said,) = joblib.Parallel()([joblib.delayed(fit_telling_warnings)(make(log, None))])
-    (warning,) = said
+        (messages,) = joblib.Parallel()([joblib.delayed(warnings_of_fit)(make(log, None))])
+    (warning,) = messages
     assert "pass memory= a folder" in warning
 
 
-def fit_telling_warnings(regressor):
+def warnings_of_fit(regressor):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         regressor.fit(TEXTS, Y)
@@ -141,11 +141,11 @@ def reference(texts):
 
 def test_four_processes_read_into_one_store(context, log, tmp_path):
     texts = [f"text number {i} " + "more " * (i % 9) for i in range(240)]
-    choose = np.random.default_rng(0)
-    shares = [list(choose.permutation(texts)[:180]) for _ in range(4)]
+    generator = np.random.default_rng(0)
+    selections = [list(generator.permutation(texts)[:180]) for _ in range(4)]
     workers = [
-        context.Process(target=fetch_in_small_pieces, args=(tmp_path, share, tiny_model(), log))
-        for share in shares
+        context.Process(target=fetch_in_small_pieces, args=(tmp_path, selection, tiny_model(), log))
+        for selection in selections
     ]
     for worker in workers:
         worker.start()
@@ -153,26 +153,26 @@ def test_four_processes_read_into_one_store(context, log, tmp_path):
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 4
     tokens, loaded = read_log(log)
-    assert tokens == n_tokens(text for share in shares for text in share)
+    assert tokens == n_tokens(text for selection in selections for text in selection)
     assert len({pid for pid, _ in loaded}) > 1
     (held,) = StateStore(tmp_path).info()
-    assert held["n_texts"] == len({text for share in shares for text in share})
+    assert held["n_texts"] == len({text for selection in selections for text in selection})
     expected = reference(texts)
     llm = LoggedLLM(tiny_model(), log)
     states = StateStore(tmp_path).fetch(texts, llm, layer=2, max_length=512, progress=False)
     assert all(torch.equal(expected[text], s) for text, s in zip(texts, states, strict=True))
 
 
-def test_thirty_killed_readers_lose_and_spoil_nothing(context, log, tmp_path):
+def test_thirty_killed_readers_lose_and_damage_nothing(context, log, tmp_path):
     texts = [f"text number {i} " + "more " * (i % 9) for i in range(150)]
     expected = reference(texts)
     llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
-    choose = random.Random(0)
+    generator = random.Random(0)
     held = []
     for i in range(30):
         folder = tmp_path / f"store{i}"
         # Every other one is killed in a chosen pass, and the rest wherever they are by then.
-        stop_at = choose.randint(3, 30) if i % 2 else 0
+        stop_at = generator.randint(3, 30) if i % 2 else 0
         reader = context.Process(
             target=fetch_in_small_pieces, args=(folder, texts, tiny_model(), log, stop_at)
         )
@@ -182,7 +182,7 @@ def test_thirty_killed_readers_lose_and_spoil_nothing(context, log, tmp_path):
         while begun not in Path(log).read_text() and reader.is_alive():
             time.sleep(0.001)
         if not stop_at:
-            time.sleep(choose.uniform(0, 0.3))
+            time.sleep(generator.uniform(0, 0.3))
         reader.kill()
         reader.join()
 
@@ -195,7 +195,7 @@ def test_thirty_killed_readers_lose_and_spoil_nothing(context, log, tmp_path):
     assert all(0 < n < len(texts) for n in held[1::2])
 
 
-def test_a_full_disk_is_said_and_the_work_goes_on(context, log, tmp_path):
+def test_a_full_disk_gives_a_warning_and_memory_is_used(context, log, tmp_path):
     texts = [f"text number {i}" for i in range(50)]
     reader = context.Process(
         target=fetch_on_a_full_disk, args=(tmp_path / "states", texts, tiny_model(), log)
@@ -208,9 +208,9 @@ def test_a_full_disk_is_said_and_the_work_goes_on(context, log, tmp_path):
     assert not [path for path in files if path.parent.name != "leases"]
 
 
-def test_the_temporary_folder_goes_with_its_process(context, log, tmp_path, monkeypatch):
+def test_the_temporary_folder_is_removed_with_its_process(context, log, tmp_path, monkeypatch):
     folders = []
-    for end in ("told", "killed"):
+    for end in ("normal", "killed"):
         Path(log).write_text("")
         process = context.Process(target=spill, args=(tiny_model(), log))
         process.start()
@@ -265,7 +265,7 @@ def test_memory_stays_flat_on_a_set_ten_times_its_budget():
         answer = subprocess.run(map(str, command), capture_output=True, text=True, check=True)
         peaks[max_memory] = int(answer.stdout)
     print("MiB: states", size >> 20, {f"budget {b >> 20}": f"peak {peaks[b] >> 20}" for b in peaks})
-    # What a fit needs besides, batches and the model's own work, is the same for any set.
+    # The rest of a fit's memory, for batches and the model, does not grow with the set.
     assert peaks[budget] < 0.6 * size
     assert peaks[2**30] > size
 

@@ -14,6 +14,7 @@ from tiny import SIZE, tiny_model
 
 from sklearn_relish import FrozenLLM, LLMEncoder, StateStore
 from sklearn_relish.llm.batching import TOKEN_BUDGET
+from sklearn_relish.states.token_states import TokenStates
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -174,7 +175,7 @@ def test_a_stream_counts_cut_texts_in_one_warning(llm, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"folder": "~nobody-of-this-name/x"}, "has no meaning here.*Pass the folder's full path"),
+        ({"folder": "~nobody-of-this-name/x"}, "can't be resolved.*Pass the folder's full path"),
         ({"max_memory": -1}, "max_memory must be a number of bytes, 0 or more, got -1"),
         ({"max_bytes": "50GB"}, "max_bytes must be a number of bytes, 0 or more, got '50GB'"),
         ({"folder": ""}, "empty name"),
@@ -243,3 +244,32 @@ def test_all_stores_of_a_folder_share_one_index(llm, tmp_path, monkeypatch):
     assert StateStore(Memory(None)).folder is None
     store = pickle.loads(pickle.dumps(StateStore("states", max_bytes=10)))
     assert repr(store) == f"StateStore({str(tmp_path / 'states')!r}, max_bytes=10)"
+
+
+class OneLetterReader:
+    """The smallest reader: a token is a character, and its state the character's code."""
+
+    model = "one-letter"
+    fingerprint = "f" * 32
+    torch_dtype = torch.float32
+
+    def state_sizes(self, layer):
+        return {2}
+
+    def read(self, texts, *, layers, max_length, windows=False):
+        for row in reversed(range(len(texts))):
+            codes = torch.tensor([[ord(letter), 1.0] for letter in texts[row][:max_length]])
+            states = TokenStates.from_lengths(codes, torch.tensor([len(codes)]))
+            yield np.array([row]), [states for _ in layers], np.array([len(texts[row])])
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_any_reader_of_token_states_can_be_used(llm, tmp_path, on_disk):
+    store, reader = StateStore(tmp_path if on_disk else None), OneLetterReader()
+    expected = [torch.tensor([[ord(letter), 1.0] for letter in text]) for text in TEXTS]
+    assert same(fetch(store, TEXTS[:5], reader), expected[:5])
+    assert same(streamed(store, TEXTS, reader), expected)
+    fetch(store, TEXTS, llm)
+    assert [row["model"] for row in store.info()] == ["one-letter", str(tiny_model())]
+    store.clear(reader)
+    assert [row["model"] for row in store.info()] == [str(tiny_model())]

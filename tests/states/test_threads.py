@@ -138,9 +138,10 @@ def test_an_unfinished_stream_does_not_block_other_threads(llm, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("locked", [False, True])
-def test_a_forked_child_does_not_wait_for_its_parents_threads(llm, tmp_path, locked):
-    store = StateStore(tmp_path / "states")
+def test_a_forked_child_does_not_wait_for_its_parents_threads(llm, tmp_path, locked, on_disk):
+    store = StateStore(tmp_path / "states" if on_disk else None)
     fetch(store, TEXTS[:10], llm)
     contents = store._contents
     held, go = threading.Event(), threading.Event()

@@ -60,7 +60,7 @@ def test_a_batch_may_be_wider_than_its_longest_text():
 
 def test_packed_states_are_within_a_sixteenth_of_each_value():
     states = torch.randn(200, 64) * torch.logspace(-6, 6, 200)[:, None]
-    states[:, 0] *= 100  # one value that dwarfs the others, as middle layers have
+    states[:, 0] *= 100  # one value much larger than the rest, as in middle layers
     states[7] = 0
     unpacked = unpack_states(pack_states(states)).float()
     error = (unpacked - states).abs()

@@ -616,7 +616,7 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
     ) -> tuple[int, dict[int, float] | None]:
         """The layer to read, and with ``"auto"`` the score of each candidate."""
         llm = self._llm()
-        if self.layer != "auto":
+        if not isinstance(self.layer, str):
             return llm.resolve_layer(self.layer), None
         layers = list(dict.fromkeys(llm.resolve_layer(fraction) for fraction in SHARES))
         sample = sample_texts(rows.groups.max() + 1, random)

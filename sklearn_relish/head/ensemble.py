@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,25 +44,27 @@ class RelishEnsemble(nn.Module):
 
     def __init__(self, heads: list[RelishHead], linear_path: bool, loss_fn: Loss = HUBER) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(heads)
+        # A ModuleList: torch does not know the type of its modules.
+        self.heads = cast(Sequence[RelishHead], nn.ModuleList(heads))
         self.loss_fn = loss_fn
         self.state_norm = heads[0].state_norm
         input_size, n_outputs = heads[0].sizes["input_size"], heads[0].sizes["n_outputs"]
         self.head_weight = nn.Parameter(torch.ones(n_outputs), requires_grad=False)
-        self.linear = None
+        self.linear: nn.Linear | None = None
         if linear_path:
             # Made without values: initial ones would be drawn from torch's global generator.
-            self.linear = nn.Linear(len(LINEAR_POOLINGS) * input_size, n_outputs, device="meta")
-            self.linear = self.linear.to_empty(device=self.head_weight.device)
-            self.linear.requires_grad_(False)
-            nn.init.zeros_(self.linear.weight)
-            nn.init.zeros_(self.linear.bias)
+            linear = nn.Linear(len(LINEAR_POOLINGS) * input_size, n_outputs, device="meta")
+            linear = linear.to_empty(device=self.head_weight.device)
+            linear.requires_grad_(False)
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+            self.linear = linear
 
     def with_heads(self, heads: Iterable[RelishHead], loss_fn: Loss) -> RelishEnsemble:
         """An ensemble of other heads, with a copy of the linear path of this one."""
         ensemble = RelishEnsemble(list(heads), self.linear is not None, loss_fn)
         ensemble.head_weight.copy_(self.head_weight)
-        if self.linear is not None:
+        if self.linear is not None and ensemble.linear is not None:
             ensemble.linear.load_state_dict(self.linear.state_dict())
         return ensemble.eval()
 
@@ -91,7 +93,7 @@ class RelishEnsemble(nn.Module):
         check_format(state, f"The saved {type(self).__name__}")
         with torch.device("meta"):
             heads = [RelishHead(**state["sizes"]) for _ in range(state["n_heads"])]
-            self.__init__(heads, state["linear_path"], make_loss(**state["loss_fn"]))
+            type(self).__init__(self, heads, state["linear_path"], make_loss(**state["loss_fn"]))
         weights = {name: torch.tensor(array) for name, array in state["weights"].items()}
         self.load_state_dict(weights, assign=True)
         self.eval()
@@ -104,8 +106,7 @@ class RelishEnsemble(nn.Module):
         """The same as `forward`, without its check and copy: the padding must hold zeros."""
         states = states.to(self.head_weight.dtype)  # (B, S, D)
         raw = [head.forward_zero_padded(states, mask) for head in self.heads]  # (B, n_outputs)
-        mean = sum(map(self.loss_fn.inverse_link, raw)) / len(self.heads)  # (B, n_outputs)
-        return self._with_linear_path(mean, states, mask)
+        return self._with_linear_path(self._mean(raw), states, mask)
 
     def staged(self, states: Tensor, mask: Tensor) -> Tensor:
         """The prediction after each iteration of the heads, (n_iterations, B, n_outputs).
@@ -114,10 +115,8 @@ class RelishEnsemble(nn.Module):
         """
         states = states.to(self.head_weight.dtype)  # (B, S, D)
         raw = [head.staged(states, mask).unbind() for head in self.heads]
-        mean = torch.stack(
-            [sum(map(self.loss_fn.inverse_link, stage)) for stage in zip(*raw, strict=True)]
-        ) / len(self.heads)  # (n_iterations, B, n_outputs)
-        return self._with_linear_path(mean, states, mask)
+        mean = torch.stack([self._mean(stage) for stage in zip(*raw, strict=True)])
+        return self._with_linear_path(mean, states, mask)  # (n_iterations, B, n_outputs)
 
     def attention(self, states: Tensor, mask: Tensor) -> Tensor:
         """Weights of the tokens, (n_estimators, n_iterations, B, n_heads, S), of sum 1.
@@ -127,6 +126,11 @@ class RelishEnsemble(nn.Module):
         states = states.to(self.head_weight.dtype)  # (B, S, D)
         steps = [list(head.steps(states, mask)) for head in self.heads]
         return torch.stack([torch.stack([step.attention for step in head]) for head in steps])
+
+    def _mean(self, raw: Iterable[Tensor]) -> Tensor:
+        """The mean of the heads' predictions, from the raw prediction of each."""
+        predictions = map(self.loss_fn.inverse_link, raw)
+        return cast(Tensor, sum(predictions)) / len(self.heads)  # (B, n_outputs)
 
     def _with_linear_path(self, mean: Tensor, states: Tensor, mask: Tensor) -> Tensor:
         """The heads' mean, (..., B, n_outputs), weighted together with the linear path."""

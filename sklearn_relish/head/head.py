@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -202,7 +202,7 @@ class RelishHead(nn.Module):
         check_head_sizes(latent_size, n_heads)
         if state_norm not in ("rms", None):
             raise ValueError(f"state_norm must be 'rms' or None, got {state_norm!r}.")
-        self.sizes = {
+        self.sizes: dict[str, Any] = {
             "input_size": input_size,
             "latent_size": latent_size,
             "n_heads": n_heads,
@@ -279,7 +279,7 @@ class RelishHead(nn.Module):
 
         Counted for a text, forward and backward. The states themselves need no gradient.
         """
-        d, n_scores = len(self.latent), self.n_iterations * self.blocks[0].attention.n_heads
+        d, n_scores = len(self.latent), self.n_iterations * self.sizes["n_heads"]
         projecting = 2 * n_tokens * input_size * d
         attending_projected = 6 * n_scores * n_tokens * d + 6 * self.n_iterations * d * d
         folding = 6 * self.n_iterations * d * d * input_size / n_texts

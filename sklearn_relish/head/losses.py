@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, TypeVar, cast
 
 import numpy as np
 import torch
@@ -177,7 +177,7 @@ class QuantileLoss(Loss):
             torch.maximum(quantile * (y - prediction), (quantile - 1) * (y - prediction))
             for quantile, prediction in zip(self.quantiles, predictions, strict=True)
         ]
-        return sum(losses) / len(losses)
+        return cast(Tensor, sum(losses)) / len(losses)
 
     def inverse_link(self, raw: Tensor) -> Tensor:
         if self.n_predictions == 1:

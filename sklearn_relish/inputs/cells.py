@@ -352,9 +352,9 @@ def _without_zeros(text: str) -> str:
     """Remove trailing zeros of a fraction of a second, and a time of midnight."""
     if "." in text:
         start, _, rest = text.partition(".")
-        digits = re.match("[0-9]*", rest)[0]
-        fraction = digits.rstrip("0")
-        text = start + ("." + fraction if fraction else "") + rest[len(digits) :]
+        suffix = rest.lstrip("0123456789")
+        fraction = rest.removesuffix(suffix).rstrip("0")
+        text = start + ("." + fraction if fraction else "") + suffix
     return text.removesuffix(" 00:00:00")
 
 
@@ -389,7 +389,8 @@ def _numpy_date_text(cell: np.datetime64) -> str:
     unit, _ = np.datetime_data(cell.dtype)
     if unit in ("Y", "M", "W", "D"):
         return str(cell.astype("M8[D]"))
-    text = np.datetime_as_string(cell, unit="s" if unit in ("h", "m") else unit)
+    unit = "s" if unit in ("h", "m") else unit
+    text = np.datetime_as_string(cell, unit=unit)  # type: ignore[call-overload]  # unit is any str
     return _without_zeros(text.replace("T", " "))
 
 

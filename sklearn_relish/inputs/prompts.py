@@ -25,7 +25,7 @@ class Table:
 
     Parameters
     ----------
-    columns : list of sequences
+    columns : sequence of sequences
         Cells by column, each of length `n_rows`.
     names : list of str
         Names of the columns; ``text`` for one-dimensional texts, ``x0``, ``x1``, ... for
@@ -35,7 +35,7 @@ class Table:
         Whether the input was one-dimensional texts, which are never converted.
     """
 
-    columns: list[Sequence[Any]]
+    columns: Sequence[Sequence[Any]]
     names: list[str]
     n_rows: int
     one_dimensional: bool = False
@@ -74,7 +74,8 @@ def read_table(X: Any) -> Table:
     if isinstance(frame, nw.LazyFrame):
         raise TypeError("X is a lazy frame: collect it first.")
     if isinstance(frame, nw.DataFrame):
-        columns = [_frame_cells(column) for column in frame.iter_columns()]
+        # iter_columns gives the stable Series, but its annotation names the other one.
+        columns = [_frame_cells(column) for column in frame.iter_columns()]  # type: ignore[arg-type]
         names = list(frame.columns)
         if not all(isinstance(name, str) for name in names):
             names = _array_names(len(names))
@@ -90,7 +91,7 @@ def read_table(X: Any) -> Table:
     return table
 
 
-def _frame_cells(column: nw.Series) -> list[Any]:
+def _frame_cells(column: nw.Series[Any]) -> list[Any]:
     """The cells of a frame's column, without rounding."""
     if column.dtype == nw.Float32:  # to_list() gives float64
         return [None if is_missing(cell) else np.float32(cell) for cell in column.to_list()]
@@ -104,8 +105,9 @@ def _read_array(X: Any) -> Table:
         array = X if isinstance(X, np.ma.MaskedArray) else np.asarray(X)
         if isinstance(array, np.ma.MaskedArray):
             cells = np.empty(array.shape, dtype=object)
-            cells.flat = list(array.data.flat)  # NumPy's scalars keep nanoseconds
-            array = np.where(np.ma.getmaskarray(array), None, cells)
+            cells.flat[:] = list(array.data.flat)  # NumPy's scalars keep nanoseconds
+            cells[np.ma.getmaskarray(array)] = None
+            array = cells
         if array.ndim == 2:
             _refuse_complex(array)
             exact = array.dtype.kind in "mM" or array.dtype in (np.float16, np.float32)
@@ -189,11 +191,10 @@ def write_cells(table: Table, kinds: Sequence[str] | None = None) -> tuple[Table
     if kinds is None and table.one_dimensional:
         # Texts are not converted. MAPIE calls `predict` on a one-dimensional array of zeros.
         return table, ["mixed"]
+    fitted_kinds: Sequence[str | None] = kinds or [None] * len(table.columns)
     written = [
         column_texts(column, name, kind)
-        for column, name, kind in zip(
-            table.columns, table.names, kinds or [None] * len(table.columns), strict=True
-        )
+        for column, name, kind in zip(table.columns, table.names, fitted_kinds, strict=True)
     ]
     columns, kinds = [texts for texts, _ in written], [kind for _, kind in written]
     return replace(table, columns=columns), kinds

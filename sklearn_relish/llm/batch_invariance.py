@@ -101,7 +101,7 @@ class BatchInvariant(TorchFunctionMode):
         self.n_attentions += 1
         if self.lengths is None:
             return _text_by_text(func, args, kwargs)
-        return self._packed_attention(*args, **kwargs)
+        return self._packed_attention(self.lengths, *args, **kwargs)
 
     def _matrix_product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         left, right = args[:2]
@@ -119,6 +119,7 @@ class BatchInvariant(TorchFunctionMode):
 
     def _packed_attention(
         self,
+        lengths: Sequence[int],
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -131,7 +132,7 @@ class BatchInvariant(TorchFunctionMode):
         n_heads, n_tokens = query.shape[1:3]
         result = query.new_empty(1, n_tokens, n_heads, value.shape[3])
         start = 0
-        for length, group in itertools.groupby(self.lengths):
+        for length, group in itertools.groupby(lengths):
             n_texts = len(list(group))
             step = n_texts if self.joint and length < JOINT_TOKENS else 1
             mask, causal = attn_mask, is_causal
@@ -141,12 +142,12 @@ class BatchInvariant(TorchFunctionMode):
                 mask = None if causal else mask
             for _ in range(0, n_texts, step):
                 end = start + step * length
-                parts = [
+                queries, keys, values = (
                     states[0, :, start:end].unflatten(1, (step, length)).transpose(0, 1)
                     for states in (query, key, value)  # (step, heads, length, size)
-                ]
+                )
                 attended = scaled_dot_product_attention(
-                    *parts, attn_mask=mask, is_causal=causal, **kwargs
+                    queries, keys, values, attn_mask=mask, is_causal=causal, **kwargs
                 )
                 result[0, start:end] = attended.transpose(1, 2).flatten(0, 1)
                 start = end
@@ -225,7 +226,7 @@ def split_rows(n_rows: int, counts: tuple[int, ...]) -> tuple[int, ...]:
     if n_rows > counts[-1]:
         n_full = (n_rows - 1) // counts[-1]
         return (counts[-1],) * n_full + split_rows(n_rows - n_full * counts[-1], counts)
-    best = (next(count for count in counts if count >= n_rows),)
+    best: tuple[int, ...] = (next(count for count in counts if count >= n_rows),)
     below = max((count for count in counts if count < n_rows), default=0)
     if below:
         split = (below, *split_rows(n_rows - below, counts))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ class Batch:
     inputs: dict[str, Tensor]
     lengths: Tensor
     row_length: int
-    context: AbstractContextManager
+    context: AbstractContextManager[Any]
     real: Tensor | None = None
 
     def real_states(self, states: Tensor) -> Tensor:

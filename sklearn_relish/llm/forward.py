@@ -148,7 +148,9 @@ class ForwardPass:
             return None
         key = layer, torch.get_num_threads()
         if key not in self._packing:
-            ways = ["separate"] if self.dtype == torch.float32 else ["joint", "separate"]
+            ways: list[Packing] = ["joint", "separate"]
+            if self.dtype == torch.float32:
+                ways = ["separate"]
             self._packing[key] = next((way for way in ways if self._packs(way, layer)), None)
         return self._packing[key]
 
@@ -165,11 +167,11 @@ class ForwardPass:
                 batch = pack(texts, packing, self.tokenizer.filler_id)
                 with batch.context as invariant:
                     (packed,) = self.states_at([layer], **batch.inputs)
-                alone = []
+                states = []
                 for ids in texts:
                     with BatchInvariant():
-                        alone += self.states_at([layer], input_ids=torch.from_numpy(ids)[None])
-                alone = torch.cat(alone, dim=1)[0]
+                        states += self.states_at([layer], input_ids=torch.from_numpy(ids)[None])
+                alone = torch.cat(states, dim=1)[0]
                 return invariant.n_attentions > 0 and torch.equal(packed[0, : len(alone)], alone)
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
                 return False  # the network does not take these inputs

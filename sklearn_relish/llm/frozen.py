@@ -147,7 +147,7 @@ class FrozenLLM:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        type(self).__init__(self, **state)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return shared_llm, (self.model, self.device, self.dtype, self.model_kwargs)

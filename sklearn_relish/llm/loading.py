@@ -51,7 +51,7 @@ def model_source(model: str, model_kwargs: dict[str, Any] | None) -> str:
     return model
 
 
-def load_pretrained(auto_class: type, source: str, **kwargs: Any) -> Any:
+def load_pretrained(auto_class: type[Any], source: str, **kwargs: Any) -> Any:
     """``auto_class.from_pretrained(source, **kwargs)``, with errors that say what to do.
 
     Raises

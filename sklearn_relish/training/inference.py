@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,6 +22,8 @@ from sklearn_relish.head.pooling import pool
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.batching import BatchLoader, prediction_batches
 from sklearn_relish.utils.locks import ForkSafeLock
+
+Head = TypeVar("Head", bound=RelishHead | RelishEnsemble)
 
 SAMPLED_WEIGHTS = 8  # entries of each weight that are compared to notice a change
 
@@ -82,9 +84,7 @@ def pool_states(states: TokenStates, pooling: str, state_norm: str | None) -> Te
     return pooled
 
 
-def _prepared(
-    head: RelishHead | RelishEnsemble, states: TokenStates, device: torch.device
-) -> tuple[RelishHead | RelishEnsemble, BatchLoader]:
+def _prepared(head: Head, states: TokenStates, device: torch.device) -> tuple[Head, BatchLoader]:
     """A copy of the head on the device, and the loader of the states."""
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     return device_copy(head, device, dtype), BatchLoader(states, device, dtype)
@@ -93,7 +93,7 @@ def _prepared(
 class _Copy(NamedTuple):
     """A copy of a head on a device, and what shows whether the head has changed since."""
 
-    head: RelishHead | RelishEnsemble
+    head: Any  # of the class of the original
     made_for: tuple[Any, ...]
     sample: Tensor
 
@@ -110,9 +110,7 @@ _slots: WeakKeyDictionary[nn.Module, _Slot] = WeakKeyDictionary()
 _slots_lock = ForkSafeLock()
 
 
-def device_copy(
-    head: RelishHead | RelishEnsemble, device: torch.device, dtype: torch.dtype
-) -> RelishHead | RelishEnsemble:
+def device_copy(head: Head, device: torch.device, dtype: torch.dtype) -> Head:
     """A copy of a head on a device, kept as long as the head lives and its weights do not change.
 
     A service that predicts one text after another then copies the head only once.
@@ -135,9 +133,7 @@ def device_copy(
     return kept.head
 
 
-def _copy_in_one_tensor(
-    head: RelishHead | RelishEnsemble, device: torch.device, dtype: torch.dtype
-) -> RelishHead | RelishEnsemble:
+def _copy_in_one_tensor(head: Head, device: torch.device, dtype: torch.dtype) -> Head:
     """A copy of a head whose weights are views of one tensor.
 
     The system gets that memory back when the copy is deleted. Small tensors would stay with the

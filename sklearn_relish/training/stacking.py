@@ -14,6 +14,7 @@ from scipy.optimize import nnls
 from sklearn import config_context
 from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import StandardScaler
+from torch import nn
 
 from sklearn_relish.head.ensemble import LINEAR_POOLINGS, RelishEnsemble
 from sklearn_relish.head.head import RelishHead
@@ -145,20 +146,26 @@ def fit_ensemble(
     _, first = np.unique(groups, return_index=True)  # the first row of each text
     chosen = np.sort(random.permutation(len(first))[:MAX_RIDGE_TEXTS])
     seen = n_held_out[first[chosen]] > 0
-    linear_path = linear_path and np.count_nonzero(seen) >= MIN_TEXTS
+    linear_path = linear_path and bool(np.count_nonzero(seen) >= MIN_TEXTS)
     ensemble = RelishEnsemble(heads, linear_path, loss_fn)
-    if linear_path:
+    if ensemble.linear is not None:
         centred = (oof_predictions - target_means)[first[chosen]]
         stacked = np.full((len(first), oof_predictions.shape[1]), np.nan)
-        stacked[chosen] = _fit_linear_path(ensemble, examples.merged(groups)[chosen], seen, centred)
+        stacked[chosen] = _fit_linear_path(
+            ensemble, ensemble.linear, examples.merged(groups)[chosen], seen, centred
+        )
         oof_predictions = stacked[groups]
     return FittedEnsemble(ensemble.eval(), trainings, oof_predictions)
 
 
 def _fit_linear_path(
-    ensemble: RelishEnsemble, texts: Examples, seen: np.ndarray, oof_predictions: np.ndarray
+    ensemble: RelishEnsemble,
+    linear: nn.Linear,
+    texts: Examples,
+    seen: np.ndarray,
+    oof_predictions: np.ndarray,
 ) -> np.ndarray:
-    """Fit the ridges, and set the weights of heads and ridges.
+    """Fit the ridges, and set the weights of heads and ridges; `linear` is the ensemble's path.
 
     The weights come from the texts that are `seen`, a bool array: those with an out-of-fold
     prediction of the heads. These predictions are minus the mean of their training targets. The
@@ -177,8 +184,8 @@ def _fit_linear_path(
         ensemble.head_weight[j] = head_weight
         weighted = list(zip(ridge_weights, ridges, strict=True))
         coef = np.concatenate([part * ridge.coef[j] for part, ridge in weighted])
-        ensemble.linear.weight[j] = torch.from_numpy(coef)
-        ensemble.linear.bias[j] = sum(part * ridge.intercept[j] for part, ridge in weighted)
+        linear.weight[j] = torch.from_numpy(coef)
+        linear.bias[j] = sum(part * ridge.intercept[j] for part, ridge in weighted)
     return stacked
 
 

@@ -201,7 +201,7 @@ def train_head(
                 )
             entry = {
                 "epoch": epoch,
-                "learning_rate": schedule.get_last_lr()[0],
+                "learning_rate": float(schedule.get_last_lr()[0]),
                 "train_loss": float(total) / float(train.weight.sum()),
             }
             if validation is not None:
@@ -267,8 +267,9 @@ class _Step:
             raw = self.head.staged(states, mask)  # (n_iterations, B, n_outputs * n_predictions)
         else:
             raw = self.head.forward_zero_padded(states, mask)[None]
-        losses = [self.loss_fn.loss(stage, y).mean(dim=1) * weight for stage in raw]
-        losses = torch.stack(losses)  # (n_iterations, B)
+        losses = torch.stack(
+            [self.loss_fn.loss(stage, y).mean(dim=1) * weight for stage in raw]
+        )  # (n_iterations, B)
         return losses.mean(dim=0), losses[-1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -29,11 +30,11 @@ def computes_bfloat16(device: torch.device) -> bool:
             return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         # An older torch does not report them; float32 works everywhere.
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         return any(capabilities.get(name, False) for name in CPU_BFLOAT16)
     return False
 
 
-def current_device(device: torch.device) -> AbstractContextManager:
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which a CUDA device is the current one; it does nothing for other devices."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -6,8 +6,10 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from types import FrameType
 
 import joblib
+import numpy as np
 import sklearn
 
 # Calls may pass through scikit-learn, which wraps methods, and joblib, which runs searches.
@@ -28,13 +30,14 @@ def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
     category : type, default=UserWarning
         Category of the warning if `message` is a string.
     """
-    frame, level = sys._getframe(1), 2
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
     while frame is not None and frame.f_code.co_filename.startswith(INTERNAL):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
 
 
-def name_rows(rows: Sequence[int]) -> str:
+def name_rows(rows: Sequence[int] | np.ndarray) -> str:
     """The first few rows, and the number of further ones, for an error message.
 
     Examples

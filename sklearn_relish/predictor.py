@@ -33,8 +33,8 @@ class RelishPredictor(BaseLLMEstimator):
     head_: RelishEnsemble
     layer_: int
     n_outputs_: int
-    _y_mean: np.ndarray  # (n_outputs,), and
-    _y_scale: np.ndarray  # (n_outputs,): the units of the target
+    _y_mean: np.ndarray  # mean of each output, (n_outputs,)
+    _y_scale: np.ndarray  # scale of each output, (n_outputs,)
     _y_shape: tuple[int, ...]  # the shape of one target: () or (n_outputs,)
     _conformal: Conformal | None
     _llm_fingerprint: str
@@ -160,8 +160,9 @@ class RelishPredictor(BaseLLMEstimator):
         fitted = self._snapshot()
         if fitted._conformal is None:
             raise ValueError(
-                "Intervals need held-out rows, and there are none: fit with early_stopping=True, on"
-                " more than one text."
+                "There are no intervals: no rows were held out, or the last fit continued earlier"
+                " training. Call fit with warm_start=False and early_stopping=True, on more than"
+                " one text."
             )
         predictions = fitted._predict(fitted._texts(X))
         return fitted._to_target_units(fitted._conformal.interval(predictions, coverage))
@@ -193,7 +194,9 @@ class RelishPredictor(BaseLLMEstimator):
         """
         rows, batches = zip(*self._map_states(texts, function), strict=True)
         predictions = np.concatenate(batches)[np.concatenate(rows).argsort()]
-        if not self.head_.loss_fn.log_link:  # absolute: the target has a scale of 1
+        if (
+            not self.head_.loss_fn.log_link
+        ):  # a fixed step: standardized predictions are about 1 in size
             return np.ldexp(np.round(np.ldexp(predictions, PREDICTION_BITS)), -PREDICTION_BITS)
         mantissa, exponent = np.frexp(predictions)
         return np.ldexp(np.round(mantissa * 2**PREDICTION_BITS), exponent - PREDICTION_BITS)
@@ -214,8 +217,8 @@ class RelishPredictor(BaseLLMEstimator):
         input_size = self.head_.heads[0].sizes["input_size"]
         if self.layer_ > llm.n_layers or input_size != llm.hidden_size:
             raise ValueError(
-                f"The heads were fitted on {input_size} numbers per token at layer {self.layer_},"
-                f" but {llm!r} has {llm.hidden_size} numbers per token and {llm.n_layers} layers:"
+                f"The heads were fitted on a hidden size of {input_size} at layer {self.layer_},"
+                f" but {llm!r} has a hidden size of {llm.hidden_size} and {llm.n_layers} layers:"
                 " pass the model that was used in fit, or fit again."
             )
         if llm.fingerprint != self._llm_fingerprint:

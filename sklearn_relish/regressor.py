@@ -126,8 +126,8 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
         texts are held out together.
     n_estimators : int or "auto", default="auto"
         Number of RELISH heads; each is fitted with other rows held out, and they are averaged.
-        ``"auto"`` is 5 for up to 1,000 distinct rows and 3 for more. 1 is the published choice, and
-        the fastest.
+        ``"auto"`` is 5 for up to 1,000 distinct rows and 3 for more, and in `partial_fit`. 1 is the
+        published choice, and the fastest.
     linear_path : bool or "auto", default="auto"
         If true, ridge models on the mean and the last token state are added, weighted together with
         the heads by out-of-fold error. For small or noisy sets they make up most of the prediction.
@@ -387,7 +387,7 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
             **self._training_options(loss_fn),
         )
         if continuing:  # the heads may have been trained on the rows that are held out now
-            ensemble = RelishEnsemble.with_heads(self.head_, ensemble.heads, loss_fn)
+            ensemble = self.head_.with_heads(ensemble.heads, loss_fn)
             oof_predictions = np.full_like(oof_predictions, np.nan)
         history = [
             {"estimator": number, **epoch}
@@ -440,7 +440,7 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
     def _partial_fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
         continuing = hasattr(self, "head_")
         rows, targets, loss_fn = self._check_rows(X, y, sample_weight, continuing)
-        n_estimators = self._n_estimators(0, continuing)
+        n_estimators = self._n_estimators(None, continuing)
         random = self._random()
         if not continuing:
             self.layer_, self.layer_scores_ = self._find_layer(rows, targets, random)
@@ -465,7 +465,7 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
             )
             history += [{"estimator": number, **epoch} for epoch in training.history]
         if continuing:
-            ensemble = RelishEnsemble.with_heads(self.head_, heads, loss_fn)
+            ensemble = self.head_.with_heads(heads, loss_fn)
         else:
             ensemble = RelishEnsemble(heads, linear_path=False, loss_fn=loss_fn).eval()
         self._set_fitted(ensemble, history, [n_epochs] * len(heads))
@@ -508,7 +508,7 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
         return rows, scaler.standardize(rows.y), loss_fn
 
     def _loss_fn(self, y: np.ndarray) -> Loss:
-        """The loss, and whether the targets are such as it is made for."""
+        """Make the loss; raise an error if its parameters or the targets are not valid."""
         if self.loss == "quantile":
             quantiles = np.atleast_1d(np.asarray(self.quantile, dtype=float))
             rising = quantiles.ndim == 1 and (np.diff(quantiles) > 0).all()
@@ -525,10 +525,10 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
                 f"quantile={self.quantile!r} has no effect with loss={self.loss!r}: pass"
                 " loss='quantile', or leave quantile at 0.5."
             )
-        if self.linear_path != "auto" and self.linear_path and not loss_fn.predicts_mean:
+        if self.linear_path != "auto" and self.linear_path and not loss_fn.allows_linear_path:
             raise ValueError(
-                "linear_path=True needs a loss that asks for a mean, 'huber' or 'squared_error',"
-                f" and loss={self.loss!r} does not: pass linear_path='auto' or False."
+                f"linear_path=True is not available with loss={self.loss!r}: pass"
+                " linear_path='auto' or False."
             )
         loss_fn.check_targets(y)
         return loss_fn
@@ -553,14 +553,17 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
                     f"The fitted heads have {name}={value}, but {requested[name]} was requested:"
                     " keep the value, or fit again with warm_start=False."
                 )
-        if self.head_.linear is not None and not loss_fn.predicts_mean:
+        if self.head_.linear is not None and not loss_fn.allows_linear_path:
             raise ValueError(
-                f"The fitted ridges predict a mean, but loss={self.loss!r} does not: fit again with"
-                " warm_start=False."
+                f"The fitted ridges predict a mean, which loss={self.loss!r} does not estimate: fit"
+                " again with warm_start=False."
             )
 
-    def _n_estimators(self, n_rows: int, continuing: bool) -> int:
-        """The number of heads to fit; all fitted heads when training continues."""
+    def _n_estimators(self, n_rows: int | None, continuing: bool) -> int:
+        """The number of heads to fit; None rows: of a `partial_fit`, whose rows are not all known.
+
+        When training continues, all fitted heads are trained.
+        """
         if continuing:
             n_fitted = len(self.head_.heads)
             if self.n_estimators not in ("auto", n_fitted):
@@ -570,7 +573,8 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
                 )
             return n_fitted
         if self.n_estimators == "auto":
-            return SMALL_SET_ESTIMATORS if 0 < n_rows <= SMALL_SET else ESTIMATORS
+            is_small = n_rows is not None and n_rows <= SMALL_SET
+            return SMALL_SET_ESTIMATORS if is_small else ESTIMATORS
         return int(self.n_estimators)
 
     def _head_sizes(self, input_size: int, n_outputs: int, loss_fn: Loss) -> dict[str, Any]:

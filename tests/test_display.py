@@ -224,9 +224,9 @@ def test_display_of_many_texts(llm, pyplot):
     display = RefinementDisplay.from_estimator(regressor, TEXTS, Y, ax=mine)
     assert display.figure_ is figure
     assert display.line_ in mine.lines
-    with pytest.raises(ValueError, match="pass their numbers as y"):
+    with pytest.raises(ValueError, match="pass their targets as y"):
         RefinementDisplay.from_estimator(regressor, TEXTS)
-    with pytest.raises(ValueError, match="pass their numbers as y"):
+    with pytest.raises(ValueError, match="pass their targets as y"):
         RefinementDisplay(display.stages)
     with pytest.raises(ValueError, match="must be 1 or more"):
         display.plot(max_lines=0)

@@ -41,8 +41,8 @@ class Loss(ABC):
     log_link : bool
         Whether raw predictions are logarithms of predictions. Targets are then divided by their
         mean and not centred.
-    predicts_mean : bool
-        Whether the loss asks for a mean, as least squares does. Ridges can then be added.
+    allows_linear_path : bool
+        Whether ridge models, which estimate a mean, can be added to the heads.
     valid_targets : str
         Which targets the loss is made for, as the error message says it.
     """
@@ -51,7 +51,7 @@ class Loss(ABC):
 
     name: ClassVar[str]
     log_link: ClassVar[bool] = False
-    predicts_mean: ClassVar[bool] = False
+    allows_linear_path: ClassVar[bool] = False
     valid_targets: ClassVar[str] = "that are finite"
 
     def __post_init__(self) -> None:
@@ -110,7 +110,7 @@ class HuberLoss(Loss):
     """Huber's loss: squared up to 1 and linear beyond."""
 
     name = "huber"
-    predicts_mean = True
+    allows_linear_path = True
 
     def loss(self, raw: Tensor, y: Tensor) -> Tensor:
         return huber_loss(raw, y, reduction="none")
@@ -120,7 +120,7 @@ class SquaredLoss(Loss):
     """The squared error, whose minimum is at the mean."""
 
     name = "squared_error"
-    predicts_mean = True
+    allows_linear_path = True
 
     def loss(self, raw: Tensor, y: Tensor) -> Tensor:
         return (raw - y) ** 2

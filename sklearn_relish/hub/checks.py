@@ -30,6 +30,7 @@ from sklearn_relish.base import BaseLLMEstimator
 from sklearn_relish.head.ensemble import RelishEnsemble
 from sklearn_relish.head.head import RelishHead
 from sklearn_relish.head.losses import LOSSES, make_loss
+from sklearn_relish.inputs.cells import is_column_kind
 from sklearn_relish.utils.versions import STAMP, check_format
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -51,7 +52,7 @@ FITTED: dict[str, list[Any]] = {
     "n_epochs_": [Interval(Integral, 0, None, closed="left")],
     "validation_score_": [Interval(Real, None, None, closed="neither"), None],
     "_column_names": [list],
-    "_column_kinds": [list, None],
+    "_column_kinds": [list],
     "_y_shape": [list],
     "_llm_fingerprint": [str],
     "_llm_revision": [str, None],
@@ -168,7 +169,7 @@ def _check_fields(values: Any, fields: dict[str, list[Any]], path: Path, within:
             validate_parameter_constraints({name: allowed}, {name: values[name]}, "a folder")
         except ValueError as error:  # "The 'layer_' parameter of a folder must be ... Got 0 ..."
             what = str(error).partition(" of a folder ")[2].partition(" Got ")[0].rstrip(".")
-            _refuse(path, f"{within}{name}", what, values[name])
+            _refuse(path, f"{within}{name}", what or f"is invalid: {error}", values[name])
 
 
 def check_config(config: dict[str, Any], cls: type[BaseLLMEstimator], path: Path) -> None:
@@ -223,6 +224,7 @@ def _check_fitted(fitted: dict[str, Any], path: Path) -> None:
                 name,
                 f"must hold a string for each of {n_columns} columns",
             )
+    check(all(map(is_column_kind, fitted["_column_kinds"])), "_column_kinds", "must hold kinds")
     check(
         fitted["_y_shape"] in ([[], [1]] if n_outputs == 1 else [[n_outputs]]),
         "_y_shape",
@@ -239,7 +241,7 @@ def _check_fitted(fitted: dict[str, Any], path: Path) -> None:
     )
     loss_fn = make_loss(loss, quantiles)
     check(
-        loss_fn.predicts_mean or not head["linear_path"],
+        loss_fn.allows_linear_path or not head["linear_path"],
         "head.linear_path",
         f"must be false with the loss {loss!r}",
     )

@@ -271,8 +271,8 @@ def _read(folder: Path, cls: type[PretrainedMixin]) -> tuple[dict[str, Any], dic
             config = parse_config(read_config(folder / CONFIG), folder / CONFIG)
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"{folder.absolute()} holds no regressor that save_pretrained has written: it has"
-                f" no {CONFIG}."
+                f"{folder.absolute()} has no regressor saved by save_pretrained: there is no"
+                f" {CONFIG}."
             ) from None
         digest = config[WEIGHTS_DIGEST]
         for path in (folder / PENDING.format(digest), folder / WEIGHTS):

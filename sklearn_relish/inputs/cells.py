@@ -181,9 +181,9 @@ def _unless_missing(write: Callable[[Any], str], cell: Any) -> str | None:
 
 def _converted(kinds: list[str], texts: list[str | None], base: str, name: str) -> list[str | None]:
     """Texts of cells, converted to the kind of the column in `fit`."""
-    convert = CONVERSIONS.get(base)
-    if convert is None:  # "mixed", "other" and "missing" accept any cell
+    if base in UNCONVERTED:
         return texts
+    convert = CONVERSIONS[base]
     converted, refused = [], []
     for row, (kind, text) in enumerate(zip(kinds, texts, strict=True)):
         try:
@@ -500,6 +500,13 @@ CONVERSIONS: dict[str, Callable[[str, str], str | None]] = {
     "text/boolean": _text_or("boolean"),
     "text/boolean/number": _text_or("boolean", "integer", "number"),
 }
+UNCONVERTED = ("mixed", "other", "missing")  # kinds of columns that accept any cell
+
+
+def is_column_kind(kind: str) -> bool:
+    """Whether `column_texts` gives columns this kind."""
+    base = kind.removesuffix(OR_MISSING)
+    return base in CONVERSIONS or base in UNCONVERTED
 
 
 def _in_nanoseconds(cell: np.timedelta64) -> int:

@@ -189,8 +189,7 @@ def write_cells(table: Table, kinds: Sequence[str] | None = None) -> tuple[Table
         See `cells.column_texts`, which also has the errors and warnings.
     """
     if kinds is None and table.one_dimensional:
-        # Texts are not converted. MAPIE calls `predict` on a one-dimensional array of zeros.
-        return table, ["mixed"]
+        return table, ["mixed"]  # texts, or other cells, which are written as they are
     fitted_kinds: Sequence[str | None] = kinds or [None] * len(table.columns)
     written = [
         column_texts(column, name, kind)

@@ -86,6 +86,8 @@ class FrozenLLM:
 
     Raises
     ------
+    ValueError
+        If `model_kwargs` has a dtype.
     OSError
         On first use, if the model is not found; the message says what was tried.
 
@@ -105,6 +107,12 @@ class FrozenLLM:
         dtype: str | torch.dtype = "auto",
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
+        named = sorted({"dtype", "torch_dtype"}.intersection(model_kwargs or ()))
+        if named:
+            raise ValueError(
+                f"model_kwargs has {named[0]!r}: pass dtype= to FrozenLLM, or to the estimator,"
+                " instead."
+            )
         self.model = os.fspath(model)
         self.device = device
         self.dtype = dtype

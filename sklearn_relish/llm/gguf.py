@@ -21,8 +21,8 @@ from sklearn_relish.utils.files import file_digest
 def converted_gguf(path: Path) -> Path:
     """Folder with the model of a GGUF file in the format of Transformers, made on first use.
 
-    The folder's name has a digest of the file's content. Quantized weights are unpacked to
-    bfloat16, which rounds less than they do.
+    The folder's name has a digest of the file's content. All weights are converted to bfloat16.
+    This is finer than quantized weights; weights of F16 and F32 files lose precision.
 
     Parameters
     ----------

@@ -106,7 +106,7 @@ def load_network(
     device : torch.device
         Where the network is placed, unless `kwargs` has a ``device_map``.
     dtype : torch.dtype
-        Of the weights, unless `kwargs` has another one.
+        Of the weights.
     kwargs : dict
         For `from_pretrained`.
 
@@ -116,7 +116,7 @@ def load_network(
         If weights are missing.
     """
     with quiet_loading():
-        kwargs = {"use_safetensors": True, "dtype": dtype} | kwargs
+        kwargs = {"use_safetensors": True} | kwargs | {"dtype": dtype}
         if kwargs.get("quantization_config") is not None:
             kwargs.setdefault("device_map", {"": device})
         network, info = load(AutoModel, output_loading_info=True, **kwargs)

@@ -117,14 +117,14 @@ def fit_ensemble(
     heads, trainings = [], []
     oof_predictions = np.zeros((n_rows, examples.y.shape[1] * loss_fn.n_predictions))
     target_means = np.zeros_like(oof_predictions)  # of the rows that each prediction learned from
-    n_held_out = np.zeros(n_rows)  # how often a row was
-    linear_path = linear_path and loss_fn.predicts_mean
+    n_held_out = np.zeros(n_rows)  # how often each row was held out
+    linear_path = linear_path and loss_fn.allows_linear_path
     for number, rows in enumerate(held_out):
-        learned = np.setdiff1d(np.arange(n_rows), rows)
+        train_rows = np.setdiff1d(np.arange(n_rows), rows)
         head = make_head(number, random.randint(np.iinfo(np.int32).max))
         result = train_head(
             head,
-            examples[learned],
+            examples[train_rows],
             examples[rows] if len(rows) else None,
             loss_fn=loss_fn,
             seed=random.randint(np.iinfo(np.int32).max),
@@ -135,7 +135,7 @@ def fit_ensemble(
             oof_predictions[rows] += result.oof_predictions
             n_held_out[rows] += 1
             if linear_path:
-                y, weight = examples.y[learned].numpy(), examples.weight[learned].numpy()
+                y, weight = examples.y[train_rows].numpy(), examples.weight[train_rows].numpy()
                 target_means[rows] += np.average(y, axis=0, weights=weight)
         heads.append(head)
         trainings.append(result)
@@ -145,14 +145,14 @@ def fit_ensemble(
 
     _, first = np.unique(groups, return_index=True)  # the first row of each text
     chosen = np.sort(random.permutation(len(first))[:MAX_RIDGE_TEXTS])
-    seen = n_held_out[first[chosen]] > 0
-    linear_path = linear_path and bool(np.count_nonzero(seen) >= MIN_TEXTS)
+    has_oof = n_held_out[first[chosen]] > 0
+    linear_path = linear_path and bool(np.count_nonzero(has_oof) >= MIN_TEXTS)
     ensemble = RelishEnsemble(heads, linear_path, loss_fn)
     if ensemble.linear is not None:
         centred = (oof_predictions - target_means)[first[chosen]]
         stacked = np.full((len(first), oof_predictions.shape[1]), np.nan)
         stacked[chosen] = _fit_linear_path(
-            ensemble, ensemble.linear, examples.merged(groups)[chosen], seen, centred
+            ensemble, ensemble.linear, examples.merged(groups)[chosen], has_oof, centred
         )
         oof_predictions = stacked[groups]
     return FittedEnsemble(ensemble.eval(), trainings, oof_predictions)
@@ -162,12 +162,12 @@ def _fit_linear_path(
     ensemble: RelishEnsemble,
     linear: nn.Linear,
     texts: Examples,
-    seen: np.ndarray,
+    has_oof: np.ndarray,
     oof_predictions: np.ndarray,
 ) -> np.ndarray:
     """Fit the ridges, and set the weights of heads and ridges; `linear` is the ensemble's path.
 
-    The weights come from the texts that are `seen`, a bool array: those with an out-of-fold
+    The weights come from the texts that are `has_oof`, a bool array: those with an out-of-fold
     prediction of the heads. These predictions are minus the mean of their training targets. The
     weighted predictions of all texts are returned.
     """
@@ -178,7 +178,7 @@ def _fit_linear_path(
         predictions = np.column_stack(
             [oof_predictions[:, j], *(ridge.oof_predictions[:, j] for ridge in ridges)]
         )
-        weights = stack(predictions[seen], y[seen, j], weight[seen], PRIOR_WEIGHTS)
+        weights = stack(predictions[has_oof], y[has_oof, j], weight[has_oof], PRIOR_WEIGHTS)
         stacked[:, j] = predictions @ weights
         head_weight, *ridge_weights = weights
         ensemble.head_weight[j] = head_weight

@@ -171,7 +171,7 @@ def test_the_language_model_is_opened_at_the_revision_that_was_read(tmp_path):
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     regressor = RelishRegressor(tiny_model(), **SMALL).fit(FRAME, Y)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(FileExistsError, match="not a RelishRegressor's, and would be lost"):
+    with pytest.raises(FileExistsError, match="would be overwritten"):
         regressor.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     regressor.save_pretrained(tmp_path / "new")
@@ -179,7 +179,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 
 def test_what_is_no_regressor_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"there is no config\.json"):
         RelishRegressor.from_pretrained(tmp_path)
     with pytest.raises(OSError, match=r"tried the folder .*no/such-regressor and the Hugging Face"):
         RelishRegressor.from_pretrained("no/such-regressor")
@@ -265,7 +265,7 @@ def test_the_first_save_that_is_killed_leaves_nothing_or_the_regressor(three, tm
         if folder.exists() and (folder / checks.CONFIG).exists():
             assert which(folder, three[:1]) == 0
         else:
-            with pytest.raises(OSError, match=r"has no config\.json|No regressor"):
+            with pytest.raises(OSError, match=r"there is no config\.json|No regressor"):
                 RelishRegressor.from_pretrained(folder)
 
 
@@ -410,6 +410,8 @@ def test_what_can_not_work_is_refused(three, saved, monkeypatch):
         ("fitted.validation_score_", "high"),
         ("fitted._column_names", ["title"]),
         ("fitted._column_names", [1, 2]),
+        ("fitted._column_kinds", ["text", "purple"]),
+        ("fitted._column_kinds", None),
         ("fitted._y_shape", [3]),
         ("fitted._llm_fingerprint", None),
         ("fitted.head.n_heads", 3_000),
@@ -485,7 +487,7 @@ def test_a_pipe_is_not_waited_for(three, saved, name):
     with pytest.raises(ValueError, match="is not a regular file"):
         RelishRegressor.from_pretrained(saved)
     if name == checks.CONFIG:
-        with pytest.raises(FileExistsError, match="would be lost"):
+        with pytest.raises(FileExistsError, match="would be overwritten"):
             three[0].save_pretrained(saved)
 
 
@@ -533,14 +535,14 @@ def test_truncated_and_altered_weights_are_refused(saved):
     weights = (saved / checks.WEIGHTS).read_bytes()
     for content in (b"", weights[:5], weights[:500], weights[:-1], weights[:-1] + b"x"):
         (saved / checks.WEIGHTS).write_bytes(content)
-        with pytest.raises(ValueError, match="is truncated, altered or another regressor's"):
+        with pytest.raises(ValueError, match="is truncated, altered or from another regressor"):
             RelishRegressor.from_pretrained(saved)
     for content in (b"", weights[:500], weights[:-1], b"\xff" * 100, weights + b"more"):
         (saved / checks.WEIGHTS).write_bytes(content)
         with pytest.raises(ValueError, match="is not a valid safetensors file"):
             RelishRegressor.from_pretrained(with_digest(saved))
     (saved / checks.WEIGHTS).unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"there is no model\.safetensors"):
         RelishRegressor.from_pretrained(saved)
 
 

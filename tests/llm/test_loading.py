@@ -114,3 +114,8 @@ def test_damaged_gguf_files_are_refused(content, tmp_path, monkeypatch):
         _ = FrozenLLM(path).config
     left = [path.suffix for path in (tmp_path / "cache" / "gguf").iterdir()]
     assert left == [".lock"]  # no folder of a model, complete or partial
+
+
+def test_the_dtype_is_an_argument_of_its_own():
+    with pytest.raises(ValueError, match="model_kwargs has 'torch_dtype': pass dtype="):
+        FrozenLLM(tiny_model(), model_kwargs={"torch_dtype": torch.float32})

@@ -1,1 +1,1 @@
-"""Token states that are kept: in memory or in a folder, found again by text."""
+"""Storage of token states by text: in memory or in a folder."""

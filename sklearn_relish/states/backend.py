@@ -1,7 +1,8 @@
 """Backends: where shards of token states are stored. Add a storage backend here.
 
 A backend stores, lists and removes shards, and leases texts to one process at a time. It decides
-nothing: `StateStore` decides what is read, kept and evicted.
+nothing: `StateStore` decides what is read, kept and evicted. A backend is selected in
+`contents.contents_of`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from pathlib import Path
 
 from sklearn_relish.states.lease import Leases
 from sklearn_relish.states.shard import Shard
+from sklearn_relish.states.token_states import QUANTIZED_SUFFIX
 from sklearn_relish.utils.files import check_no_links
 
-LEFT_BEHIND_SECONDS = 3600.0  # after which an unfinished file is taken for a killed process's
+LEFT_BEHIND_SECONDS = 3600.0  # older unfinished files are removed
 FILE_NAME = re.compile(r"([0-9a-f]{32})\.safetensors")
 COLLECTION_NAME = re.compile(
-    r"layer(?P<layer>\d+)-(?P<dtype>\w+(-8bit)?)-(?P<max_length>\d+)(-windows)?"
+    rf"layer(?P<layer>\d+)-(?P<dtype>\w+({QUANTIZED_SUFFIX})?)-(?P<max_length>\d+)(-windows)?"
 )
 COLLECTION_FOLDERS = "[0-9a-f]" * 32 + "/layer*-*-*/"
 
@@ -101,7 +103,7 @@ class Backend(ABC):
 
     @abstractmethod
     def remove(self, collection: str, name: str) -> None:
-        """Remove a shard. It may be gone already, or stay if it can't be removed."""
+        """Remove a shard. It may be gone already, or be left if it can't be removed."""
 
     @abstractmethod
     def location(self, collection: str, name: str | None = None) -> str:

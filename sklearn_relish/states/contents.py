@@ -1,4 +1,4 @@
-"""What this process knows of the states at one place, for all stores and threads that use it."""
+"""The in-process cache of one store: shard indexes, recent states, locks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from sklearn_relish.states.backend import Backend, FolderBackend, MemoryBackend
 from sklearn_relish.states.index import ShardIndex
 from sklearn_relish.states.recent import RecentStates
-from sklearn_relish.states.shard import Entry, Shard
+from sklearn_relish.states.shard import Entry, MemoryStates, Shard
 from sklearn_relish.utils.locks import ForkSafeLock, renew_in_forked_child
 
 MAX_FOLDERS = 16  # whose indexes are kept in memory
@@ -33,7 +33,7 @@ class Call:
     """
 
     wanted: Collection[bytes] = ()
-    held: dict[bytes, Entry] = field(default_factory=dict)
+    held: dict[bytes, Entry[Shard]] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
 
 
@@ -42,7 +42,7 @@ class Contents:
     """The indexes of one place, and the states that this process holds in memory.
 
     All attributes are guarded by `lock`. No thread holds it while texts are read, files are read
-    or written, or another process is waited for.
+    or written, or another process is waited for. It may be held while files are removed.
     """
 
     backend: Backend
@@ -82,7 +82,7 @@ class Contents:
                 self.indexes[collection] = ShardIndex(collection, self.backend, self.lock)
             return self.indexes[collection]
 
-    def find(self, index: ShardIndex, key: bytes) -> Entry | None:
+    def find(self, index: ShardIndex, key: bytes) -> Entry[Shard | MemoryStates] | None:
         """A text's entry among kept and recent states."""
         return index.entries.get(key) or self.recent.get(key)
 
@@ -136,14 +136,14 @@ _cached_lock = ForkSafeLock()
 
 
 def contents_of(folder: Path | None) -> Contents:
-    """What this process knows of a folder's states, or of those without a folder.
+    """The cache of a folder's states in this process, or of the states without a folder.
 
     It is shared by all stores of the folder. The least recently used folders are discarded.
     """
     with _cached_lock:
         contents = _cached.pop(folder, None)
         new = contents is None
-        if new:
+        if contents is None:
             contents = Contents(MemoryBackend() if folder is None else FolderBackend(folder))
         _cached[folder] = contents
         other_folders = [path for path in _cached if path not in (None, folder)]

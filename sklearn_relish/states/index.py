@@ -10,7 +10,7 @@ import hashlib
 import threading
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 
 import torch
@@ -21,10 +21,11 @@ from sklearn_relish.states.shard import (
     SMALL_BYTES,
     DamagedShardError,
     Entry,
+    MemoryStates,
     Shard,
 )
 from sklearn_relish.states.temporary import remove_temporary_file
-from sklearn_relish.states.token_states import SCALE_BYTES, TokenStates
+from sklearn_relish.states.token_states import TokenStates, array_dtype, state_size
 
 STATES_VERSION = 1  # goes up when this package computes other states for the same text
 MERGE_SHARDS = 32  # small shards of similar size that are merged
@@ -34,8 +35,8 @@ class ShardIndex:
     """The texts of one collection, and the shards that hold their states.
 
     Shards lie in the backend, in memory, or in the temporary folder. Methods may be called by
-    several threads. The backend is used without the lock, so that no thread waits for another
-    one's disk.
+    several threads. Files are read and written without the lock; it may be held while they are
+    removed.
 
     Parameters
     ----------
@@ -61,11 +62,14 @@ class ShardIndex:
     def __init__(self, collection: str, backend: Backend, lock: threading.RLock) -> None:
         self.collection = collection
         self.backend = backend
-        self.entries: dict[bytes, Entry] = {}
+        self.entries: dict[bytes, Entry[Shard]] = {}
         self.shards: Counter[Shard] = Counter()
         self.n_bytes = self.memory_bytes = 0
         self.sizes: Collection[int] = ()
-        self._label = COLLECTION_NAME.fullmatch(collection.rpartition("/")[2]).groupdict()
+        match = COLLECTION_NAME.fullmatch(collection.rpartition("/")[2])
+        if match is None:
+            raise ValueError(f"{collection!r} is not the name of a collection.")
+        self._label = match.groupdict()
         self._names: dict[Shard, str] = {}  # of the backend's shards
         self._seen: set[str] = set()  # names in the backend that need not be opened any more
         self.renew(lock)
@@ -138,7 +142,7 @@ class ShardIndex:
         """Drop the shards of these texts whose states are not what was saved, and report them."""
         problems = []
         with self.lock:
-            shards = {self.entries[key].shard for key in keys if key in self.entries}
+            shards = {self.entries[key].holder for key in keys if key in self.entries}
         for shard in shards:
             problem, damaged = None, False
             try:
@@ -197,7 +201,7 @@ class ShardIndex:
         """Drop a shard from the index. Texts that other shards hold too are found there."""
         with self.lock:
             for key in shard.text_keys():
-                if key in self.entries and self.entries[key].shard is shard:
+                if key in self.entries and self.entries[key].holder is shard:
                     self._discard_text(key)
             self._drop(shard)
             for other, n_texts in self.shards.items():
@@ -264,11 +268,9 @@ class ShardIndex:
         """Refuse a shard whose states are not those of this collection."""
         if any(shard.label[name] != value for name, value in self._label.items()):
             raise DamagedShardError("its label does not agree with its folder")
-        packed = self._label["dtype"].endswith("-8bit")
-        dtype = torch.uint8 if packed else getattr(torch, self._label["dtype"], None)
-        if shard.states.dtype != dtype:
+        if shard.states.dtype != array_dtype(self._label["dtype"]):
             raise DamagedShardError(f"its states are {shard.states.dtype}")
-        size = shard.states.shape[1] - (SCALE_BYTES if packed else 0)
+        size = state_size(shard.states)
         if self.sizes and size not in self.sizes:
             raise DamagedShardError(f"its states have {size} numbers instead of {self.sizes}")
 
@@ -281,9 +283,9 @@ class ShardIndex:
     def _discard_text(self, key: bytes) -> None:
         entry = self.entries.pop(key, None)
         if entry is not None:
-            self.shards[entry.shard] -= 1
-            if not self.shards[entry.shard] and entry.shard.path is None:
-                self._drop(entry.shard)
+            self.shards[entry.holder] -= 1
+            if not self.shards[entry.holder] and entry.holder.path is None:
+                self._drop(entry.holder)
 
     def _drop(self, shard: Shard) -> None:
         name = self._names.pop(shard, None)
@@ -301,12 +303,12 @@ def text_key(collection: str, text: str) -> bytes:
     return hashlib.blake2b(identity.encode(), digest_size=KEY_BYTES).digest()
 
 
-def gather(entries: list[Entry]) -> TokenStates:
+def gather(entries: Sequence[Entry[Shard | MemoryStates]]) -> TokenStates:
     """States of texts in the order of their entries; nothing is copied."""
-    numbers = {shard: i for i, shard in enumerate(dict.fromkeys(e.shard for e in entries))}
+    numbers = {holder: i for i, holder in enumerate(dict.fromkeys(e.holder for e in entries))}
     return TokenStates(
-        arrays=tuple(shard.states for shard in numbers),
-        array=torch.tensor([numbers[entry.shard] for entry in entries]),
+        arrays=tuple(holder.states for holder in numbers),
+        array_index=torch.tensor([numbers[entry.holder] for entry in entries]),
         starts=torch.tensor([entry.start for entry in entries]),
         lengths=torch.tensor([entry.length for entry in entries]),
     )

@@ -18,18 +18,19 @@ from tqdm.auto import tqdm
 from sklearn_relish.states.contents import Call, Contents
 from sklearn_relish.states.index import ShardIndex, text_key
 from sklearn_relish.states.reader import TokenStateReader
-from sklearn_relish.states.recent import RecentText
 from sklearn_relish.states.retention import Retention
-from sklearn_relish.states.shard import KEY_BYTES, Entry, Shard
-from sklearn_relish.states.token_states import TokenStates, pack_states
+from sklearn_relish.states.shard import KEY_BYTES, Entry, MemoryStates, Shard
+from sklearn_relish.states.token_states import TokenStates, kept_dtype_name, quantize_states
 from sklearn_relish.utils.messages import warn
 
-PIECE_TEXTS = 256  # texts that a thread leases at first; twice as many each time, as long as a
-PIECE_SECONDS = 5.0  # piece takes less than this
-STREAM_BYTES = 16 * 2**20  # bytes of states, and
-STREAM_TEXTS = 1024  # number of texts, in one piece of a stream
+PIECE_TEXTS = 256  # texts of the first piece that a thread takes
+PIECE_SECONDS = 5.0  # a piece that takes less is followed by one of twice as many texts
+STREAM_BYTES = 16 * 2**20  # bytes of states after which a piece of a stream is complete
+STREAM_TEXTS = 1024  # number of texts after which a piece of a stream is complete
 POLL_SECONDS = 0.2  # between checks for what other processes have read
 PATIENCE_SECONDS = 600.0  # after which a wait gives a warning
+
+Entries = dict[bytes, Entry[Shard | MemoryStates]]  # by text key
 
 
 class Reading:
@@ -44,7 +45,7 @@ class Reading:
     max_length, windows
         As of `TokenStateReader.read`.
     bits : {8, None}
-        8 packs the states that are read, see `pack_states`.
+        8 quantizes the states that are read, see `quantize_states`.
     progress : bool
         Whether a bar counts the texts.
     """
@@ -73,8 +74,7 @@ class Reading:
     @property
     def dtype_name(self) -> str:
         """The dtype in which states are kept."""
-        name = str(self.llm.torch_dtype).removeprefix("torch.")
-        return name if self.bits is None else f"{name}-{self.bits}bit"
+        return kept_dtype_name(self.llm.torch_dtype, self.bits)
 
     def collection(self, layer: int) -> str:
         """Name of the collection of the model's states at a layer, see `Backend`."""
@@ -84,7 +84,7 @@ class Reading:
     def index(self, layer: int) -> ShardIndex:
         """The index of a layer's states; it accepts only states of the model's size."""
         index = self.contents.index(self.collection(layer))
-        warn_damaged(index.require_sizes(set(self.llm.state_sizes(layer))))
+        warn_unusable(index.require_sizes(set(self.llm.state_sizes(layer))))
         return index
 
     def refresh(self, index: ShardIndex, wanted: Collection[bytes]) -> None:
@@ -97,7 +97,7 @@ class Reading:
             if location not in self.call.warned:
                 self.call.warned.add(location)
                 warn(unreadable(location, error))
-        warn_damaged(problems + index.verify(wanted))
+        warn_unusable(problems + index.verify(wanted))
 
     def read(self, missing: dict[bytes, str], layers: list[int]) -> int:
         """Wait until all missing texts are kept, and read those that no other thread reads.
@@ -124,8 +124,7 @@ class Reading:
             )
         contents, held = self.contents, self.call.held
         index = contents.index(self.collection(layers[0]))
-        # Texts of similar length are read together, the longest first.
-        missing = dict(sorted(missing.items(), key=lambda item: -len(item[1])))
+        missing = _longest_first(missing)
         n_read, n_piece, wait = 0, PIECE_TEXTS, _Wait()
         with _Bar(len(missing), self.progress) as bar:
             while True:
@@ -152,13 +151,13 @@ class Reading:
                 else:
                     wait.wait(contents, len(missing))
 
-    def stream(self, rest: dict[bytes, str], layer: int) -> Iterator[dict[bytes, Entry]]:
+    def stream(self, texts: dict[bytes, str], layer: int) -> Iterator[Entries]:
         """Entries of all texts, piece by piece: first of kept texts, then of missing ones.
 
         Parameters
         ----------
-        rest : dict of bytes to str
-            Texts by key. It is empty at the end.
+        texts : dict of bytes to str
+            Texts by key.
         layer : int
 
         Yields
@@ -166,6 +165,7 @@ class Reading:
         dict of bytes to Entry
         """
         contents, index = self.contents, self.index(layer)
+        rest = _longest_first(texts)
         n_piece, wait = PIECE_TEXTS, _Wait()
         with _Bar(len(rest), self.progress) as bar:
             while rest:
@@ -229,12 +229,12 @@ class Reading:
         try:
             if for_prediction:
                 leased = backend.leased(collection)
-                warn_damaged(index.refresh())
+                warn_unusable(index.refresh())
                 return take(leased)
             with backend.lock(collection):
                 leased = backend.leased(collection)
                 # Only now: a process saves the states before it gives up a lease.
-                warn_damaged(index.refresh())
+                warn_unusable(index.refresh())
                 mine = take(leased)
                 if mine:
                     stack.enter_context(backend.lease(collection, list(mine)))
@@ -267,9 +267,10 @@ class Reading:
                     if not all(entries):
                         unread.append(text)
                         continue
-                    for layer, key, entry in zip(layers, keys, entries, strict=True):
-                        if contents.recent.pop(key) is not None:
-                            gathered.add(layer, _batch_of_one(key, entry))
+                    for layer, key in zip(layers, keys, strict=True):
+                        recent = contents.recent.pop(key)
+                        if recent is not None:
+                            gathered.add(layer, _batch_of_one(key, recent))
                 if gathered.n_bytes >= self.retention.shard_bytes:
                     self._keep(gathered, mine)
             keys_of = {layer: [text_key(names[layer], text) for text in unread] for layer in layers}
@@ -279,7 +280,7 @@ class Reading:
             for rows, states_of_layers, full_lengths in batches if unread else ():
                 for layer, states in zip(layers, states_of_layers, strict=True):
                     keys = [keys_of[layer][row] for row in rows]
-                    batch = _Batch(keys, self._packed(states), states.lengths, full_lengths)
+                    batch = _Batch(keys, self._kept_values(states), states.lengths, full_lengths)
                     gathered.add(layer, batch)
                 if gathered.n_bytes >= self.retention.shard_bytes:
                     self._keep(gathered, mine)
@@ -302,7 +303,7 @@ class Reading:
                 self.retention.keep(gathered.indexes[layer], _shard(batches, label), self.call)
                 self.contents.release(mine, [key for batch in batches for key in batch.keys])
 
-    def _kept(self, index: ShardIndex, keys: list[bytes]) -> Iterator[dict[bytes, Entry]]:
+    def _kept(self, index: ShardIndex, keys: list[bytes]) -> Iterator[Entries]:
         """Entries of the texts that the store has, in pieces of some MiB."""
         marked: set[Shard] = set()
         for start in range(0, len(keys), STREAM_TEXTS):
@@ -311,15 +312,16 @@ class Reading:
                     key: self.contents.find(index, key)
                     for key in keys[start : start + STREAM_TEXTS]
                 }
-            piece, n_bytes = {}, 0
+            piece: Entries = {}
+            n_bytes = 0
             for key, entry in found.items():
                 if entry is None:
                     continue
-                if isinstance(entry.shard, Shard) and entry.shard not in marked:
-                    marked.add(entry.shard)
-                    entry.shard.mark_used()
+                if isinstance(entry.holder, Shard) and entry.holder not in marked:
+                    marked.add(entry.holder)
+                    entry.holder.mark_used()
                 piece[key] = entry
-                n_bytes += entry.length * entry.shard.states[0].nbytes
+                n_bytes += entry.length * entry.holder.states[0].nbytes
                 if n_bytes >= STREAM_BYTES:
                     yield piece
                     piece, n_bytes = {}, 0
@@ -328,7 +330,7 @@ class Reading:
 
     def _read_recent(
         self, mine: set[bytes], rest: dict[bytes, str], layer: int
-    ) -> Iterator[dict[bytes, Entry]]:
+    ) -> Iterator[Entries]:
         """Read the texts that this thread has taken, and keep in memory what fits there.
 
         Each text is removed from `rest`. While a piece is with the caller, who may take any time,
@@ -337,13 +339,14 @@ class Reading:
         contents = self.contents
         keys = [key for key in rest if key in mine]
         texts = [rest[key] for key in keys]
-        unread, piece, n_bytes = set(keys), {}, 0
+        piece: Entries = {}
+        unread, n_bytes = set(keys), 0
         for rows, (states,), full_lengths in self.llm.read(
             texts, layers=[layer], max_length=self.max_length, windows=self.windows
         ):
-            values = self._packed(states)
+            values = self._kept_values(states)
             read = [keys[row] for row in rows]
-            batch = RecentText(values)
+            batch = MemoryStates(values)
             with contents.lock:
                 contents.misses += len(rows)
                 bound = self.retention.recent_bytes
@@ -363,18 +366,19 @@ class Reading:
         if piece:
             yield piece
 
-    def _packed(self, states: TokenStates) -> Tensor:
+    def _kept_values(self, states: TokenStates) -> Tensor:
         """States of a batch, in the form in which they are kept."""
         (values,) = states.arrays
-        return pack_states(values) if self.bits == 8 else values
+        return quantize_states(values) if self.bits == 8 else values
 
 
-def warn_damaged(problems: list[str]) -> None:
+def warn_unusable(problems: list[str]) -> None:
     """Warn of files that can't be used, once for all of them."""
     if problems:
         warn(
-            f"{len(problems)} damaged files of the store were left out, and removed where that was"
-            f" possible: their texts are read again by the model. The first is {problems[0]}.",
+            f"{len(problems)} files of the store could not be used: their texts are read again by"
+            " the model. Damaged files were removed where that was possible. The first is"
+            f" {problems[0]}.",
         )
 
 
@@ -463,10 +467,15 @@ class _Gathered:
         return batches
 
 
-def _batch_of_one(key: bytes, entry: Entry) -> _Batch:
-    """A text that was predicted lately, as a batch."""
+def _longest_first(texts: dict[bytes, str]) -> dict[bytes, str]:
+    """Sort texts by length, so that texts of similar length are read together."""
+    return dict(sorted(texts.items(), key=lambda item: -len(item[1])))
+
+
+def _batch_of_one(key: bytes, entry: Entry[MemoryStates]) -> _Batch:
+    """A recently predicted text as a batch."""
     lengths = torch.tensor([entry.length])
-    return _Batch([key], entry.shard.states, lengths, np.array([entry.full_length]))
+    return _Batch([key], entry.holder.states, lengths, np.array([entry.full_length]))
 
 
 def _shard(batches: list[_Batch], label: dict[str, str]) -> Shard:

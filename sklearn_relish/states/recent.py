@@ -7,20 +7,12 @@ need not be read again for the fit.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 
 from torch import Tensor
 
-from sklearn_relish.states.shard import Entry
+from sklearn_relish.states.shard import Entry, MemoryStates
 
 TEXT_BYTES = 1024  # of a text's entry, without its states
-
-
-@dataclass(eq=False)
-class RecentText:
-    """Token states of one text, of shape (n_tokens, D) or packed."""
-
-    states: Tensor
 
 
 class RecentStates:
@@ -34,7 +26,7 @@ class RecentStates:
 
     def __init__(self) -> None:
         self.n_bytes = 0
-        self._entries: OrderedDict[bytes, Entry] = OrderedDict()
+        self._entries: OrderedDict[bytes, Entry[MemoryStates]] = OrderedDict()
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._entries
@@ -42,7 +34,7 @@ class RecentStates:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, key: bytes) -> Entry | None:
+    def get(self, key: bytes) -> Entry[MemoryStates] | None:
         """A text's entry, which becomes the most recently used."""
         if key in self._entries:
             self._entries.move_to_end(key)
@@ -55,14 +47,14 @@ class RecentStates:
             self.pop(key)
             self.shrink(bound - n_bytes)
             # A copy: a view would keep the states of all texts of the batch.
-            self._entries[key] = Entry(RecentText(states.clone()), 0, len(states), full_length)
+            self._entries[key] = Entry(MemoryStates(states.clone()), 0, len(states), full_length)
             self.n_bytes += n_bytes
 
-    def pop(self, key: bytes) -> Entry | None:
+    def pop(self, key: bytes) -> Entry[MemoryStates] | None:
         """Remove a text's entry."""
         entry = self._entries.pop(key, None)
         if entry is not None:
-            self.n_bytes -= entry.shard.states.nbytes + TEXT_BYTES
+            self.n_bytes -= entry.holder.states.nbytes + TEXT_BYTES
         return entry
 
     def shrink(self, bound: float) -> None:

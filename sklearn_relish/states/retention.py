@@ -6,6 +6,7 @@ import os
 import tempfile
 import uuid
 from contextlib import suppress
+from pathlib import Path
 
 from sklearn_relish.states.contents import Call, Contents
 from sklearn_relish.states.index import ShardIndex
@@ -13,7 +14,7 @@ from sklearn_relish.states.shard import Shard
 from sklearn_relish.states.temporary import made_temporary_folder, temporary_folder
 from sklearn_relish.utils.messages import warn
 
-RECENT_FRACTION = 0.25  # of max_memory, for the states of texts that were predicted lately
+RECENT_FRACTION = 0.25  # of max_memory, for the states of recently predicted texts
 SHARD_BYTES = 64 * 2**20  # states gathered before a shard is made
 
 
@@ -127,7 +128,7 @@ class Retention:
                         break
                     shards.append(shard)
                     n_bytes += shard.n_bytes
-                place = tempfile.gettempdir()
+                place = Path(tempfile.gettempdir())
                 try:
                     place = temporary_folder().path
                     path = place / f"{uuid.uuid4().hex}.safetensors"

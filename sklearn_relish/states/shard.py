@@ -1,8 +1,8 @@
 """Shards: token states of texts with their index, in memory or as one safetensors file.
 
-A file is written under another name, renamed when it is complete, and never changed afterwards. It
-holds two checksums: that of its index is checked when the file is opened, that of its states when
-they are first used. It is read by memory map. `benchmarks/storage.py` compares it with LMDB and
+A file is written under another name, renamed when it is complete, and never changed afterwards. The
+checksum of the index is checked when the file is opened, the checksum of the states when they are
+first used. A file is read by memory map. `benchmarks/storage.py` compares it with LMDB and
 with an index in SQLite; unlike those, it also works on a network folder.
 """
 
@@ -18,14 +18,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sklearn_relish.states.token_states import unpack_states
+from sklearn_relish.states.token_states import SCALE_BYTES, dequantize_states, is_quantized
 from sklearn_relish.utils.files import check_no_links, open_regular
 
 KEY_BYTES = 16
@@ -41,10 +41,20 @@ class DamagedShardError(Exception):
     """A shard that is not what was written."""
 
 
-class Entry(NamedTuple):
+@dataclass(eq=False)
+class MemoryStates:
+    """Token states in memory that belong to no shard, of shape (n_tokens, D) or quantized."""
+
+    states: Tensor
+
+
+Holder = TypeVar("Holder", bound="Shard | MemoryStates", covariant=True)
+
+
+class Entry(NamedTuple, Generic[Holder]):
     """Where a text's states lie, and how many tokens it had before it was cut."""
 
-    shard: Shard
+    holder: Holder
     start: int
     length: int
     full_length: int
@@ -57,7 +67,7 @@ class Shard:
     Parameters
     ----------
     states : Tensor of shape (n_tokens, D)
-        Text after text; or packed, see `pack_states`.
+        Text after text; or quantized, see `quantize_states`.
     lengths, full_lengths : int64 Tensor of shape (n_texts,)
         Tokens of each text, and how many there were before the text was cut.
     keys : uint8 Tensor of shape (n_texts, KEY_BYTES)
@@ -156,19 +166,21 @@ class Shard:
     @classmethod
     def merged(cls, shards: list[Shard]) -> Shard:
         """One shard in memory with the texts of several shards."""
-        tensors = {
-            name: torch.cat([getattr(shard, name) for shard in shards])
-            for name in ("states", *INDEX)
-        }
-        last_used = max(shard.last_used for shard in shards)
-        return cls(**tensors, label=shards[0].label, last_used=last_used)
+        return cls(
+            states=torch.cat([shard.states for shard in shards]),
+            lengths=torch.cat([shard.lengths for shard in shards]),
+            full_lengths=torch.cat([shard.full_lengths for shard in shards]),
+            keys=torch.cat([shard.keys for shard in shards]),
+            label=shards[0].label,
+            last_used=max(shard.last_used for shard in shards),
+        )
 
     @property
     def n_bytes(self) -> int:
         """Size of the states."""
         return self.states.nbytes
 
-    def entries(self) -> Iterator[tuple[bytes, Entry]]:
+    def entries(self) -> Iterator[tuple[bytes, Entry[Shard]]]:
         """Each text's key, and where its states lie."""
         starts = self.lengths.cumsum(0) - self.lengths
         places = (starts.tolist(), self.lengths.tolist(), self.full_lengths.tolist())
@@ -246,14 +258,14 @@ def _is_plausible(states: Tensor) -> bool:
     """Whether states can be a model's: they are finite, and not all zero."""
     if not states.any():
         return False
-    return bool((unpack_states(states) if states.dtype == torch.uint8 else states).isfinite().all())
+    return bool((dequantize_states(states) if is_quantized(states) else states).isfinite().all())
 
 
 def _fits(states: Tensor, keys: Tensor, lengths: Tensor, full_lengths: Tensor) -> bool:
     """Whether tensors can be a shard's."""
     return (
         states.ndim == 2
-        and (states.is_floating_point() or (states.dtype == torch.uint8 and states.shape[1] > 4))
+        and (states.is_floating_point() or (is_quantized(states) and states.shape[1] > SCALE_BYTES))
         and keys.dtype == torch.uint8
         and lengths.dtype == full_lengths.dtype == torch.int64
         and keys.shape == (len(lengths), KEY_BYTES)
@@ -273,5 +285,5 @@ def checksum(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None)
     value = zlib.crc32(repr(sorted((metadata or {}).items())).encode())
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
-        value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().reshape(-1), value)
+        value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data, value)
     return f"{value:08x}"

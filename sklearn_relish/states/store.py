@@ -1,8 +1,8 @@
 """The store of token states: each text is read once, whoever asks for it again.
 
 A text's states are kept by the text and by what changes them (model, layer, dtype, length),
-independently of the array that the text came in. They lie in this process, or in a folder that
-other processes share and that stays.
+independently of the array that the text came in. They lie in this process, or are kept in a
+folder that other processes share.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from sklearn_relish.states.contents import Call, Contents, contents_of
 from sklearn_relish.states.index import ShardIndex, gather, text_key
 from sklearn_relish.states.reader import TokenStateReader
-from sklearn_relish.states.reading import Reading, unreadable, warn_damaged
+from sklearn_relish.states.reading import Reading, unreadable, warn_unusable
 from sklearn_relish.states.retention import Retention
 from sklearn_relish.states.shard import Shard
 from sklearn_relish.states.token_states import TokenStates
@@ -111,7 +111,7 @@ class StateStore:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        StateStore.__init__(self, **state)
 
     def __repr__(self) -> str:
         given = [] if self.folder is None else [repr(os.fspath(self.folder))]
@@ -169,7 +169,7 @@ class StateStore:
         Returns
         -------
         TokenStates
-            In the order of `texts`, in the model's dtype or packed in 8 bits, on the CPU.
+            In the order of `texts`, in the model's dtype or quantized to 8 bits, on the CPU.
 
         Raises
         ------
@@ -179,8 +179,8 @@ class StateStore:
         Warns
         -----
         UserWarning
-            If texts were cut, if files of the store were damaged, if states could not be written,
-            or if a worker process reads texts into a store that other processes can't use.
+            If texts were cut, if files of the store could not be used, if states could not be
+            written, or if a worker process reads texts into a store that other processes can't use.
         """
         contents, call = self._contents, Call()
         retention = Retention(contents, self.max_memory, self.max_bytes)
@@ -203,22 +203,25 @@ class StateStore:
             while True:
                 reading.refresh(index, wanted)
                 with contents.lock:
-                    entries = [index.entries.get(key) or call.held.get(key) for key in keys]
-                if all(entries):
+                    found = call.held | {
+                        key: index.entries[key] for key in wanted if key in index.entries
+                    }
+                if len(found) == len(wanted):
                     break
                 complete = False
-                missing = {k: wanted[k] for k, e in zip(keys, entries, strict=True) if not e}
+                missing = {key: text for key, text in wanted.items() if key not in found}
                 n_read += reading.read(missing, [layer, *also])
             with contents.lock:
                 contents.hits += max(0, len(wanted) - n_read)
                 contents.misses += n_read
-            used = {entry.shard for entry in entries}
+            entries = [found[key] for key in keys]
+            used = {entry.holder for entry in entries}
             for other_layer in also:
                 used |= _shards_of(contents, texts, reading.collection(other_layer))
             for shard in used:
                 shard.mark_used()
             if not complete:
-                warn_damaged(index.merge_small())
+                warn_unusable(index.merge_small())
                 if self.max_bytes is not None:
                     with suppress(OSError):  # what can't be read can't be removed either
                         self._all_indexes(contents)
@@ -278,7 +281,7 @@ class StateStore:
         Warns
         -----
         UserWarning
-            If files of the store were damaged; after the last piece, if texts were cut.
+            If files of the store could not be used; after the last piece, if texts were cut.
         """
         contents, call = self._contents, Call()
         reading = Reading(
@@ -296,8 +299,6 @@ class StateStore:
         for row, text in enumerate(texts):
             rows_of.setdefault(text_key(collection, text), []).append(row)
         distinct = {key: texts[rows[0]] for key, rows in rows_of.items()}
-        # Texts of similar length are read together, the longest first.
-        distinct = dict(sorted(distinct.items(), key=lambda item: -len(item[1])))
         n_cut, longest = 0, 0
         with contents.calling(call):
             for entries in reading.stream(distinct, layer):
@@ -380,9 +381,9 @@ class StateStore:
         try:
             collections = contents.backend.collections()
         except OSError as error:
-            raise type(error)(error.errno, unreadable(self.folder, error)) from error
+            raise type(error)(error.errno, unreadable(str(self.folder), error)) from error
         for collection in collections:
-            warn_damaged(contents.index(collection).refresh())
+            warn_unusable(contents.index(collection).refresh())
         with contents.lock:
             return dict(contents.indexes)
 
@@ -403,7 +404,7 @@ def _shards_of(contents: Contents, texts: list[str], collection: str) -> set[Sha
     entries = contents.index(collection).entries
     keys = [text_key(collection, text) for text in texts]
     with contents.lock:
-        return {entries[key].shard for key in keys if key in entries}
+        return {entries[key].holder for key in keys if key in entries}
 
 
 def _warn_cut(n_cut: int, n_texts: int, max_length: int, longest: int) -> None:

@@ -74,7 +74,7 @@ def temporary_folder() -> TemporaryFolder:
 
 
 def remove_temporary_file(path: Path) -> None:
-    """Remove a file of this process's temporary folder; files of other folders stay."""
+    """Remove a file of this process's temporary folder; files of other folders are kept."""
     folder = made_temporary_folder()
     if folder is not None and path.parent == folder.path:
         with suppress(OSError):  # gone already

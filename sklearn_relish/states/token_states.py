@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-CODE = torch.float8_e4m3fn
-SCALE_BYTES = 4  # of float32
+CODE_DTYPE = torch.float8_e4m3fn  # of a quantized value
+SCALE_BYTES = 4  # of a token's scale, a float32
+QUANTIZED_SUFFIX = "-8bit"  # of the dtype's name, for quantized states
 COPY_TEXTS = 1024  # texts that are copied to a device at once
 
 
@@ -25,9 +26,9 @@ class TokenStates:
     Parameters
     ----------
     arrays : tuple of Tensor of shape (n_tokens, D)
-        States of tokens, text after text; each may be a file's memory map. Packed states, see
-        `pack_states`, are of shape (n_tokens, D + 4).
-    array : int64 Tensor of shape (n_texts,)
+        States of tokens, text after text; each may be a file's memory map. Quantized states,
+        see `quantize_states`, are of shape (n_tokens, D + 4).
+    array_index : int64 Tensor of shape (n_texts,)
         Which of `arrays` holds the text.
     starts : int64 Tensor of shape (n_texts,)
         The row of that array at which the text begins. Several texts may begin at the same row,
@@ -45,7 +46,7 @@ class TokenStates:
     """
 
     arrays: tuple[Tensor, ...]
-    array: Tensor
+    array_index: Tensor
     starts: Tensor
     lengths: Tensor
 
@@ -57,22 +58,24 @@ class TokenStates:
     @property
     def hidden_size(self) -> int:
         """Size D of a token's state."""
-        return self.arrays[0].shape[1] - (SCALE_BYTES if self.packed else 0)
+        return state_size(self.arrays[0])
 
     @property
-    def packed(self) -> bool:
+    def quantized(self) -> bool:
         """Whether states are kept in 8 bits."""
-        return self.arrays[0].dtype == torch.uint8
+        return is_quantized(self.arrays[0])
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, rows: Tensor) -> TokenStates:
-        return TokenStates(self.arrays, self.array[rows], self.starts[rows], self.lengths[rows])
+        return TokenStates(
+            self.arrays, self.array_index[rows], self.starts[rows], self.lengths[rows]
+        )
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The states of each text, (length, D); views, unless they are packed."""
-        return map(unpack_states, self._slices()) if self.packed else self._slices()
+        """The states of each text, (length, D); views, unless they are quantized."""
+        return map(dequantize_states, self._slices()) if self.quantized else self._slices()
 
     @property
     def device(self) -> torch.device:
@@ -117,7 +120,7 @@ class TokenStates:
             padded = pad_sequence(list(texts._slices()), batch_first=True)
             if padded.shape[1] < longest:
                 padded = pad(padded, (0, 0, 0, longest - padded.shape[1]))
-            return unpack_states(padded) if self.packed else padded, mask
+            return dequantize_states(padded) if self.quantized else padded, mask
         return texts._gathered(mask), mask
 
     def _gathered(self, mask: Tensor) -> Tensor:
@@ -125,17 +128,17 @@ class TokenStates:
         (values,) = self.arrays
         tokens = self.starts[:, None] + torch.arange(mask.shape[1], device=self.device)  # (B, S)
         padded = values[tokens.clamp_(max=len(values) - 1)]  # (B, S, D)
-        padded = unpack_states(padded) if self.packed else padded
+        padded = dequantize_states(padded) if self.quantized else padded
         return padded.masked_fill_(~mask[:, :, None], 0.0)
 
     def _slices(self) -> Iterator[Tensor]:
-        places = (self.array.tolist(), self.starts.tolist(), self.lengths.tolist())
-        for array, start, length in zip(*places, strict=True):
-            yield self.arrays[array].narrow(0, start, length)
+        places = (self.array_index.tolist(), self.starts.tolist(), self.lengths.tolist())
+        for index, start, length in zip(*places, strict=True):
+            yield self.arrays[index].narrow(0, start, length)
 
 
-def pack_states(states: Tensor) -> Tensor:
-    """Pack states in 8 bits: one float8 (e4m3) per value, and one power of two as scale per token.
+def quantize_states(states: Tensor) -> Tensor:
+    """Quantize states to 8 bits: a float8 (e4m3) per value, and a power of two as scale per token.
 
     Parameters
     ----------
@@ -148,20 +151,41 @@ def pack_states(states: Tensor) -> Tensor:
     Examples
     --------
     >>> import torch
-    >>> packed = pack_states(torch.tensor([[1000.0, -3.14, 0.0, 17.0]]))
-    >>> packed.shape
+    >>> quantized = quantize_states(torch.tensor([[1000.0, -3.14, 0.0, 17.0]]))
+    >>> quantized.shape
     torch.Size([1, 8])
-    >>> unpack_states(packed).tolist()
+    >>> dequantize_states(quantized).tolist()
     [[1024.0, -3.25, 0.0, 16.0]]
     """
     largest = states.abs().amax(dim=-1, keepdim=True).float()
     largest = largest.clamp(min=torch.finfo(torch.bfloat16).tiny)
-    scale = (largest / torch.finfo(CODE).max).log2().ceil().exp2()  # (..., 1)
-    codes = (states.float() / scale).to(CODE)
+    scale = (largest / torch.finfo(CODE_DTYPE).max).log2().ceil().exp2()  # (..., 1)
+    codes = (states.float() / scale).to(CODE_DTYPE)
     return torch.cat([codes.view(torch.uint8), scale.view(torch.uint8)], dim=-1)
 
 
-def unpack_states(packed: Tensor) -> Tensor:
-    """Unpack what `pack_states` has packed, as bfloat16, which represents it exactly."""
-    codes, scale = packed[..., :-SCALE_BYTES].view(CODE), packed[..., -SCALE_BYTES:]
+def dequantize_states(quantized: Tensor) -> Tensor:
+    """Restore states from `quantize_states` as bfloat16, which represents their values exactly."""
+    codes, scale = quantized[..., :-SCALE_BYTES].view(CODE_DTYPE), quantized[..., -SCALE_BYTES:]
     return codes.bfloat16() * scale.contiguous().view(torch.float32).bfloat16()
+
+
+def is_quantized(array: Tensor) -> bool:
+    """Whether an array holds states from `quantize_states`."""
+    return array.dtype == torch.uint8
+
+
+def state_size(array: Tensor) -> int:
+    """Size D of the states in an array; each takes `SCALE_BYTES` more if quantized."""
+    return array.shape[1] - (SCALE_BYTES if is_quantized(array) else 0)
+
+
+def kept_dtype_name(dtype: torch.dtype, bits: int | None) -> str:
+    """Name of the dtype in which states are kept: of the model's dtype, or quantized to 8 bits."""
+    name = str(dtype).removeprefix("torch.")
+    return name if bits is None else name + QUANTIZED_SUFFIX
+
+
+def array_dtype(name: str) -> torch.dtype | None:
+    """Dtype of the arrays that `kept_dtype_name` names; None if there is no such dtype."""
+    return torch.uint8 if name.endswith(QUANTIZED_SUFFIX) else getattr(torch, name, None)

@@ -31,7 +31,9 @@ def test_a_damaged_file_is_reported_and_its_texts_are_read_again(llm, tmp_path, 
     (shard,) = tmp_path.rglob("*.safetensors")
     rewrite(shard, DAMAGES[damage])
     forget_indexes()
-    with pytest.warns(UserWarning, match="1 damaged files .* read again by the model") as caught:
+    with pytest.warns(
+        UserWarning, match="1 files .* could not be used: .* read again by the model"
+    ) as caught:
         again = fetch(StateStore(tmp_path), TEXTS, llm)
     assert len(caught) == 1
     assert same(again, first)
@@ -75,7 +77,7 @@ def test_nothing_in_the_folder_is_unpickled(llm, tmp_path, monkeypatch):
     for suffix in (".pkl", ".pt", ".joblib", ".safetensors"):
         shard.with_name("f" * 32 + suffix).write_bytes(pickle.dumps(Bomb()))
     forget_indexes()
-    with pytest.warns(UserWarning, match="1 damaged files"):
+    with pytest.warns(UserWarning, match="1 files .* could not be used"):
         fetch(StateStore(tmp_path), TEXTS, llm)
     StateStore(tmp_path).info()
     assert llm.tokens_read == n_tokens(TEXTS)
@@ -106,7 +108,7 @@ def test_damaged_states_are_not_merged(llm, tmp_path):
     fetch(StateStore(tmp_path), ["one more"], llm)  # enough to merge
     assert damaged.exists()
     before = llm.tokens_read
-    with pytest.warns(UserWarning, match="1 damaged files"):
+    with pytest.warns(UserWarning, match="1 files .* could not be used"):
         fetch(StateStore(tmp_path), texts, llm)
     assert llm.tokens_read - before in {len(text) for text in texts}
 
@@ -156,7 +158,7 @@ def test_a_file_that_appears_during_a_call_is_checked(llm, tmp_path, monkeypatch
         yield from read(*args, **kwargs)
 
     monkeypatch.setattr(llm, "read", meanwhile)
-    with pytest.warns(UserWarning, match="1 damaged files"):
+    with pytest.warns(UserWarning, match="1 files .* could not be used"):
         states = fetch(store, TEXTS, llm)
     assert same(states, reference(TEXTS))
 
@@ -223,7 +225,7 @@ def test_a_crafted_file_counts_as_damaged(llm, tmp_path, monkeypatch, what, how)
         patch.setattr("sklearn_relish.states.shard._fits", lambda *args, **kwargs: True)
         crafted(shard, CRAFTED[what])
     forget_indexes()
-    with pytest.warns(UserWarning, match="1 damaged files") as caught:
+    with pytest.warns(UserWarning, match="1 files .* could not be used") as caught:
         states = how(StateStore(tmp_path), TEXTS, llm)
     assert len(caught) == 1
     assert same(states, reference(TEXTS))
@@ -248,7 +250,7 @@ def test_pipes_links_sparse_files_and_folders_are_refused(llm, tmp_path, what):
     else:
         with odd.open("wb") as file:
             file.truncate(2**40)
-    with pytest.warns(UserWarning, match="1 damaged files"):
+    with pytest.warns(UserWarning, match="1 files .* could not be used"):
         assert same(fetch(store, TEXTS, llm), reference(TEXTS))
     assert llm.tokens_read == n_tokens(TEXTS)
     store.clear()

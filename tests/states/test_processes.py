@@ -237,7 +237,7 @@ def test_the_temporary_folder_is_removed_with_its_process(context, log, tmp_path
     assert (other / "thesis.txt").exists()
     monkeypatch.setattr("sklearn_relish.states.temporary._made", {})
     temporary_folder()
-    assert mine.exists()  # one in use stays
+    assert mine.exists()  # one in use is kept
 
 
 def test_a_temporary_folder_that_cannot_be_locked_is_removed(tmp_path, monkeypatch):

@@ -138,7 +138,7 @@ def test_states_that_another_process_removes_are_read_again(llm, tmp_path):
     for file in tmp_path.rglob("*.safetensors"):
         file.unlink()
     assert store.info() == []
-    assert same(states, reference(TEXTS))  # what was fetched stays
+    assert same(states, reference(TEXTS))  # what was fetched is kept
     fetch(store, TEXTS, llm)
     assert llm.tokens_read == 2 * n_tokens(TEXTS)
     assert store.info()[0]["n_texts"] == len(TEXTS)
@@ -190,17 +190,17 @@ def test_invalid_parameters_are_refused(arguments, message):
 def test_eight_bits_take_half_the_bytes_of_sixteen(tmp_path):
     llm = FrozenLLM(tiny_model(), device="cpu", dtype="bfloat16")
     store, small = StateStore(tmp_path), StateStore(tmp_path, bits=8)
-    exact, packed = fetch(store, TEXTS, llm), fetch(small, TEXTS, llm)
+    exact, quantized = fetch(store, TEXTS, llm), fetch(small, TEXTS, llm)
     assert small.misses == 2 * len(TEXTS)
     sizes = {row["dtype"]: row["n_bytes"] for row in store.info()}
     n_values = n_tokens(TEXTS) * SIZE
     assert sizes == {"bfloat16": 2 * n_values, "bfloat16-8bit": n_values + 4 * n_tokens(TEXTS)}
     rows = torch.tensor([3, 1, 3])
-    (one, mask), (other, same_mask) = exact.batch(rows), packed.batch(rows)
+    (one, mask), (other, same_mask) = exact.batch(rows), quantized.batch(rows)
     assert torch.equal(mask, same_mask)
     assert one.dtype == other.dtype
     assert torch.allclose(one.float(), other.float(), rtol=2**-4, atol=2**-9)
-    for text, states in zip(packed, fetch(small, TEXTS, llm), strict=True):
+    for text, states in zip(quantized, fetch(small, TEXTS, llm), strict=True):
         assert text.shape[1] == SIZE
         assert torch.equal(text, states)
     encoder = LLMEncoder(llm, layer=2, memory=small)

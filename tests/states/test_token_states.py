@@ -3,14 +3,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sklearn_relish.states.token_states import TokenStates, pack_states, unpack_states
+from sklearn_relish.states.token_states import TokenStates, dequantize_states, quantize_states
 
 
 def make():
     """Texts of 2, 4 and 1 tokens in one array, and of 3 in another."""
     return TokenStates(
         arrays=(torch.arange(14.0).reshape(7, 2), -torch.arange(8.0).reshape(4, 2)),
-        array=torch.tensor([0, 0, 0, 1]),
+        array_index=torch.tensor([0, 0, 0, 1]),
         starts=torch.tensor([0, 2, 6, 1]),
         lengths=torch.tensor([2, 4, 1, 3]),
     )
@@ -38,11 +38,11 @@ def test_selection_shares_the_arrays_and_may_repeat_texts():
     assert next(iter(chosen)).data_ptr() == states.arrays[0][2:].data_ptr()
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_gathering_by_token_gives_the_same_batch_as_copying_by_text(packed):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_gathering_by_token_gives_the_same_batch_as_copying_by_text(quantized):
     states = make()
-    if packed:
-        states = replace(states, arrays=tuple(map(pack_states, states.arrays)))
+    if quantized:
+        states = replace(states, arrays=tuple(map(quantize_states, states.arrays)))
     rows = torch.tensor([3, 0, 1, 1, 2])
     there = states.to(torch.device("cpu"))[rows]  # as it would lie on a GPU, in one array
     batch, mask = states.batch(rows, n_tokens=6)
@@ -58,11 +58,11 @@ def test_a_batch_may_be_wider_than_its_longest_text():
     assert wide_mask.sum() == mask.sum()
 
 
-def test_packed_states_are_within_a_sixteenth_of_each_value():
+def test_quantized_states_are_within_a_sixteenth_of_each_value():
     states = torch.randn(200, 64) * torch.logspace(-6, 6, 200)[:, None]
     states[:, 0] *= 100  # one value much larger than the rest, as in middle layers
     states[7] = 0
-    unpacked = unpack_states(pack_states(states)).float()
-    error = (unpacked - states).abs()
+    restored = dequantize_states(quantize_states(states)).float()
+    error = (restored - states).abs()
     assert (error <= states.abs() / 16 + states.abs().amax(1, keepdim=True) * 2**-17).all()
-    assert torch.equal(unpack_states(pack_states(unpacked)).float(), unpacked)
+    assert torch.equal(dequantize_states(quantize_states(restored)).float(), restored)

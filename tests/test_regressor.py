@@ -495,7 +495,7 @@ def test_every_loss_learns(llm, loss, quantile, n_outputs):
         (
             {"loss": "quantile", "linear_path": True},
             [1, 2, 3, 4, 5],
-            "and loss='quantile' does not: pass linear_path='auto' or False",
+            "not available with loss='quantile': pass linear_path='auto' or False",
         ),
     ],
 )

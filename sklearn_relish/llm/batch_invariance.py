@@ -22,7 +22,7 @@ from sklearn_relish.utils.locks import ForkSafeLock
 
 ROW_STEP = 16  # products run with multiples of this number of rows
 FEW_ROWS = 64  # or with any number up to this one, if that gives equal bits
-PROBE_ROWS = 512  # rows that a number of rows is tested on: bfloat16 hides most differences
+PROBE_ROWS = 512  # rows that a number of rows is tested on
 REFERENCE_ROWS = 256  # the number of rows that all others are compared with
 MAX_ROWS = 1024  # more rows are split
 CALL_ROWS = 24  # overhead of a call, as a number of rows
@@ -238,15 +238,25 @@ def split_rows(n_rows: int, counts: tuple[int, ...]) -> tuple[int, ...]:
 class _Equality:
     """Which numbers of rows give equal bits in products with weights of one shape.
 
-    Each number of rows is measured once, on random numbers, when it is first needed.
+    Each number of rows is measured once, when it is first needed.
     """
 
     ladder = (16, 32, 64, 128, 256, 512, 1024)
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        # The terms of each dot product come in pairs that cancel, in random order. What is left is
+        # rounding error, which shows the order of the sum; in a product of random numbers, the
+        # rounding to bfloat16 would hide most of it.
+        n_outputs, size = weight.shape
         generator = torch.Generator().manual_seed(0)
-        self._rows = torch.randn(MAX_ROWS, weight.shape[1], generator=generator).to(dtype)
-        self._weight = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+        order = torch.randperm(size, generator=generator)
+        rows = torch.zeros(MAX_ROWS, size)
+        weights = torch.zeros(n_outputs, size)
+        first, second = order[: size // 2], order[size // 2 : size // 2 * 2]
+        rows[:, first] = rows[:, second] = torch.randn(MAX_ROWS, size // 2, generator=generator)
+        weights[:, first] = torch.randn(n_outputs, size // 2, generator=generator)
+        weights[:, second] = -weights[:, first]
+        self._rows, self._weight = rows.to(dtype), weights.to(weight.dtype)
         if weight.stride(0) == 1:  # the kernel depends on the layout too
             self._weight = self._weight.t().contiguous().t()
         parts = self._rows.split(REFERENCE_ROWS)

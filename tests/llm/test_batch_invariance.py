@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.model_selection import cross_val_score
 from tiny import tiny_model
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from sklearn_relish import FrozenLLM, LLMEncoder, RelishRegressor
 from sklearn_relish.llm import batch_invariance as invariance
@@ -207,3 +207,19 @@ def test_packing_is_measured_for_each_number_of_threads(threads, monkeypatch):
     for n_threads, way in ((1, "joint"), (2, "separate"), (1, "joint")):
         threads(n_threads)
         assert llm._forward_pass.packing(2) == way
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_of_rows_that_seem_equal_are_equal_for_many_rows(dtype, n_threads, threads):
+    """Also where a difference is rare: bfloat16 hides all but one of some ten thousand."""
+    threads(n_threads)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(32, 64, generator=generator).to(dtype)
+    rows = torch.randn(2**15, 64, generator=generator).to(dtype)
+    equal = invariance._Equality(weight, dtype)
+    expected = torch.cat([linear(part, weight) for part in rows.split(invariance.REFERENCE_ROWS)])
+    for count in (1, 2, 3, 5, 8, 9, 16, 23, 48, 64, 128, 512, 1024):
+        n_rows = len(rows) // count * count
+        found = torch.cat([linear(part, weight) for part in rows[:n_rows].split(count)])
+        assert not equal(count) or torch.equal(found, expected[:n_rows]), count

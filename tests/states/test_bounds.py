@@ -210,3 +210,14 @@ def test_only_the_indexes_of_recent_folders_stay_in_memory(llm, tmp_path):
     shutil.rmtree(tmp_path)
     fetch(StateStore(tmp_path / "new"), ["text"], llm)
     assert list(cached) == [tmp_path / "new"]
+
+
+def test_recent_states_leave_room_for_kept_ones(llm):
+    store = StateStore(max_memory=2**20)
+    streamed(store, [f"predicted text {i}" for i in range(200)], llm)
+    recent_bytes = store._contents.recent.n_bytes
+    assert recent_bytes > 0.2 * store.max_memory  # up to a quarter
+    kept = [f"a text that is longer and kept {i}" for i in range(220)]
+    fetch(store, kept, llm)
+    assert n_tokens(kept) * SIZE * 4 > store.max_memory - recent_bytes
+    assert kept_in_memory(store) <= store.max_memory

@@ -273,3 +273,12 @@ def test_any_reader_of_token_states_can_be_used(llm, tmp_path, on_disk):
     assert [row["model"] for row in store.info()] == ["one-letter", str(tiny_model())]
     store.clear(reader)
     assert [row["model"] for row in store.info()] == [str(tiny_model())]
+
+
+def test_states_of_cut_texts_and_of_windows_are_not_confused(llm, tmp_path):
+    store, text = StateStore(tmp_path), "a text of more than sixteen tokens"
+    with pytest.warns(UserWarning, match="longer than max_length=16"):
+        cut = fetch(store, [text], llm, max_length=16)
+    windows = store.fetch([text], llm, layer=2, max_length=16, windows=True, progress=False)
+    assert cut.lengths.tolist() == [16]
+    assert windows.lengths.tolist() == [len(text)]

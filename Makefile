@@ -14,4 +14,4 @@ check:  ## lint, format and types, without changing a file
 	mypy
 
 test:  ## all tests, with branch coverage
-	pytest --cov
+	pytest --cov -n auto --dist loadfile

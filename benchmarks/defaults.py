@@ -5,7 +5,7 @@
 FOLDER and the models are those of evaluation.py, whose store of states is used. In each of its
 cells 1,000 rows of train.csv are learned from, and the figure is 100 r on the others that
 evaluation.py trains on; no row of the other files is read. The head's settings are varied for a
-single head, without the linear path; what stands beside it, and a few settings of the whole, come
+single head, without the linear path; what is added to it, and a few settings of the whole, come
 last. A line of the output for each cell and variant, none of which is run twice, and a table at the
 end: the mean over the cells that have both of the difference from the base, or for a setting of the
 whole from the whole, its standard error, and in how many cells it is a gain.
@@ -87,13 +87,13 @@ def main() -> None:
                 print(key, f"{results.lines[-1]['r']:.1f}", flush=True)
 
     cells = pd.DataFrame(results.lines).pivot(index="variant", columns=["model", "set"], values="r")
-    print("| variant | beside | gain | in cells |\n| --- | --- | --- | --- |")
+    print("| variant | compared with | gain | in cells |\n| --- | --- | --- | --- |")
     for variant in [name for name in VARIANTS if name in cells.index]:
-        beside = "all of it" if variant.startswith("all, ") else "base"
-        gain = (cells.loc[variant] - cells.loc[beside]).dropna()
+        reference = "all of it" if variant.startswith("all, ") else "base"
+        gain = (cells.loc[variant] - cells.loc[reference]).dropna()
         error = gain.std() / np.sqrt(len(gain))
         print(
-            f"| {variant} | {beside} | {gain.mean():+.1f} ± {error:.1f}"
+            f"| {variant} | {reference} | {gain.mean():+.1f} ± {error:.1f}"
             f" | {(gain > 0).sum()} of {len(gain)} |"
         )
 

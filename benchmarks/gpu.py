@@ -4,12 +4,12 @@
 
 Reading: a decoder of Qwen3-8B's shape (36 layers of size 4096; `--layers` for fewer), random
 weights in bfloat16, texts of 20 to 200 tokens, all layers: model FLOPs of real tokens a second
-beside what a large product in bfloat16 reaches, at several token budgets, with and without batches
-of like length. Training: 10 epochs of 6,000 texts of 40 tokens of size 4096 beside the textbook
-loop (peers.py): ours in float32; the textbook's in float32, collated by a `DataLoader` on the CPU;
-and the textbook's in bfloat16. Before that, checks: reading and training against float32 on the
-CPU, and a pass that is larger than the memory that torch may use; at the end, that nothing stays on
-the GPU.
+compared with what a large product in bfloat16 reaches, at several token budgets, with and without
+batches of like length. Training: 10 epochs of 6,000 texts of 40 tokens of size 4096 compared with
+the textbook loop (peers.py): ours in float32; the textbook's in float32, collated by a `DataLoader`
+on the CPU; and the textbook's in bfloat16. Before that, checks: reading and training against
+float32 on the CPU, and a pass that is larger than the memory that torch may use; at the end, that
+nothing stays on the GPU.
 
 Prints tables, and a JSON line for each when it is done. Exits with 1 where a check fails.
 """

@@ -1,4 +1,4 @@
-"""A grid search: each text is read once, beside a search whose encoder reads in every fold.
+"""A grid search: each text is read once, compared with a search whose encoder reads in every fold.
 
     pip install -e ".[benchmarks]" && python benchmarks/grid_search.py
 

@@ -1,12 +1,12 @@
-"""Training the head on a CPU: a step, and a whole fit, beside what most people write.
+"""Training the head on a CPU: a step, and a whole fit, compared with common code.
 
     python benchmarks/training.py --data FOLDER --model MODEL
 
 Two tables. A training step (batch, forward, backward, clipping, update) of 64 texts of 40 or 256
-tokens, random states of size 576, beside the published layout made of
+tokens, random states of size 576, compared with the published layout made of
 `torch.nn.MultiheadAttention` with a mask, both in float32, both without state norm; the two heads
 have the same weights and are first compared. Then a fit of 10 epochs on STS-B, the best epoch on
-the dev set kept, beside the same loop with the textbook head, the state norm included, and a
+the dev set kept, compared with the same loop with the textbook head, the state norm included, and a
 `DataLoader` that shuffles and pads per batch. FOLDER is that of STS-B, as evaluation.py describes
 it; without it and MODEL the steps alone are measured. Also what this machine's largest matrix
 product and copy reach, and what a step must spend of both.

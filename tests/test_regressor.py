@@ -614,7 +614,7 @@ def test_warm_start_goes_on_where_the_last_fit_ended(llm):
     before, mean = regressor.predict(texts), regressor._y_mean
     assert regressor.validation_score_ is not None
     regressor.set_params(learning_rate=1e-9).fit(texts, y + 1000.0)
-    # In the same units, from the same weights, beside the same ridges.
+    # In the same units, from the same weights, with the same ridges.
     np.testing.assert_array_equal(regressor._y_mean, mean)
     np.testing.assert_allclose(regressor.predict(texts), before, rtol=1e-4)
     # Other texts are held out now, and the heads may have seen them.
@@ -708,7 +708,7 @@ def test_two_quantiles_predict_what_is_between_them(llm):
     np.testing.assert_allclose(regressor.predict(texts), middle)
 
 
-def test_a_constant_column_beside_one_that_is_not(llm):
+def test_a_constant_column_and_one_that_is_not(llm):
     texts, y = reviews(100)
     both = np.stack([y, np.full(100, 7.0)], axis=1)
     with pytest.warns(UserWarning, match=r"y is constant in columns \[1\]"):

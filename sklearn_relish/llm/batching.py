@@ -1,7 +1,8 @@
 """How texts are batched for the language model, on each kind of device.
 
-To change a rule, edit this file: how many tokens a batch has, which lengths share a batch, and
-whether texts are packed one after the other or padded to the longest.
+The rules are here: how many tokens a batch has, which lengths share a batch, and how texts are
+packed one after the other or padded to the longest. `forward.py` tests whether a model can read
+packed texts.
 """
 
 from __future__ import annotations

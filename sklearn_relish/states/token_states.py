@@ -10,13 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 CODE_DTYPE = torch.float8_e4m3fn  # of a quantized value
 SCALE_BYTES = 4  # of a token's scale, a float32
 QUANTIZED_SUFFIX = "-8bit"  # of the dtype's name, for quantized states
-COPY_TEXTS = 1024  # texts that are copied to a device at once
 
 
 @dataclass(frozen=True)
@@ -78,35 +76,17 @@ class TokenStates:
         return map(dequantize_states, self._slices()) if self.quantized else self._slices()
 
     @property
-    def device(self) -> torch.device:
-        """Where the states lie."""
-        return self.arrays[0].device
-
-    @property
     def n_bytes(self) -> int:
         """Bytes of the texts' states."""
         array = self.arrays[0]
         return int(self.lengths.sum()) * array.shape[1] * array.element_size()
 
-    def to(self, device: torch.device) -> TokenStates:
-        """Copy the states of these texts, and only these, to one array on a device."""
-        n_tokens = int(self.lengths.sum())
-        values = self.arrays[0].new_empty(n_tokens, self.arrays[0].shape[1], device=device)
-        end = 0
-        for rows in torch.arange(len(self)).split(COPY_TEXTS):
-            chunk = torch.cat(list(self[rows]._slices()))
-            values[end : end + len(chunk)] = chunk.to(device)
-            end += len(chunk)
-        return TokenStates.from_lengths(values, self.lengths.to(device))
-
-    def batch(self, rows: Tensor, n_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """States of a batch of texts, padded with zeros, and a mask of the real tokens.
 
         Parameters
         ----------
         rows : int64 Tensor of shape (B,)
-        n_tokens : int, default=None
-            Length S to which texts are padded; no text may be longer. None: that of the longest.
 
         Returns
         -------
@@ -114,22 +94,9 @@ class TokenStates:
         mask : bool Tensor of shape (B, S)
         """
         texts = self[rows]
-        longest = int(texts.lengths.max()) if n_tokens is None else n_tokens
-        mask = torch.arange(longest, device=self.device) < texts.lengths[:, None]
-        if self.device.type == "cpu":
-            padded = pad_sequence(list(texts._slices()), batch_first=True)
-            if padded.shape[1] < longest:
-                padded = pad(padded, (0, 0, 0, longest - padded.shape[1]))
-            return dequantize_states(padded) if self.quantized else padded, mask
-        return texts._gathered(mask), mask
-
-    def _gathered(self, mask: Tensor) -> Tensor:
-        """All texts, padded to the shape of a mask, by one indexing operation on one array."""
-        (values,) = self.arrays
-        tokens = self.starts[:, None] + torch.arange(mask.shape[1], device=self.device)  # (B, S)
-        padded = values[tokens.clamp_(max=len(values) - 1)]  # (B, S, D)
-        padded = dequantize_states(padded) if self.quantized else padded
-        return padded.masked_fill_(~mask[:, :, None], 0.0)
+        padded = pad_sequence(list(texts._slices()), batch_first=True)
+        mask = torch.arange(padded.shape[1]) < texts.lengths[:, None]
+        return dequantize_states(padded) if self.quantized else padded, mask
 
     def _slices(self) -> Iterator[Tensor]:
         places = (self.array_index.tolist(), self.starts.tolist(), self.lengths.tolist())

@@ -1,7 +1,7 @@
 """How texts are batched for a head, in training and for predictions, on each kind of device.
 
-To change how batches are made, change this file: nothing else decides on it. The language model's
-batches are decided in `llm`.
+To change how batches are made, change this file. The batches of the language model are decided in
+`llm.batching`; attention weights and pooled states are computed for one text at a time.
 """
 
 from __future__ import annotations

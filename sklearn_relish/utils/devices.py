@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 
 CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # torch.cpu.get_capabilities, x86 and Arm
@@ -26,15 +23,10 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 natively, not by conversion to float32."""
     if device.type == "cuda":
-        with current_device(device):
+        with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         # An older torch does not report them; float32 works everywhere.
         capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         return any(capabilities.get(name, False) for name in CPU_BFLOAT16)
     return False
-
-
-def current_device(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which a CUDA device is the current one; it does nothing for other devices."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -39,23 +39,16 @@ def test_selection_shares_the_arrays_and_may_repeat_texts():
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_gathering_by_token_gives_the_same_batch_as_copying_by_text(quantized):
+def test_a_batch_has_the_states_of_each_text_and_zeros(quantized):
     states = make()
     if quantized:
         states = replace(states, arrays=tuple(map(quantize_states, states.arrays)))
     rows = torch.tensor([3, 0, 1, 1, 2])
-    there = states.to(torch.device("cpu"))[rows]  # as it would lie on a GPU, in one array
-    batch, mask = states.batch(rows, n_tokens=6)
-    assert batch.shape == (5, 6, 2)
-    assert torch.equal(there._gathered(mask), batch)
-
-
-def test_a_batch_may_be_wider_than_its_longest_text():
-    narrow, mask = make().batch(torch.tensor([2, 0]))
-    wide, wide_mask = make().batch(torch.tensor([2, 0]), n_tokens=5)
-    assert torch.equal(wide[:, :2], narrow)
-    assert not wide[:, 2:].any()
-    assert wide_mask.sum() == mask.sum()
+    batch, mask = states.batch(rows)
+    for padded, is_token, text in zip(batch, mask, states[rows]._slices(), strict=True):
+        expected = dequantize_states(text.clone()) if quantized else text
+        assert torch.equal(padded[is_token], expected)
+        assert not padded[~is_token].any()
 
 
 def test_quantized_states_are_within_a_sixteenth_of_each_value():

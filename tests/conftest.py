@@ -29,11 +29,16 @@ def fresh_process_state(monkeypatch):
 
 @pytest.fixture(scope="session")
 def model_cache(tmp_path_factory):
-    """An empty folder where this run keeps converted models.
+    """An empty folder where this run, with all its xdist workers, keeps converted models.
 
     The metadata of a GGUF file is parsed once: Transformers parses it three times to load a model,
     which takes most of the time of a conversion.
     """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder /= "models"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gguf.GGUFReader", cache(pytest.importorskip("gguf").GGUFReader))
-        yield tmp_path_factory.mktemp("cache")
+        yield folder

@@ -55,9 +55,9 @@ SMALL = {"max_length": 1024, "latent_size": 32, "n_heads": 4, "learning_rate": 3
 @parametrize_with_checks(
     [
         RelishRegressor(
-            TINY,
+            NUMBERS,
             **SMALL,
-            max_epochs=100,
+            max_epochs=40,
             layer=2,
             early_stopping=False,
             n_estimators=1,

@@ -10,29 +10,24 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm
 
-from sklearn_relish.head.head import RMS_EPSILON
-
-
-def normalize(states: Tensor, state_norm: str | None) -> Tensor:
-    """States in float32 or finer; with ``"rms"``, divided by their root mean square."""
-    states = states.to(torch.promote_types(states.dtype, torch.float32))
-    if state_norm == "rms":
-        return rms_norm(states, states.shape[-1:], eps=RMS_EPSILON)
-    return states
+from sklearn_relish.head.head import rms_scale
 
 
 def mean(states: Tensor, mask: Tensor, state_norm: str | None) -> Tensor:
     """The mean of each text's normalized token states."""
-    lengths = mask.sum(dim=1, keepdim=True)  # (B, 1)
-    return normalize(states, state_norm).sum(dim=1) / lengths  # (B, D); the padding is zero
+    weights = mask.to(states.dtype)  # (B, S)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    if state_norm == "rms":
+        weights = weights * rms_scale(states)
+    return (weights[:, None] @ states)[:, 0]  # (B, D)
 
 
 def last(states: Tensor, mask: Tensor, state_norm: str | None) -> Tensor:
     """The normalized state of each text's last token."""
     texts = torch.arange(len(states), device=states.device)
-    return normalize(states[texts, mask.sum(dim=1) - 1], state_norm)  # (B, D)
+    states = states[texts, mask.sum(dim=1) - 1]  # (B, D)
+    return states * rms_scale(states)[:, None] if state_norm == "rms" else states
 
 
 POOLINGS: dict[str, Callable[[Tensor, Tensor, str | None], Tensor]] = {"mean": mean, "last": last}
@@ -64,4 +59,5 @@ def pool(states: Tensor, mask: Tensor, pooling: str, state_norm: str | None) -> 
     >>> pool(states, mask, "mean", None), pool(states, mask, "last", None)
     (tensor([[2.]]), tensor([[3.]]))
     """
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
     return POOLINGS[pooling](states, mask, state_norm)

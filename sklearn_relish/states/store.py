@@ -19,6 +19,7 @@ import numpy as np
 
 from sklearn_relish.states.contents import Call, Contents, contents_of
 from sklearn_relish.states.index import ShardIndex, gather, text_key
+from sklearn_relish.states.quantization import QUANTIZERS
 from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.reading import Reading, unreadable, warn_unusable
 from sklearn_relish.states.retention import Retention
@@ -62,7 +63,7 @@ class StateStore:
     Raises
     ------
     ValueError
-        If a bound is not a number of bytes, or `bits` is neither 8 nor None.
+        If a bound is not a number of bytes, or `bits` is neither 8, 4 nor None.
 
     Examples
     --------
@@ -97,8 +98,10 @@ class StateStore:
         self.folder = folder
         self.max_memory = _check_bytes("max_memory", max_memory)
         self.max_bytes = None if max_bytes is None else _check_bytes("max_bytes", max_bytes)
-        if bits not in (8, None):
-            raise ValueError(f"bits must be 8, or None for the model's own dtype, got {bits!r}.")
+        if not (bits is None or (isinstance(bits, int) and bits in QUANTIZERS)):
+            raise ValueError(
+                f"bits must be 8, 4, or None for the model's own dtype, got {bits!r}."
+            )
         self.bits = bits
 
     def __getstate__(self) -> dict[str, Any]:
@@ -169,7 +172,7 @@ class StateStore:
         Returns
         -------
         TokenStates
-            In the order of `texts`, in the model's dtype or quantized to 8 bits, on the CPU.
+            In the order of `texts`, in the model's dtype or quantized as `bits` says, on the CPU.
 
         Raises
         ------

@@ -147,6 +147,7 @@ class BatchLoader:
         return states.to(self.device), mask.to(self.device)
 
     def _load_window(self, rows: Tensor, following: list[Tensor]) -> None:
+        self._window = self.states  # lets go of the last window
         self._window = self._windows.load(rows)
         for next_rows in following:
             self._windows.read_ahead(next_rows)

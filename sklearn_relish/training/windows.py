@@ -139,8 +139,10 @@ class Windows:
     def _empty(self, n_tokens: int) -> Tensor:
         """Memory for states, that of the last window if it suffices."""
         if self._buffer is None or len(self._buffer) < n_tokens:
-            self._buffer = None  # before there is another
             array = self.states.arrays[0]
+            # With room for texts that a training moves to the next window, so that it is not made
+            # anew. Memory that is not written takes none.
+            n_tokens = max(n_tokens, int(1.25 * self.n_bytes) // self._row_bytes)
             self._buffer = torch.empty(n_tokens, array.shape[1], dtype=array.dtype)
         return self._buffer
 

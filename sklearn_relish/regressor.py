@@ -30,7 +30,7 @@ from sklearn_relish.inputs.targets import read_targets
 from sklearn_relish.inputs.training_rows import TargetScaler, TrainingRows
 from sklearn_relish.llm.frozen import FrozenLLM
 from sklearn_relish.predictor import RelishPredictor
-from sklearn_relish.states.store import StateStore
+from sklearn_relish.states.store import StateStore, open_store
 from sklearn_relish.training.conformal import Conformal
 from sklearn_relish.training.layer_search import SHARES, choose_layer, sample_texts
 from sklearn_relish.training.splits import held_out_rows
@@ -604,6 +604,7 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
             "deep_supervision": self.deep_supervision,
             "device": self._llm().torch_device,
             "progress": bool(self.verbose),
+            "max_memory": open_store(self.memory).max_memory,
         }
 
     def _set_fitted(

@@ -46,7 +46,9 @@ class StateStore:
         states if there is no folder or it can't be written to; and, in up to a quarter of the
         bound, the states of recently predicted texts, which are in no file. Kept states beyond the
         bound are written to the temporary folder, or dropped if that is not possible. A call may
-        hold all states that it returns. States in files are mapped into memory and don't count.
+        hold all states that it returns. States in files are mapped into memory and don't count. A
+        fit on more states than `max_memory` reads them from the files in windows of half of that
+        size, which are in addition. Its result then depends on `max_memory` and on the files.
     max_bytes : number, default=None
         Bytes of states that are kept in all. The states of recently predicted texts don't count;
         they take at most the same number of bytes again. After a call that added states, the least

@@ -119,8 +119,10 @@ def test_max_bytes_holds_in_memory_too(llm):
 
 
 def test_a_call_larger_than_max_bytes_returns_all_its_states(llm, tmp_path):
-    store = StateStore(tmp_path, max_bytes=1000)
-    with pytest.warns(UserWarning, match="bound of 1000 bytes is less than one call's"):
+    store, n_bytes = StateStore(tmp_path, max_bytes=1000), n_tokens(TEXTS) * SIZE * 4
+    with pytest.warns(
+        UserWarning, match=f"bound of 1000 bytes is less than the {n_bytes} bytes of one call's"
+    ):
         states = fetch(store, TEXTS, llm)
     assert same(states, fetch(StateStore(), TEXTS, llm))
     assert store.info() == []
@@ -145,6 +147,18 @@ def test_single_texts_in_memory_are_merged(llm):
     assert len(index.shards) < 70
     assert index.memory_bytes == index.n_bytes == n_tokens(texts) * SIZE * 4
     assert same(fetch(StateStore(), texts, llm), reference(texts))
+
+
+@pytest.mark.parametrize("folder", [None, "folder"])
+def test_little_memory_makes_small_shards(llm, tmp_path, monkeypatch, folder):
+    monkeypatch.setattr("sklearn_relish.states.retention.SMALL_BYTES", 3 * 2**19)
+    monkeypatch.setitem(TOKEN_BUDGET, "cpu", 64)
+    texts = [f"text number {i} " + "and more " * (i % 20) for i in range(350)]
+    states = fetch(StateStore(folder and tmp_path / folder, max_memory=4 * 2**20), texts, llm)
+    least = 2**20 if folder is None else 3 * 2**19
+    assert n_tokens(texts) * SIZE * 4 > 2 * least
+    sizes = [array.nbytes for array in states.arrays]
+    assert least <= max(sizes) < least + 2**18
 
 
 @pytest.mark.parametrize("folder", [None, "file"])

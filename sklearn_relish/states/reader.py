@@ -249,7 +249,7 @@ def read_batches(
     """`TokenStateReader.read` of any number of texts; what it yields is checked."""
     if not texts:
         return
-    dtype, n_read = reader.torch_dtype, 0
+    dtype, n_unread = reader.torch_dtype, len(texts)
     sizes = [reader.state_sizes(layer) for layer in layers]
     unread = np.ones(len(texts), dtype=bool)
     batches = reader.read(texts, layers=layers, max_length=max_length, windows=windows)
@@ -272,13 +272,12 @@ def read_batches(
                     f" {len(full_lengths)} full_lengths",
                 )
         unread[rows] = False
-        n_read += len(rows)
+        n_unread -= len(rows)
+        if np.count_nonzero(unread) != n_unread:
+            raise _invalid(reader, "a row twice")
         yield rows, states_of_layers, full_lengths
-    if n_read != len(texts) or unread.any():
-        raise _invalid(
-            reader,
-            f"{n_read} rows for {len(texts)} texts, {int(unread.sum())} of which it left out",
-        )
+    if n_unread:
+        raise _invalid(reader, f"no states for {n_unread} of {len(texts)} texts")
 
 
 def _invalid(reader: TokenStateReader, what: str) -> ValueError:

@@ -325,7 +325,8 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
         Parameters
         ----------
         X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
-            Texts; or rows of several columns, rendered to texts by `prompt`.
+            Texts; or rows of several columns, rendered to texts by `prompt`: a frame, an array, or
+            a dict with a list of cells for each column.
         y : array-like of shape (n_samples,) or (n_samples, n_outputs)
             Targets.
         sample_weight : array-like of shape (n_samples,), default=None

@@ -6,7 +6,6 @@ identifies it, `tokenize` makes token ids, `batching` makes batches, `forward` r
 
 from __future__ import annotations
 
-import numbers
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from sklearn_relish.llm.fingerprint import model_files, model_fingerprint
 from sklearn_relish.llm.forward import ForwardPass
 from sklearn_relish.llm.loading import access_kwargs, load_network, load_pretrained, model_source
 from sklearn_relish.llm.tokenize import TextTokenizer
+from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.utils.devices import computes_bfloat16, resolve_device
 from sklearn_relish.utils.files import file_signature
@@ -59,7 +59,7 @@ class _LoadedOnce:
             return vars(instance)[self.name]
 
 
-class FrozenLLM:
+class FrozenLLM(TokenStateReader):
     """A frozen language model that turns texts into the states of their tokens.
 
     Nothing is loaded before the first text is read. An instance may be shared by any number of
@@ -138,11 +138,6 @@ class FrozenLLM:
         )
         return f"FrozenLLM({self.model!r}{given})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenLLM:
-        return self
-
-    __copy__ = __sklearn_clone__ = lambda self: self
-
     def __getstate__(self) -> dict[str, Any]:
         """The constructor's arguments, for skops; pickle uses `__reduce__`."""
         device = None if self.device is None else str(self.device)
@@ -166,7 +161,7 @@ class FrozenLLM:
         return resolve_device(self.device)
 
     @cached_property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> torch.dtype:  # type: ignore[override]
         """The dtype that `dtype` stands for on this machine."""
         if self.dtype == "auto":
             return torch.bfloat16 if computes_bfloat16(self.torch_device) else torch.float32
@@ -178,12 +173,12 @@ class FrozenLLM:
         return dtype
 
     @property
-    def n_layers(self) -> int:
+    def n_layers(self) -> int:  # type: ignore[override]
         """Number of layers of the model; only its configuration is loaded."""
         return self._text_config.num_hidden_layers
 
     @property
-    def hidden_size(self) -> int:
+    def hidden_size(self) -> int:  # type: ignore[override]
         """Size D of a token's state; only the model's configuration is loaded."""
         return self._text_config.hidden_size
 
@@ -194,31 +189,6 @@ class FrozenLLM:
             sizes.add(getattr(self._text_config, "word_embed_proj_dim", None) or self.hidden_size)
         return sizes
 
-    def resolve_layer(self, layer: int | float) -> int:
-        """The number of a layer, from 1 to `n_layers`.
-
-        Parameters
-        ----------
-        layer : int or float
-            A number from 1 to `n_layers`; a negative number, which counts from the end, -1 being
-            the last layer after the final norm; or a fraction of the depth in (0, 1].
-
-        Raises
-        ------
-        ValueError
-            If the model has no such layer.
-        """
-        if not isinstance(layer, numbers.Integral) and 0 < layer <= 1:
-            return max(1, round(float(layer) * self.n_layers))
-        number = layer if layer > 0 else self.n_layers + 1 + layer
-        if layer == 0 or not 1 <= number <= self.n_layers or number != int(number):
-            raise ValueError(
-                f"layer={layer} is not a layer of {self.model!r}, which has {self.n_layers}"
-                f" layers: pass 1 to {self.n_layers}, -{self.n_layers} to -1, or a fraction of the"
-                " depth in (0, 1]."
-            )
-        return int(number)
-
     @_LoadedOnce
     def fingerprint(self) -> str:
         """Identifies weights and tokenizer: a digest of the Hub's commit, or of the files."""
@@ -226,7 +196,7 @@ class FrozenLLM:
         return model_fingerprint(self.model, self.revision, self.model_kwargs)
 
     @property
-    def revision(self) -> str | None:
+    def revision(self) -> str | None:  # type: ignore[override]
         """The Hub's commit of the model; None for a local model."""
         return None if os.path.exists(self.model) else getattr(self.config, "_commit_hash", None)
 

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sklearn_relish.llm.batch_invariance import JOINT_TOKENS, BatchInvariant
 from sklearn_relish.llm.batching import Packing, make_batch, pack
-from sklearn_relish.llm.layers import text_layers
+from sklearn_relish.llm.layers import NotLoadedError, text_layers
 from sklearn_relish.llm.tokenize import TextTokenizer
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.utils.locks import FairLock, renew_in_forked_child
@@ -168,6 +168,8 @@ class ForwardPass:
                         states += self.states_at([layer], input_ids=torch.from_numpy(ids)[None])
                 alone = torch.cat(states, dim=1)[0]
                 return invariant.n_attentions > 0 and torch.equal(packed[0, : len(alone)], alone)
+            except NotLoadedError:
+                raise
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
                 return False  # the network does not take these inputs
 

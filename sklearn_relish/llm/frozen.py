@@ -378,7 +378,9 @@ class FrozenLLM:
         lengths = np.array([len(ids) for ids in tokens])
         longest_first = np.argsort(-lengths, kind="stable")
         deepest = max(layers)
-        packed = len(tokens) > 1 and self._forward_pass_to(deepest).packing(deepest) is not None
+        packed = len(tokens) > 1 and self._with_layers(
+            deepest, lambda network: network.packing(deepest) is not None
+        )
         start = 0
         while start < len(tokens):
             remaining = longest_first[start:]
@@ -401,15 +403,7 @@ class FrozenLLM:
 
     def _read_batch(self, tokens: list[np.ndarray], layers: Sequence[int]) -> list[TokenStates]:
         """States of one batch of tokenized texts at each of `layers`."""
-        forward_pass = self._forward_pass_to(max(layers))
-        try:
-            return forward_pass.run(tokens, layers)
-        except NotLoadedError:  # the network uses layers that it does not run, as BigBird does
-            with self._loading:
-                if self._depth < self.n_layers:
-                    self._depth = 0  # no part of the old network is used
-                    self._load_layers(self.n_layers)
-            return self._forward_pass.run(tokens, layers)
+        return self._with_layers(max(layers), lambda network: network.run(tokens, layers))
 
     def _halve_budget(self, n_tokens: int) -> None:
         """Make batches smaller than one of `n_tokens` that did not fit into memory."""
@@ -443,6 +437,18 @@ class FrozenLLM:
                 if layer > self._depth:
                     self._load_layers(layer)
         return self._any_depth_pass
+
+    def _with_layers(self, layer: int, use: Callable[[ForwardPass], Any]) -> Any:
+        """What `use` returns, called with the forward pass of at least the layers up to `layer`."""
+        forward_pass = self._forward_pass_to(layer)
+        try:
+            return use(forward_pass)
+        except NotLoadedError:  # the network uses layers that it does not run, as BigBird does
+            with self._loading:
+                if self._depth < self.n_layers:
+                    self._depth = 0  # no part of the old network is used again
+                    self._load_layers(self.n_layers)
+            return use(self._forward_pass)
 
     def _load_layers(self, depth: int) -> None:
         """Load the layers up to `depth` that are missing."""

@@ -66,9 +66,12 @@ class FrozenLLM(TokenStateReader):
     """A frozen language model that turns texts into the states of their tokens.
 
     Nothing is loaded before the first text is read, and no layer above the deepest one that is
-    read. A later reading of a deeper layer loads the missing layers. An instance may be shared by
-    any number of estimators and threads: neither `sklearn.base.clone` nor `copy.deepcopy` copies
-    it, and a pickle holds the model's name, not its weights.
+    read. A later reading of a deeper layer loads the missing layers. Models that can't be loaded in
+    part are loaded as a whole, see `sklearn_relish.llm.layers.partial_model_class`; all files of a
+    model are downloaded from the Hub.
+
+    An instance may be shared by any number of estimators and threads: neither `sklearn.base.clone`
+    nor `copy.deepcopy` copies it, and a pickle holds the model's name, not its weights.
 
     Parameters
     ----------

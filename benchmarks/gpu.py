@@ -94,7 +94,8 @@ def random_llm(folder: str, sizes: dict[str, int]) -> FrozenLLM:
     finally:
         torch.set_default_dtype(before)
     network.config.use_cache = False
-    llm.network = network.eval().requires_grad_(False)
+    loaded = network.eval().requires_grad_(False), llm.n_layers
+    llm._load_network = lambda layers: loaded
     return llm
 
 

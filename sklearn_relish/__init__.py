@@ -5,7 +5,9 @@ from sklearn_relish.encoder import LLMEncoder
 from sklearn_relish.head import RelishHead
 from sklearn_relish.llm.frozen import FrozenLLM
 from sklearn_relish.regressor import RelishRegressor
+from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.store import StateStore
+from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.utils.versions import __version__
 
 __all__ = [
@@ -15,5 +17,7 @@ __all__ = [
     "RelishHead",
     "RelishRegressor",
     "StateStore",
+    "TokenStateReader",
+    "TokenStates",
     "__version__",
 ]

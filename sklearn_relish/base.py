@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any, ClassVar, Self
 
@@ -15,8 +15,15 @@ from sklearn.utils import Tags
 from sklearn.utils._param_validation import Interval, RealNotInt, StrOptions
 from sklearn.utils.validation import validate_data
 
-from sklearn_relish.inputs.prompts import Table, read_table, render, write_cells
+from sklearn_relish.inputs.prompts import (
+    Table,
+    read_table,
+    record_batch_to_frame,
+    render,
+    write_cells,
+)
 from sklearn_relish.llm.frozen import FrozenLLM, shared_llm
+from sklearn_relish.states.reader import TokenStateReader, check_reader
 from sklearn_relish.states.store import StateStore, open_store
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.utils.versions import STAMP, check_format, stamp, warn_versions
@@ -29,7 +36,7 @@ class BaseLLMEstimator(BaseEstimator):
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "model": [str, os.PathLike, FrozenLLM],
+        "model": [str, os.PathLike, TokenStateReader],
         "layer": [
             Interval(Integral, None, None, closed="neither"),
             Interval(RealNotInt, 0, 1, closed="right"),
@@ -99,29 +106,48 @@ class BaseLLMEstimator(BaseEstimator):
         With `reset`, the names and kinds of the columns are set. Otherwise they are checked, and
         cells are converted to the kinds of `fit`.
         """
+        X = record_batch_to_frame(X)
         table = read_table(X)
         # scikit-learn only checks names and shape; an array of strings would take memory.
         placeholder = X if hasattr(X, "columns") else np.broadcast_to(np.float64(0), table.shape)
-        validate_data(self, placeholder, reset=reset, skip_check_array=True)
+        if isinstance(X, Mapping):
+            self._check_names(table.names, reset=reset)
+        else:
+            validate_data(self, placeholder, reset=reset, skip_check_array=True)
         if reset:
             self._column_names = table.names
             table, self._column_kinds = write_cells(table)
             return table
         return write_cells(table, self._column_kinds)[0]
 
+    def _check_names(self, names: list[str], *, reset: bool) -> None:
+        """Set or check the column names of a dict, which scikit-learn does not know as a table."""
+        if reset:
+            self.n_features_in_ = len(names)
+            self.feature_names_in_ = np.array(names, dtype=object)
+        elif names != list(getattr(self, "feature_names_in_", names[: self.n_features_in_])):
+            raise ValueError(
+                f"X has the columns {', '.join(map(repr, names))}, but {type(self).__name__} was"
+                f" fitted with the columns {', '.join(map(repr, self._column_names))}: pass these"
+                " columns in this order."
+            )
+
     def _render(self, table: Table) -> list[str]:
         """The text of each row, its columns named as in `fit`."""
         texts = render(table, self._column_names, self.prompt)
         return self._llm().as_chat(texts) if self.chat_template else texts
 
-    def _llm(self) -> FrozenLLM:
-        if not isinstance(self.model, FrozenLLM):
+    def _llm(self) -> TokenStateReader:
+        if not isinstance(self.model, TokenStateReader):
             return shared_llm(self.model, self.device, self.dtype, self.model_kwargs)
         if self.device is not None or self.dtype != "auto" or self.model_kwargs is not None:
+            name = type(self.model).__name__
             raise ValueError(
                 "device, dtype and model_kwargs apply to a model given by name, but model is a"
-                " FrozenLLM: pass them to FrozenLLM instead."
+                f" {name}: pass them to {name} instead."
             )
+        if not isinstance(self.model, FrozenLLM):
+            check_reader(self.model)
         return self.model
 
     def _states(self, texts: list[str], layer: int, also: Sequence[int] = ()) -> TokenStates:

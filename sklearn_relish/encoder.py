@@ -19,7 +19,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from sklearn_relish.base import BaseLLMEstimator
 from sklearn_relish.head.pooling import POOLINGS
-from sklearn_relish.llm.frozen import FrozenLLM
+from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.store import StateStore
 from sklearn_relish.training.inference import pool_states
 
@@ -33,8 +33,9 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
 
     Parameters
     ----------
-    model : str, path or FrozenLLM, default="HuggingFaceTB/SmolLM2-135M"
-        Hub id, local folder or path of a ``.gguf`` file; or a :class:`FrozenLLM`.
+    model : str, path or TokenStateReader, default="HuggingFaceTB/SmolLM2-135M"
+        Hub id, local folder or path of a ``.gguf`` file; or a :class:`FrozenLLM`,
+        or another :class:`TokenStateReader`.
     layer : int or float, default=0.6
         The layer whose states are read, as in :class:`RelishRegressor`.
     state_norm : {"rms", None}, default="rms"
@@ -89,7 +90,7 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | FrozenLLM = "HuggingFaceTB/SmolLM2-135M",
+        model: str | os.PathLike[str] | TokenStateReader = "HuggingFaceTB/SmolLM2-135M",
         *,
         layer: int | float = 0.6,
         state_norm: str | None = "rms",

@@ -192,11 +192,17 @@ class RelishPredictor(BaseLLMEstimator):
 
         They are rounded to `PREDICTION_BITS`, because the last bits of float64 depend on the batch.
         """
-        rows, batches = zip(*self._map_states(texts, function), strict=True)
-        predictions = np.concatenate(batches)[np.concatenate(rows).argsort()]
-        if (
-            not self.head_.loss_fn.log_link
-        ):  # a fixed step: standardized predictions are about 1 in size
+        predictions = np.empty(0)
+        for rows, batch in self._map_states(texts, function):
+            if not predictions.size:
+                predictions = np.empty((len(texts), *batch.shape[1:]))
+            predictions[rows] = self._rounded(batch)
+        return predictions
+
+    def _rounded(self, predictions: np.ndarray) -> np.ndarray:
+        """Predictions in `PREDICTION_BITS`."""
+        if not self.head_.loss_fn.log_link:
+            # a fixed step: standardized predictions are about 1 in size
             return np.ldexp(np.round(np.ldexp(predictions, PREDICTION_BITS)), -PREDICTION_BITS)
         mantissa, exponent = np.frexp(predictions)
         return np.ldexp(np.round(mantissa * 2**PREDICTION_BITS), exponent - PREDICTION_BITS)

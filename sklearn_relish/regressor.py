@@ -28,9 +28,9 @@ from sklearn_relish.head.losses import LOSSES, Loss, make_loss
 from sklearn_relish.hub.pretrained import PretrainedMixin
 from sklearn_relish.inputs.targets import read_targets
 from sklearn_relish.inputs.training_rows import TargetScaler, TrainingRows
-from sklearn_relish.llm.frozen import FrozenLLM
 from sklearn_relish.predictor import RelishPredictor
-from sklearn_relish.states.store import StateStore
+from sklearn_relish.states.reader import TokenStateReader
+from sklearn_relish.states.store import StateStore, open_store
 from sklearn_relish.training.conformal import Conformal
 from sklearn_relish.training.layer_search import SHARES, choose_layer, sample_texts
 from sklearn_relish.training.splits import held_out_rows
@@ -56,10 +56,10 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
 
     Parameters
     ----------
-    model : str, path or FrozenLLM, default="HuggingFaceTB/SmolLM2-135M"
+    model : str, path or TokenStateReader, default="HuggingFaceTB/SmolLM2-135M"
         Hub id, local folder or path of a ``.gguf`` file of a language model. It is loaded once per
-        process, whatever the number of estimators that name it. A :class:`FrozenLLM` is shared and
-        never copied.
+        process, whatever the number of estimators that name it. A :class:`FrozenLLM`, or
+        another :class:`TokenStateReader`, is shared and never copied.
     layer : int, float or "auto", default=0.6
         The layer whose states are read; no higher layer is computed. An int is a layer from 1 to
         the number of layers; a negative int counts from the end. -1, the published choice, is the
@@ -250,7 +250,7 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | FrozenLLM = "HuggingFaceTB/SmolLM2-135M",
+        model: str | os.PathLike[str] | TokenStateReader = "HuggingFaceTB/SmolLM2-135M",
         *,
         layer: int | float | str = 0.6,
         state_norm: str | None = "rms",
@@ -325,7 +325,8 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
         Parameters
         ----------
         X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
-            Texts; or rows of several columns, rendered to texts by `prompt`.
+            Texts; or rows of several columns, rendered to texts by `prompt`: a frame, an array, or
+            a dict with a list of cells for each column.
         y : array-like of shape (n_samples,) or (n_samples, n_outputs)
             Targets.
         sample_weight : array-like of shape (n_samples,), default=None
@@ -604,6 +605,7 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
             "deep_supervision": self.deep_supervision,
             "device": self._llm().torch_device,
             "progress": bool(self.verbose),
+            "max_memory": open_store(self.memory).max_memory,
         }
 
     def _set_fitted(

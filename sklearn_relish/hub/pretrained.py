@@ -50,6 +50,7 @@ from sklearn_relish.hub.checks import (
 )
 from sklearn_relish.llm.frozen import FrozenLLM
 from sklearn_relish.predictor import RelishPredictor
+from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.training.conformal import Conformal
 from sklearn_relish.utils.versions import FORMAT, STAMP, stamp, warn_versions
 
@@ -114,8 +115,8 @@ class PretrainedMixin(RelishPredictor):
         token : str or bool, default=None
             For a private repository.
         **parameters
-            Parameters to change: ``model`` if the language model is elsewhere, ``memory``,
-            ``device``, ...
+            Parameters to change: ``model`` if the language model is elsewhere or is a reader of
+            your own, ``memory``, ``device``, ...
 
         Returns
         -------
@@ -149,6 +150,8 @@ def save(
     if isinstance(state["model"], FrozenLLM):
         llm = state["model"]
         state |= {"model": llm.model, "dtype": llm.dtype, "model_kwargs": llm.model_kwargs}
+    elif isinstance(state["model"], TokenStateReader):
+        state["model"] = state["model"].model
     state["dtype"] = str(state["dtype"]).removeprefix("torch.")
     kwargs = state["model_kwargs"]
     if kwargs:  # a secret is not saved
@@ -227,7 +230,7 @@ def load(
     config, arrays = _read(folder, cls)
     warn_versions(config[STAMP], cls.__name__)
     kept, fitted = config["parameters"], config["fitted"]
-    if isinstance(parameters.get("model"), FrozenLLM):  # it has its own
+    if isinstance(parameters.get("model"), TokenStateReader):  # it has its own
         kept |= {"dtype": "auto", "model_kwargs": None}
     elif "model_kwargs" in kept.keys() - parameters:
         kept["model_kwargs"] = check_model_kwargs(kept["model_kwargs"])

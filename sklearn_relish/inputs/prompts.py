@@ -51,9 +51,10 @@ def read_table(X: Any) -> Table:
 
     Parameters
     ----------
-    X : sequence of str, array, Series or data frame
+    X : sequence of str, array, Series, data frame or dict
         One-dimensional input has one text for each row. Two-dimensional input has columns: a NumPy
-        array, nested lists, or a frame of pandas, Polars or another library that Narwhals supports.
+        array, nested lists, a frame of pandas, Polars or another library that Narwhals supports, or
+        a dict of columns.
 
     Returns
     -------
@@ -70,6 +71,8 @@ def read_table(X: Any) -> Table:
         )
     if issparse(X):
         raise TypeError("X is sparse: a language model reads texts or a dense table.")
+    if isinstance(X, Mapping):
+        return _checked_table(_read_dict(X))
     frame = nw.from_native(X, pass_through=True, allow_series=True)
     if isinstance(frame, nw.LazyFrame):
         raise TypeError("X is a lazy frame: collect it first.")
@@ -82,6 +85,17 @@ def read_table(X: Any) -> Table:
         table = Table(columns, names, len(frame))
     else:
         table = _read_array(frame.to_list() if isinstance(frame, nw.Series) else X)
+    return _checked_table(table)
+
+
+def record_batch_to_frame(X: Any) -> Any:
+    """An Arrow record batch as a frame; anything else unchanged."""
+    if hasattr(X, "__arrow_c_stream__") and type(X).__name__ == "RecordBatch":
+        return nw.from_arrow(X, backend="pyarrow").to_native()
+    return X
+
+
+def _checked_table(table: Table) -> Table:
     if table.n_rows == 0:
         raise ValueError(f"Found array with 0 sample(s) (shape={table.shape}): X has no rows.")
     if not table.columns:
@@ -98,6 +112,32 @@ def _frame_cells(column: nw.Series[Any]) -> list[Any]:
     if column.dtype == nw.Datetime("ns"):  # Python's datetime has no nanoseconds
         return list(column.to_numpy())
     return column.to_list()
+
+
+def _read_dict(X: Mapping[str, Any]) -> Table:
+    """A dict of columns, as batches of `datasets` and of Ray are."""
+    names = list(X)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"X is a dict with the keys {names!r}: the names of columns are strings.")
+    columns = [_dict_cells(X[name], name) for name in names]
+    lengths = {name: len(column) for name, column in zip(names, columns, strict=True)}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"X is a dict whose columns differ in length: {lengths}.")
+    return Table(columns, names, len(columns[0]) if columns else 0)
+
+
+def _dict_cells(column: Any, name: str) -> Sequence[Any]:
+    series = nw.from_native(column, pass_through=True, allow_series=True)
+    if isinstance(series, nw.Series):
+        return _frame_cells(series)
+    if hasattr(column, "__array__") and np.ndim(column) == 1:
+        return _read_array(column[:, None]).columns[0]
+    if isinstance(column, (str, bytes, Mapping)) or not isinstance(column, Sequence):
+        raise TypeError(
+            f"X is a dict, and {name!r} is a {type(column).__name__}: a dict has a list or an array"
+            " of cells for each column."
+        )
+    return column
 
 
 def _read_array(X: Any) -> Table:
@@ -120,7 +160,7 @@ def _read_array(X: Any) -> Table:
             )
         X = array.tolist()
     elif not (hasattr(X, "__len__") and hasattr(X, "__iter__")) or isinstance(
-        X, (Mapping, MappingView, Set)
+        X, (MappingView, Set)
     ):
         raise TypeError(
             f"X is a {type(X).__name__}: expected a list of texts, an array or a frame,"
@@ -161,7 +201,7 @@ def _checked_texts(texts: list[Any]) -> list[str]:
     if isinstance(texts[row], dict):
         raise TypeError(
             f"X holds a dict in {name_rows(wrong)}: pass a frame, such as pandas.DataFrame(X) or a"
-            " Dataset's to_pandas(), or one column of texts."
+            " Dataset's to_pandas(), a dict of columns, such as X[:], or one column of texts."
         )
     if isinstance(texts[row], bytes):
         raise TypeError(f"X has bytes in {name_rows(wrong)}: decode them first, bytes.decode().")

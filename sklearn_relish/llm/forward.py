@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sklearn_relish.llm.batch_invariance import JOINT_TOKENS, BatchInvariant
 from sklearn_relish.llm.batching import Packing, make_batch, pack
+from sklearn_relish.llm.layers import NotLoadedError, text_layers
 from sklearn_relish.llm.tokenize import TextTokenizer
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.utils.locks import FairLock, renew_in_forked_child
@@ -30,6 +31,7 @@ class ForwardPass:
     Parameters
     ----------
     network : PreTrainedModel
+        Up to the deepest layer that is read, at least. More layers may be added while it is used.
     tokenizer : TextTokenizer
     config : PretrainedConfig
         Of the network's text layers.
@@ -122,16 +124,9 @@ class ForwardPass:
     def layers(self) -> nn.ModuleList:
         """The network's layers."""
         n_layers = self.config.num_hidden_layers
-        for parent in self.network.modules():
-            lists = [
-                child
-                for child in parent.children()
-                if isinstance(child, nn.ModuleList) and len(child) == n_layers
-            ]
-            if len(lists) == 1:
-                return lists[0]
-            if lists:  # each has a part of every layer, so none gives a layer's states
-                break
+        layers = text_layers(self.network, n_layers)
+        if layers is not None:
+            return layers
         raise ValueError(
             f"{self.name} is a {type(self.network).__name__}, whose {n_layers} layers are"
             " not one torch.nn.ModuleList: read its last layer, layer=-1."
@@ -173,6 +168,8 @@ class ForwardPass:
                         states += self.states_at([layer], input_ids=torch.from_numpy(ids)[None])
                 alone = torch.cat(states, dim=1)[0]
                 return invariant.n_attentions > 0 and torch.equal(packed[0, : len(alone)], alone)
+            except NotLoadedError:
+                raise
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
                 return False  # the network does not take these inputs
 

@@ -1,12 +1,12 @@
 """`FrozenLLM`: texts in, token states out.
 
-The other files of this folder each do one part: `loading` and `gguf` load a model, `fingerprint`
-identifies it, `tokenize` makes token ids, `batching` makes batches, `forward` runs the network.
+The other files of this folder each do one part: `loading`, `layers` and `gguf` load a model,
+`fingerprint` identifies it, `tokenize` makes token ids, `batching` makes batches, `forward` runs
+the network.
 """
 
 from __future__ import annotations
 
-import numbers
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +28,10 @@ from transformers import (
 from sklearn_relish.llm import batching
 from sklearn_relish.llm.fingerprint import model_files, model_fingerprint
 from sklearn_relish.llm.forward import ForwardPass
+from sklearn_relish.llm.layers import NotLoadedError, move_layers
 from sklearn_relish.llm.loading import access_kwargs, load_network, load_pretrained, model_source
 from sklearn_relish.llm.tokenize import TextTokenizer
+from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.utils.devices import computes_bfloat16, resolve_device
 from sklearn_relish.utils.files import file_signature
@@ -53,18 +55,23 @@ class _LoadedOnce:
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
             return self
-        with instance._loading:
-            if self.name not in vars(instance):
-                vars(instance)[self.name] = self.load(instance)
-            return vars(instance)[self.name]
+        if self.name not in vars(instance):  # else another thread's loading is not waited for
+            with instance._loading:
+                if self.name not in vars(instance):
+                    vars(instance)[self.name] = self.load(instance)
+        return vars(instance)[self.name]
 
 
-class FrozenLLM:
+class FrozenLLM(TokenStateReader):
     """A frozen language model that turns texts into the states of their tokens.
 
-    Nothing is loaded before the first text is read. An instance may be shared by any number of
-    estimators and threads: neither `sklearn.base.clone` nor `copy.deepcopy` copies it, and a
-    pickle holds the model's name, not its weights.
+    Nothing is loaded before the first text is read, and no layer above the deepest one that is
+    read. A later reading of a deeper layer loads the missing layers. Models that can't be loaded in
+    part are loaded as a whole, see `sklearn_relish.llm.layers.partial_model_class`; all files of a
+    model are downloaded from the Hub.
+
+    An instance may be shared by any number of estimators and threads: neither `sklearn.base.clone`
+    nor `copy.deepcopy` copies it, and a pickle holds the model's name, not its weights.
 
     Parameters
     ----------
@@ -117,6 +124,7 @@ class FrozenLLM:
         self.device = device
         self.dtype = dtype
         self.model_kwargs = model_kwargs
+        self._depth = 0  # layers that are loaded
         self._renew_lock()
         renew_in_forked_child(self, FrozenLLM._renew_lock)
 
@@ -137,11 +145,6 @@ class FrozenLLM:
             if value != default
         )
         return f"FrozenLLM({self.model!r}{given})"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenLLM:
-        return self
-
-    __copy__ = __sklearn_clone__ = lambda self: self
 
     def __getstate__(self) -> dict[str, Any]:
         """The constructor's arguments, for skops; pickle uses `__reduce__`."""
@@ -166,7 +169,7 @@ class FrozenLLM:
         return resolve_device(self.device)
 
     @cached_property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> torch.dtype:  # type: ignore[override]
         """The dtype that `dtype` stands for on this machine."""
         if self.dtype == "auto":
             return torch.bfloat16 if computes_bfloat16(self.torch_device) else torch.float32
@@ -178,12 +181,12 @@ class FrozenLLM:
         return dtype
 
     @property
-    def n_layers(self) -> int:
+    def n_layers(self) -> int:  # type: ignore[override]
         """Number of layers of the model; only its configuration is loaded."""
         return self._text_config.num_hidden_layers
 
     @property
-    def hidden_size(self) -> int:
+    def hidden_size(self) -> int:  # type: ignore[override]
         """Size D of a token's state; only the model's configuration is loaded."""
         return self._text_config.hidden_size
 
@@ -194,39 +197,14 @@ class FrozenLLM:
             sizes.add(getattr(self._text_config, "word_embed_proj_dim", None) or self.hidden_size)
         return sizes
 
-    def resolve_layer(self, layer: int | float) -> int:
-        """The number of a layer, from 1 to `n_layers`.
-
-        Parameters
-        ----------
-        layer : int or float
-            A number from 1 to `n_layers`; a negative number, which counts from the end, -1 being
-            the last layer after the final norm; or a fraction of the depth in (0, 1].
-
-        Raises
-        ------
-        ValueError
-            If the model has no such layer.
-        """
-        if not isinstance(layer, numbers.Integral) and 0 < layer <= 1:
-            return max(1, round(float(layer) * self.n_layers))
-        number = layer if layer > 0 else self.n_layers + 1 + layer
-        if layer == 0 or not 1 <= number <= self.n_layers or number != int(number):
-            raise ValueError(
-                f"layer={layer} is not a layer of {self.model!r}, which has {self.n_layers}"
-                f" layers: pass 1 to {self.n_layers}, -{self.n_layers} to -1, or a fraction of the"
-                " depth in (0, 1]."
-            )
-        return int(number)
-
     @_LoadedOnce
     def fingerprint(self) -> str:
         """Identifies weights and tokenizer: a digest of the Hub's commit, or of the files."""
-        self._file_signatures = self.file_signatures
+        self._check_files()
         return model_fingerprint(self.model, self.revision, self.model_kwargs)
 
     @property
-    def revision(self) -> str | None:
+    def revision(self) -> str | None:  # type: ignore[override]
         """The Hub's commit of the model; None for a local model."""
         return None if os.path.exists(self.model) else getattr(self.config, "_commit_hash", None)
 
@@ -254,17 +232,10 @@ class FrozenLLM:
             tokenizer.backend_tokenizer.no_padding()
         return tokenizer
 
-    @_LoadedOnce
+    @property
     def network(self) -> PreTrainedModel:
-        """The model's text layers without a head, loaded on first use."""
-        return load_network(
-            self._from_pretrained,
-            self.config,
-            model=self.model,
-            device=self.torch_device,
-            dtype=self.torch_dtype,
-            kwargs=(self.model_kwargs or {}) | self._pinned_kwargs,
-        )
+        """The model's text layers without a head. All of them are loaded, which `read` avoids."""
+        return self._forward_pass.network
 
     @cached_property
     def token_budget(self) -> int:
@@ -379,7 +350,10 @@ class FrozenLLM:
         """States of tokenized texts in batches, the longest texts first."""
         lengths = np.array([len(ids) for ids in tokens])
         longest_first = np.argsort(-lengths, kind="stable")
-        packed = len(tokens) > 1 and self._forward_pass.packing(max(layers)) is not None
+        deepest = max(layers)
+        packed = len(tokens) > 1 and self._with_layers(
+            deepest, lambda network: network.packing(deepest) is not None
+        )
         start = 0
         while start < len(tokens):
             remaining = longest_first[start:]
@@ -402,7 +376,7 @@ class FrozenLLM:
 
     def _read_batch(self, tokens: list[np.ndarray], layers: Sequence[int]) -> list[TokenStates]:
         """States of one batch of tokenized texts at each of `layers`."""
-        return self._forward_pass.run(tokens, layers)
+        return self._with_layers(max(layers), lambda network: network.run(tokens, layers))
 
     def _halve_budget(self, n_tokens: int) -> None:
         """Make batches smaller than one of `n_tokens` that did not fit into memory."""
@@ -425,15 +399,59 @@ class FrozenLLM:
         context_length = getattr(self._text_config, "max_position_embeddings", None)
         return TextTokenizer(self.tokenizer, context_length, self.model)
 
-    @_LoadedOnce
+    @property
     def _forward_pass(self) -> ForwardPass:
-        return ForwardPass(
-            self.network,
-            self._text_tokenizer,
-            self._text_config,
-            kind=self._device_kind,
+        return self._forward_pass_to(self.n_layers)
+
+    def _forward_pass_to(self, layer: int) -> ForwardPass:
+        """The forward pass, with all weights up to `layer` loaded."""
+        if layer > self._depth:  # else another thread's loading is not waited for
+            with self._loading:
+                if layer > self._depth:
+                    self._load_layers(layer)
+        return self._any_depth_pass
+
+    def _with_layers(self, layer: int, use: Callable[[ForwardPass], Any]) -> Any:
+        """What `use` returns, called with the forward pass of at least the layers up to `layer`."""
+        forward_pass = self._forward_pass_to(layer)
+        try:
+            return use(forward_pass)
+        except NotLoadedError:  # the network uses layers that it does not run, as BigBird does
+            with self._loading:
+                if self._depth < self.n_layers:
+                    self._depth = 0  # no part of the old network is used again
+                    self._load_layers(self.n_layers)
+            return use(self._forward_pass)
+
+    def _load_layers(self, depth: int) -> None:
+        """Load the layers up to `depth` that are missing."""
+        self._check_files()
+        network, depth = self._load_network(range(self._depth, depth))
+        if self._depth == 0:
+            self._any_depth_pass = ForwardPass(
+                network,
+                self._text_tokenizer,
+                self._text_config,
+                kind=self._device_kind,
+                dtype=self.torch_dtype,
+                name=repr(self),
+            )
+        else:  # threads that run the layers below are not disturbed
+            missing = range(self._depth, depth)
+            move_layers(network, self._any_depth_pass.network, missing, self.n_layers)
+        self._depth = depth
+
+    def _load_network(self, layers: range) -> tuple[PreTrainedModel, int]:
+        """The network with some of its layers, and the layer up to which all are loaded."""
+        return load_network(
+            self._from_pretrained,
+            self.config,
+            layers,
+            model=self.model,
+            source=self._source,
+            device=self.torch_device,
             dtype=self.torch_dtype,
-            name=repr(self),
+            kwargs=(self.model_kwargs or {}) | self._pinned_kwargs,
         )
 
     @_LoadedOnce
@@ -450,12 +468,18 @@ class FrozenLLM:
 
     def _from_pretrained(self, auto_class: type, **kwargs: Any) -> Any:
         loaded = load_pretrained(auto_class, self._source, **kwargs)
-        if "fingerprint" in vars(self) and self._file_signatures != self.file_signatures:
+        if "_file_signatures" in vars(self):
+            self._check_files()
+        return loaded
+
+    def _check_files(self) -> None:
+        """Refuse a local model whose files have changed since the first call."""
+        signatures = self.file_signatures
+        if vars(self).setdefault("_file_signatures", signatures) != signatures:
             raise RuntimeError(
                 f"The files of {self.model!r} have changed since this process first read them:"
                 " make a new FrozenLLM, or restart the process."
             )
-        return loaded
 
 
 _shared: dict[tuple[str, str], tuple[list[tuple[int, ...]], FrozenLLM]] = {}

@@ -15,6 +15,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from sklearn_relish.llm.gguf import converted_gguf
+from sklearn_relish.llm.layers import partial_model_class, text_network
 
 # Keyword arguments that find a model; configuration and tokenizer take them too.
 ACCESS_KWARGS = frozenset(
@@ -87,28 +88,43 @@ def load_pretrained(auto_class: type[Any], source: str, **kwargs: Any) -> Any:
 def load_network(
     load: Callable[..., Any],
     config: PretrainedConfig,
+    layers: range,
     *,
     model: str,
+    source: str,
     device: torch.device,
     dtype: torch.dtype,
     kwargs: dict[str, Any],
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, int]:
     """The text layers of a model, without a head, frozen and in evaluation mode.
 
     Parameters
     ----------
     load : callable
-        Called with `AutoModel` and the keyword arguments of its `from_pretrained`.
+        Called with a model class and the keyword arguments of its `from_pretrained`.
     config : PretrainedConfig
         Of the model. Of an encoder-decoder, the encoder is returned.
+    layers : range
+        The layers to load, counted from 0. If the first is not 0, they are to complete a network
+        that was loaded before, and the network that is returned may have nothing else.
     model : str
         The model's name, for errors.
+    source : str
+        Folder or Hub id of the model.
     device : torch.device
         Where the network is placed, unless `kwargs` has a ``device_map``.
     dtype : torch.dtype
         Of the weights.
     kwargs : dict
         For `from_pretrained`.
+
+    Returns
+    -------
+    network : PreTrainedModel
+        `sklearn_relish.llm.layers.NotLoaded` takes the place of layers that are not loaded.
+    depth : int
+        Up to this layer everything is loaded. More than what was requested if the model can't be
+        loaded in part, see `sklearn_relish.llm.layers.partial_model_class`.
 
     Raises
     ------
@@ -119,7 +135,12 @@ def load_network(
         kwargs = {"use_safetensors": True} | kwargs | {"dtype": dtype}
         if kwargs.get("quantization_config") is not None:
             kwargs.setdefault("device_map", {"": device})
-        network, info = load(AutoModel, output_loading_info=True, **kwargs)
+        partial = partial_model_class(config, layers, source=source, kwargs=kwargs)
+        depth = config.get_text_config().num_hidden_layers if partial is None else layers.stop
+        if partial is not None:
+            text_only = not isinstance(config, partial.config_class)
+            kwargs["config"] = config.get_text_config() if text_only else config
+        loaded, info = load(partial or AutoModel, output_loading_info=True, **kwargs)
         # Encoders are often published without their pooler, which is not used here.
         missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
         if missing:  # Transformers would fill them with random numbers
@@ -127,12 +148,11 @@ def load_network(
                 f"The weights of {model!r} are incomplete: {len(missing)} tensors are"
                 f" missing, the first is {missing[0]!r}. Get the model again."
             )
+        network = text_network(loaded, config)
         if kwargs.get("device_map") is None:
             network = network.to(device)
-        encoder_decoder = config.is_encoder_decoder
-        network = network.get_encoder() if encoder_decoder else network.get_decoder()
         network.config.use_cache = False
-        return network.eval().requires_grad_(False)
+        return network.eval().requires_grad_(False), depth
 
 
 @contextmanager

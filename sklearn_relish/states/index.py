@@ -312,4 +312,5 @@ def gather(entries: Sequence[Entry[Shard | MemoryStates]]) -> TokenStates:
         array_index=torch.tensor([numbers[entry.holder] for entry in entries]),
         starts=torch.tensor([entry.start for entry in entries]),
         lengths=torch.tensor([entry.length for entry in entries]),
+        files=tuple(holder.path if isinstance(holder, Shard) else None for holder in numbers),
     )

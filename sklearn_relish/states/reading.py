@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from sklearn_relish.states.contents import Call, Contents
 from sklearn_relish.states.index import ShardIndex, text_key
-from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.quantization import QUANTIZERS, kept_dtype_name
+from sklearn_relish.states.reader import TokenStateReader, read_batches
 from sklearn_relish.states.retention import Retention
 from sklearn_relish.states.shard import KEY_BYTES, Entry, MemoryStates, Shard
 from sklearn_relish.states.token_states import TokenStates
@@ -127,7 +127,7 @@ class Reading:
         index = contents.index(self.collection(layers[0]))
         missing = _longest_first(missing)
         n_read, n_piece, wait = 0, PIECE_TEXTS, _Wait()
-        with _Bar(len(missing), self.progress) as bar:
+        with TextBar(len(missing), self.progress) as bar:
             while True:
                 wait.begin()
                 n_before = len(missing)
@@ -168,37 +168,34 @@ class Reading:
         contents, index = self.contents, self.index(layer)
         rest = _longest_first(texts)
         n_piece, wait = PIECE_TEXTS, _Wait()
-        with _Bar(len(rest), self.progress) as bar:
-            while rest:
-                wait.begin()
-                self.refresh(index, rest)
-                n_before = len(rest)
-                for entries in self._kept(index, list(rest)):
-                    for key in entries:
-                        del rest[key]
-                    bar.update(len(entries))
-                    with contents.lock:
-                        contents.hits += len(entries)
-                    yield entries
-                if len(rest) < n_before:
+        while rest:
+            wait.begin()
+            self.refresh(index, rest)
+            n_before = len(rest)
+            for entries in self._kept(index, list(rest)):
+                for key in entries:
+                    del rest[key]
+                with contents.lock:
+                    contents.hits += len(entries)
+                yield entries
+            if len(rest) < n_before:
+                wait.progressed()
+            if not rest:
+                return
+            with ExitStack() as stack:
+                mine = self._take(index, rest, n_piece, stack, for_prediction=True)
+                took = bool(mine)  # `mine` shrinks as texts are read
+                if took:
+                    began, seconds = time.monotonic(), 0.0
+                    for entries in self._read_recent(mine, rest, layer):
+                        seconds += time.monotonic() - began
+                        yield entries
+                        began = time.monotonic()
+                    if seconds < PIECE_SECONDS:
+                        n_piece *= 2
                     wait.progressed()
-                if not rest:
-                    return
-                with ExitStack() as stack:
-                    mine = self._take(index, rest, n_piece, stack, for_prediction=True)
-                    took = bool(mine)  # `mine` shrinks as texts are read
-                    if took:
-                        began, seconds = time.monotonic(), 0.0
-                        for entries in self._read_recent(mine, rest, layer):
-                            seconds += time.monotonic() - began
-                            bar.update(len(entries))
-                            yield entries
-                            began = time.monotonic()
-                        if seconds < PIECE_SECONDS:
-                            n_piece *= 2
-                        wait.progressed()
-                if not took:
-                    wait.wait(contents, len(rest))
+            if not took:
+                wait.wait(contents, len(rest))
 
     def _take(
         self,
@@ -275,10 +272,9 @@ class Reading:
                 if gathered.n_bytes >= self.retention.shard_bytes:
                     self._keep(gathered, mine)
             keys_of = {layer: [text_key(names[layer], text) for text in unread] for layer in layers}
-            batches = self.llm.read(
-                unread, layers=layers, max_length=self.max_length, windows=self.windows
-            )
-            for rows, states_of_layers, full_lengths in batches if unread else ():
+            for rows, states_of_layers, full_lengths in read_batches(
+                self.llm, unread, layers=layers, max_length=self.max_length, windows=self.windows
+            ):
                 for layer, states in zip(layers, states_of_layers, strict=True):
                     keys = [keys_of[layer][row] for row in rows]
                     batch = _Batch(keys, self._kept_values(states), states.lengths, full_lengths)
@@ -342,8 +338,8 @@ class Reading:
         texts = [rest[key] for key in keys]
         piece: Entries = {}
         unread, n_bytes = set(keys), 0
-        for rows, (states,), full_lengths in self.llm.read(
-            texts, layers=[layer], max_length=self.max_length, windows=self.windows
+        for rows, (states,), full_lengths in read_batches(
+            self.llm, texts, layers=[layer], max_length=self.max_length, windows=self.windows
         ):
             values = self._kept_values(states)
             read = [keys[row] for row in rows]
@@ -419,13 +415,13 @@ class _Wait:
             )
 
 
-class _Bar:
+class TextBar:
     """A progress bar, or none: tqdm takes a lock even for a bar that is disabled."""
 
     def __init__(self, n_texts: int, progress: bool) -> None:
         self._bar = tqdm(total=n_texts, desc="Reading texts", unit="text") if progress else None
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> TextBar:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sklearn_relish.states.contents import Call, Contents
 from sklearn_relish.states.index import ShardIndex
-from sklearn_relish.states.shard import Shard
+from sklearn_relish.states.shard import SMALL_BYTES, Shard
 from sklearn_relish.states.temporary import made_temporary_folder, temporary_folder
 from sklearn_relish.utils.messages import warn
 
@@ -37,10 +37,12 @@ class Retention:
 
     @property
     def shard_bytes(self) -> float:
-        """States gathered before a shard is made; fewer if little memory may hold shards."""
-        if self.contents.backend.in_memory:
-            return min(SHARD_BYTES, max(self.max_memory / 4, 2**20))
-        return SHARD_BYTES
+        """States gathered before a shard is made: at most a quarter of `max_memory`.
+
+        The shards of a folder are not so small that files are merged.
+        """
+        least = 2**20 if self.contents.backend.in_memory else SMALL_BYTES
+        return min(SHARD_BYTES, max(self.max_memory / 4, least))
 
     @property
     def recent_bytes(self) -> float:
@@ -96,9 +98,12 @@ class Retention:
                         bound = temporary.max_bytes if bound is None else bound
                         evicted |= self._evict_oldest(spilled, excess, used)
         if evicted & used:
+            needed = sum(shard.n_bytes for shard in used)
             warn(
-                f"The store's bound of {bound} bytes is less than one call's states take: some"
-                " states are removed now, and their texts are read again next time.",
+                f"The store's bound of {bound} bytes is less than the {needed} bytes of one call's"
+                " states: some states are removed now, and their texts are read again next time."
+                " Raise max_bytes, make room on the disk, or keep states in 8 bits with"
+                " StateStore(bits=8).",
             )
 
     def _evict_oldest(

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -252,6 +252,20 @@ def _check_header(path: Path) -> None:
             raise DamagedShardError("its header is not that of a shard") from error
     if not fits:
         raise DamagedShardError("it does not have the layout of a shard")
+
+
+def open_states(path: Path) -> tuple[BinaryIO, int]:
+    """Open a shard's file, and find the position at which its states begin.
+
+    Raises
+    ------
+    OSError
+        If it can't be opened.
+    """
+    file = open_regular(path)
+    n_header = int.from_bytes(file.read(8), "little")
+    begin, _ = json.loads(file.read(n_header))["states"]["data_offsets"]
+    return file, 8 + n_header + begin
 
 
 def _is_plausible(states: Tensor) -> bool:

@@ -21,13 +21,14 @@ from sklearn_relish.states.contents import Call, Contents, contents_of
 from sklearn_relish.states.index import ShardIndex, gather, text_key
 from sklearn_relish.states.quantization import QUANTIZERS
 from sklearn_relish.states.reader import TokenStateReader
-from sklearn_relish.states.reading import Reading, unreadable, warn_unusable
+from sklearn_relish.states.reading import Reading, TextBar, unreadable, warn_unusable
 from sklearn_relish.states.retention import Retention
 from sklearn_relish.states.shard import Shard
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.utils.messages import warn
 
 MAX_MEMORY = 2 * 2**30
+BLOCK_TEXTS = 2**16  # texts of a stream whose keys are in memory together
 
 
 class StateStore:
@@ -47,7 +48,9 @@ class StateStore:
         states if there is no folder or it can't be written to; and, in up to a quarter of the
         bound, the states of recently predicted texts, which are in no file. Kept states beyond the
         bound are written to the temporary folder, or dropped if that is not possible. A call may
-        hold all states that it returns. States in files are mapped into memory and don't count.
+        hold all states that it returns. States in files are mapped into memory and don't count. A
+        fit on more states than `max_memory` reads them from the files in windows of half of that
+        size, which are in addition. Its result then depends on `max_memory` and on the files.
     max_bytes : number, default=None
         Bytes of states that are kept in all. The states of recently predicted texts don't count;
         they take at most the same number of bytes again. After a call that added states, the least
@@ -247,6 +250,9 @@ class StateStore:
     ) -> Iterator[tuple[np.ndarray, TokenStates]]:
         """Yield the states of texts in pieces of some MiB, for predictions. No file is written.
 
+        Memory does not grow with the number of texts, except for 8 bytes per text if the number is
+        large and texts are repeated.
+
         The model reads missing texts. The most recently read states stay in memory, where `fetch`
         finds them too. They take up to a quarter of `max_memory`, and less if kept states need the
         memory. A search thus reads each text once per process if the states of a fold fit into
@@ -266,7 +272,7 @@ class StateStore:
         windows : bool, default=False
             If True, longer texts are read completely, in windows of `max_length` tokens.
         progress : bool, default=False
-            Whether a bar counts the texts that are read.
+            Whether a bar counts the texts whose states were yielded.
 
         Yields
         ------
@@ -298,18 +304,20 @@ class StateStore:
             progress=progress,
         )
         collection = reading.collection(layer)
-        rows_of: dict[bytes, list[int]] = {}
-        for row, text in enumerate(texts):
-            rows_of.setdefault(text_key(collection, text), []).append(row)
-        distinct = {key: texts[rows[0]] for key, rows in rows_of.items()}
         n_cut, longest = 0, 0
-        with contents.calling(call):
-            for entries in reading.stream(distinct, layer):
-                rows = [row for key in entries for row in rows_of[key]]
-                repeated = [entry for key, entry in entries.items() for _ in rows_of[key]]
-                n_cut += sum(entry.full_length > entry.length for entry in repeated)
-                longest = max(longest, *(entry.full_length for entry in repeated))
-                yield np.array(rows), gather(repeated)
+        with contents.calling(call), TextBar(len(texts), progress) as bar:
+            for block in _blocks(texts):
+                rows_of: dict[bytes, list[int]] = {}
+                for row in block:
+                    rows_of.setdefault(text_key(collection, texts[row]), []).append(row)
+                distinct = {key: texts[rows[0]] for key, rows in rows_of.items()}
+                for entries in reading.stream(distinct, layer):
+                    rows = [row for key in entries for row in rows_of[key]]
+                    repeated = [entry for key, entry in entries.items() for _ in rows_of[key]]
+                    n_cut += sum(entry.full_length > entry.length for entry in repeated)
+                    longest = max(longest, *(entry.full_length for entry in repeated))
+                    bar.update(len(rows))
+                    yield np.array(rows), gather(repeated)
         _warn_cut(n_cut, len(texts), max_length, longest)
 
     def info(self) -> list[dict[str, Any]]:
@@ -394,6 +402,32 @@ class StateStore:
 def open_store(memory: str | os.PathLike[str] | joblib.Memory | StateStore | None) -> StateStore:
     """The store for an estimator's parameter `memory`."""
     return memory if isinstance(memory, StateStore) else StateStore(memory)
+
+
+def _blocks(texts: list[str]) -> Iterator[Sequence[int]]:
+    """Rows of `texts` in blocks of `BLOCK_TEXTS`; rows of equal texts follow each other.
+
+    So each text is read once, except for one on the border of two blocks.
+    """
+    if len(texts) <= BLOCK_TEXTS:
+        yield range(len(texts))
+        return
+    order = _equal_texts_together(texts)
+    for start in range(0, len(texts), BLOCK_TEXTS):
+        end = min(start + BLOCK_TEXTS, len(texts))
+        yield range(start, end) if order is None else order[start:end].tolist()
+
+
+def _equal_texts_together(texts: list[str]) -> np.ndarray | None:
+    """Rows in the order of each text's first row; None if all texts are distinct."""
+    hashes = np.fromiter(map(hash, texts), dtype=np.int64, count=len(texts))
+    by_hash = hashes.argsort(kind="stable")
+    hashes = hashes[by_hash]
+    is_first = np.append(True, hashes[1:] != hashes[:-1])
+    if is_first.all():
+        return None
+    first_rows = by_hash[is_first][is_first.cumsum() - 1]
+    return by_hash[first_rows.argsort(kind="stable")]
 
 
 def _check_bytes(name: str, value: float) -> float:

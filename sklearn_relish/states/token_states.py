@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class TokenStates:
         so a selection of texts, repeated or not, shares the arrays.
     lengths : int64 Tensor of shape (n_texts,)
         Tokens of each text, at least one.
+    files : tuple of Path or None, default=()
+        The shard's file of each array; None for an array in memory. Empty: all are in memory.
 
     Examples
     --------
@@ -45,6 +48,7 @@ class TokenStates:
     array_index: Tensor
     starts: Tensor
     lengths: Tensor
+    files: tuple[Path | None, ...] = ()
 
     @classmethod
     def from_lengths(cls, values: Tensor, lengths: Tensor) -> TokenStates:
@@ -61,7 +65,11 @@ class TokenStates:
 
     def __getitem__(self, rows: Tensor) -> TokenStates:
         return TokenStates(
-            self.arrays, self.array_index[rows], self.starts[rows], self.lengths[rows]
+            self.arrays,
+            self.array_index[rows],
+            self.starts[rows],
+            self.lengths[rows],
+            self.files,
         )
 
     def __iter__(self) -> Iterator[Tensor]:

@@ -6,14 +6,20 @@ To change how batches are made, change this file. The batches of the language mo
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from sklearn_relish.states.token_states import TokenStates
+from sklearn_relish.training.windows import Windows
 
 POOL_BATCHES = 16  # batches whose texts are sorted by length together, after a shuffle
 STEP_TOKENS = 65_536  # padded tokens of a training batch; a larger one is split, to save memory
+STEP_VALUES = 2**26  # the same in numbers, for large states
 PREDICT_TOKENS = 16_384  # padded tokens of a batch for predictions
+PREDICT_VALUES = 2**25  # the same in numbers, for large states
 
 
 def shuffled_batches(lengths: Tensor, batch_size: int, generator: torch.Generator) -> list[Tensor]:
@@ -28,23 +34,25 @@ def shuffled_batches(lengths: Tensor, batch_size: int, generator: torch.Generato
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def split_batch(batch: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+def split_batch(batch: Tensor, states: TokenStates) -> tuple[Tensor, ...]:
     """A training batch in parts of at most `STEP_TOKENS` padded tokens, or of a single text."""
-    n_texts = max(1, STEP_TOKENS // int(lengths[batch].max()))
+    n_tokens = min(STEP_TOKENS, STEP_VALUES // states.hidden_size)
+    n_texts = max(1, n_tokens // int(states.lengths[batch].max()))
     return batch.split(n_texts)
 
 
-def prediction_batches(lengths: Tensor) -> list[Tensor]:
+def prediction_batches(lengths: Tensor, hidden_size: int) -> list[Tensor]:
     """Batches for predictions, from the shortest texts to the longest.
 
     Each has at most `PREDICT_TOKENS` padded tokens, or a single text.
     """
+    n_tokens = max(1, min(PREDICT_TOKENS, PREDICT_VALUES // hidden_size))
     order = lengths.argsort(stable=True)
     batches, start = [], 0
     while start < len(order):
         # Lengths only grow along `order`: halve the batch until its padded size fits.
-        batch = order[start : start + PREDICT_TOKENS]
-        while len(batch) > 1 and len(batch) * int(lengths[batch[-1]]) > PREDICT_TOKENS:
+        batch = order[start : start + n_tokens]
+        while len(batch) > 1 and len(batch) * int(lengths[batch[-1]]) > n_tokens:
             batch = batch[: len(batch) // 2]
         batches.append(batch)
         start += len(batch)
@@ -63,13 +71,59 @@ class BatchLoader:
     dtype : torch.dtype
         Of the batches on a CPU. On other devices they keep the dtype of the states, so that less is
         copied to the device.
+    window_bytes : float, default=infinity
+        Bytes of states that are held at once, see `Windows`. Infinity: no states are copied but
+        those of a batch.
     """
 
-    def __init__(self, states: TokenStates, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        states: TokenStates,
+        device: torch.device,
+        dtype: torch.dtype,
+        window_bytes: float = math.inf,
+    ) -> None:
         self.states = states
         self.device = device
         self.dtype = dtype
+        self._windows = Windows(states, window_bytes)
+        self._window = states  # what `load` can use: all states, or those of a window
         self._buffer = torch.empty(0, dtype=dtype)
+
+    def training_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Random batches of an epoch, see `shuffled_batches`; each text is in one of them.
+
+        If there are several windows, the texts of each are shuffled. Texts that do not fill a batch
+        are moved to the next window, so all batches but the last one are full.
+        """
+        windows = self._windows.shuffled(generator)
+        rest = torch.empty(0, dtype=torch.int64)
+        try:
+            for number, window in enumerate(windows, 1):
+                rows = torch.cat([rest, window])
+                if number < len(windows):
+                    rows = rows[torch.randperm(len(rows), generator=generator)]
+                    n_rest = len(rows) % batch_size
+                    rows, rest = rows.split([len(rows) - n_rest, n_rest])
+                if len(rows):
+                    self._load_window(rows, windows[number : number + 1])
+                    lengths = self.states.lengths[rows]
+                    for batch in shuffled_batches(lengths, batch_size, generator):
+                        yield rows[batch]
+        finally:
+            self._release_window()
+
+    def prediction_batches(self) -> Iterator[Tensor]:
+        """The batches of `prediction_batches` for each window."""
+        windows = self._windows.in_order()
+        try:
+            for number, rows in enumerate(windows, 1):
+                self._load_window(rows, windows[number : number + 1])
+                lengths = self.states.lengths[rows]
+                for batch in prediction_batches(lengths, self.states.hidden_size):
+                    yield rows[batch]
+        finally:
+            self._release_window()
 
     def load(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """A padded batch.
@@ -77,7 +131,8 @@ class BatchLoader:
         Parameters
         ----------
         rows : int64 Tensor of shape (B,)
-            The texts of the batch, on the CPU.
+            The texts of the batch, on the CPU. During an iteration over batches: a batch that it
+            has just yielded, or a part of it.
 
         Returns
         -------
@@ -86,10 +141,20 @@ class BatchLoader:
         mask : bool Tensor of shape (B, S)
             True on real tokens.
         """
-        states, mask = self.states.batch(rows)
+        states, mask = self._window.batch(rows)
         if self.device.type == "cpu":
             return self._in_buffer(states), mask
         return states.to(self.device), mask.to(self.device)
+
+    def _load_window(self, rows: Tensor, following: list[Tensor]) -> None:
+        self._window = self.states  # lets go of the last window
+        self._window = self._windows.load(rows)
+        for next_rows in following:
+            self._windows.read_ahead(next_rows)
+
+    def _release_window(self) -> None:
+        self._window = self.states
+        self._windows.release()
 
     def _in_buffer(self, states: Tensor) -> Tensor:
         """States in the loader's dtype, in memory that is reused: new memory takes longer."""

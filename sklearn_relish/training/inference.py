@@ -20,7 +20,8 @@ from sklearn_relish.head.ensemble import RelishEnsemble
 from sklearn_relish.head.head import RelishHead
 from sklearn_relish.head.pooling import pool
 from sklearn_relish.states.token_states import TokenStates
-from sklearn_relish.training.batching import BatchLoader, prediction_batches
+from sklearn_relish.training.batching import BatchLoader
+from sklearn_relish.training.windows import Windows
 from sklearn_relish.utils.locks import ForkSafeLock
 
 Head = TypeVar("Head", bound=RelishHead | RelishEnsemble)
@@ -60,15 +61,20 @@ def attention_weights(
 
 def predict_batches(predict: Callable[[Tensor, Tensor], Tensor], loader: BatchLoader) -> Tensor:
     """Predictions for all texts of a loader, on the CPU, in the order of the texts."""
-    batches = prediction_batches(loader.states.lengths)
-    predictions = [predict(*loader.load(batch)) for batch in batches]
+    batches, predictions = [], []
+    for batch in loader.prediction_batches():
+        batches.append(batch)
+        predictions.append(predict(*loader.load(batch)))
     return torch.cat(predictions).cpu()[torch.cat(batches).argsort()]
 
 
-def pool_states(states: TokenStates, pooling: str, state_norm: str | None) -> Tensor:
+def pool_states(
+    states: TokenStates, pooling: str, state_norm: str | None, window_bytes: float = math.inf
+) -> Tensor:
     """One vector for each text, pooled alone: float32, (n_texts, D).
 
-    See `sklearn_relish.head.pooling.pool`. A vector does not depend on the other texts.
+    See `sklearn_relish.head.pooling.pool`. A vector does not depend on the other texts, nor on
+    `window_bytes`, see `Windows`.
 
     Examples
     --------
@@ -78,9 +84,11 @@ def pool_states(states: TokenStates, pooling: str, state_norm: str | None) -> Te
     (tensor([[2.]]), tensor([[3.]]))
     """
     pooled = torch.empty(len(states), states.hidden_size)
-    for row, text in enumerate(states):
-        mask = torch.ones(1, len(text), dtype=torch.bool)
-        pooled[row] = pool(text[None], mask, pooling, state_norm)[0]
+    windows = Windows(states, window_bytes)
+    for rows in windows.in_order():
+        for row, text in zip(rows.tolist(), windows.load(rows)[rows], strict=True):
+            mask = torch.ones(1, len(text), dtype=torch.bool)
+            pooled[row] = pool(text[None], mask, pooling, state_norm)[0]
     return pooled
 
 

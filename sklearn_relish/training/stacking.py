@@ -5,6 +5,7 @@ The ridges are linear models on pooled states. They make the linear path of a `R
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from sklearn_relish.head.losses import Loss
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.inference import pool_states
 from sklearn_relish.training.trainer import Examples, Training, train_head
+from sklearn_relish.training.windows import window_size
 
 MIN_TEXTS = 10  # held-out texts; with fewer there are no ridges
 MAX_RIDGE_TEXTS = 10_000  # that the ridges are fitted on
@@ -79,6 +81,7 @@ def fit_ensemble(
     loss_fn: Loss,
     random: np.random.RandomState,
     device: torch.device,
+    max_memory: float = math.inf,
     **training: Any,
 ) -> FittedEnsemble:
     """Train a head for each set of held-out rows, and fit the linear path.
@@ -106,6 +109,8 @@ def fit_ensemble(
         Draws each head's seed, the order of its texts and the texts of the ridges.
     device : torch.device
         Where heads are trained.
+    max_memory : float, default=infinity
+        Bytes of states up to which they are all held in memory, see `train_head`.
     **training
         Further arguments of `train_head`.
 
@@ -129,6 +134,7 @@ def fit_ensemble(
             loss_fn=loss_fn,
             seed=random.randint(np.iinfo(np.int32).max),
             device=device,
+            max_memory=max_memory,
             **training,
         )
         if len(rows):
@@ -152,7 +158,12 @@ def fit_ensemble(
         centred = (oof_predictions - target_means)[first[chosen]]
         stacked = np.full((len(first), oof_predictions.shape[1]), np.nan)
         stacked[chosen] = _fit_linear_path(
-            ensemble, ensemble.linear, examples.merged(groups)[chosen], has_oof, centred
+            ensemble,
+            ensemble.linear,
+            examples.merged(groups)[chosen],
+            has_oof,
+            centred,
+            window_size(examples.states.n_bytes, max_memory),
         )
         oof_predictions = stacked[groups]
     return FittedEnsemble(ensemble.eval(), trainings, oof_predictions)
@@ -164,6 +175,7 @@ def _fit_linear_path(
     texts: Examples,
     has_oof: np.ndarray,
     oof_predictions: np.ndarray,
+    window_bytes: float,
 ) -> np.ndarray:
     """Fit the ridges, and set the weights of heads and ridges; `linear` is the ensemble's path.
 
@@ -172,7 +184,7 @@ def _fit_linear_path(
     weighted predictions of all texts are returned.
     """
     y, weight = texts.y.double().numpy(), texts.weight.double().numpy()
-    ridges = fit_ridges(texts.states, ensemble.state_norm, y, weight)
+    ridges = fit_ridges(texts.states, ensemble.state_norm, y, weight, window_bytes)
     stacked = np.empty_like(oof_predictions)
     for j in range(y.shape[1]):
         predictions = np.column_stack(
@@ -190,7 +202,11 @@ def _fit_linear_path(
 
 
 def fit_ridges(
-    states: TokenStates, state_norm: str | None, y: np.ndarray, weight: np.ndarray
+    states: TokenStates,
+    state_norm: str | None,
+    y: np.ndarray,
+    weight: np.ndarray,
+    window_bytes: float = math.inf,
 ) -> list[Ridge]:
     """A ridge for each of `LINEAR_POOLINGS`, with the penalty of the best leave-one-out error.
 
@@ -202,6 +218,8 @@ def fit_ridges(
     y : ndarray of shape (n_texts, n_outputs)
         Standardized targets.
     weight : ndarray of shape (n_texts,)
+    window_bytes : float, default=infinity
+        Bytes of states that are read from files at once, see `Windows`.
 
     Returns
     -------
@@ -211,7 +229,7 @@ def fit_ridges(
     mean_of_rest = (weighted.sum(axis=0) - weighted) / (weight.sum() - weight)[:, None]
     ridges = []
     for pooling in LINEAR_POOLINGS:
-        X = pool_states(states, pooling, state_norm).double().numpy()
+        X = pool_states(states, pooling, state_norm, window_bytes).double().numpy()
         scaler = StandardScaler().fit(X, sample_weight=weight)
         ridge = RidgeCV(
             PENALTIES,

@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 from sklearn_relish.head.head import RelishHead
 from sklearn_relish.head.losses import Loss
 from sklearn_relish.states.token_states import TokenStates
-from sklearn_relish.training.batching import BatchLoader, shuffled_batches, split_batch
+from sklearn_relish.training.batching import BatchLoader, split_batch
 from sklearn_relish.training.inference import predict_batches
+from sklearn_relish.training.windows import window_size
 from sklearn_relish.utils.locks import ForkSafeLock
 
 GRADIENT_NORM = 1.0  # longer gradients are scaled down to it
@@ -115,6 +116,7 @@ def train_head(
     progress: bool,
     deep_supervision: bool = False,
     constant_rate: bool = False,
+    max_memory: float = math.inf,
 ) -> Training:
     """Train a head in place, starting from its weights.
 
@@ -152,6 +154,10 @@ def train_head(
         Whether to minimize the mean of the losses after each iteration [2]_, or only the last one.
     constant_rate : bool, default=False
         Whether the learning rate stays at `learning_rate`.
+    max_memory : float, default=infinity
+        Bytes of states, training and held-out ones together, that may be held in memory. If there
+        are more, each epoch reads them from their files in windows, in random order, and shuffles
+        the texts of a window, see `Windows`.
 
     Returns
     -------
@@ -177,9 +183,11 @@ def train_head(
     head.to(device).train()
     optimizer = AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
     schedule = _schedule(optimizer, learning_rate, n_steps, constant_rate)
-    step = _Step(head, train, loss_fn, deep_supervision, device)
+    n_bytes = train.states.n_bytes + (0 if validation is None else validation.states.n_bytes)
+    window_bytes = window_size(n_bytes, max_memory)
+    step = _Step(head, train, loss_fn, deep_supervision, device, window_bytes)
     if validation is not None:
-        held_out = BatchLoader(validation.states, device, torch.float32)
+        held_out = BatchLoader(validation.states, device, torch.float32, window_bytes)
     best = _BestEpoch(max_epochs)
     patience = math.inf if n_iter_no_change is None else n_iter_no_change
     history: list[dict[str, float]] = []
@@ -187,9 +195,9 @@ def train_head(
     with tqdm(total=max_epochs, desc="Training head", unit="epoch", disable=not progress) as bar:
         for epoch in range(1, max_epochs + 1):
             total = torch.zeros((), device=device)
-            for batch in shuffled_batches(train.states.lengths, batch_size, generator):
+            for batch in step.loader.training_batches(batch_size, generator):
                 optimizer.zero_grad()
-                for part in split_batch(batch, train.states.lengths):
+                for part in split_batch(batch, train.states):
                     total += step.backward(part, len(batch))
                 nn.utils.clip_grad_norm_(head.parameters(), GRADIENT_NORM)
                 optimizer.step()
@@ -242,11 +250,12 @@ class _Step:
         loss_fn: Loss,
         deep_supervision: bool,
         device: torch.device,
+        window_bytes: float,
     ) -> None:
         self.head = head
         self.loss_fn = loss_fn
         self.deep_supervision = deep_supervision
-        self.loader = BatchLoader(train.states, device, torch.float32)
+        self.loader = BatchLoader(train.states, device, torch.float32, window_bytes)
         self.y, self.weight = train.y.to(device), train.weight.to(device)
 
     def backward(self, rows: Tensor, n_texts: int) -> Tensor:

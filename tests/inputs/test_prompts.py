@@ -27,6 +27,7 @@ def texts_of(X, prompt=None):
         pd.DataFrame({"review": ["a", "b"]}),
         pl.Series(["a", "b"]),
         pl.DataFrame({"review": ["a", "b"]}),
+        {"review": ["a", "b"]},
     ],
     ids=lambda X: type(X).__module__ + "." + type(X).__name__,
 )
@@ -38,6 +39,12 @@ def test_texts_are_unchanged(X):
 def test_columns_become_lines_and_missing_cells_are_left_out(frame):
     films = frame({"title": ["Alien", "Solaris"], "year": [1979, None], "score": [98.5, 92.0]})
     assert texts_of(films) == ["title: Alien\nyear: 1979\nscore: 98.5", "title: Solaris\nscore: 92"]
+
+
+def test_a_dict_of_columns_is_a_table():
+    columns = {"a": ["x", None], "b": np.array([1.5, np.nan]), "c": pd.Series([7, 8], index=[3, 5])}
+    assert texts_of(columns) == ["a: x\nb: 1.5\nc: 7", "c: 8"]
+    assert texts_of({"a": np.array([0.1], dtype=np.float32)}) == ["0.1"]
 
 
 @pytest.mark.parametrize("missing", [None, np.nan, pd.NA, pd.NaT])
@@ -110,7 +117,12 @@ def test_wrong_templates_are_refused(prompt, message):
         (np.zeros((2, 2, 2)), ValueError, "3 dimensions"),
         (np.array([[1j]]), ValueError, "Complex data not supported"),
         (csr_matrix(np.eye(3)), TypeError, "sparse"),
-        ({"a": [1]}, TypeError, "X is a dict"),
+        ({"a": "b"}, TypeError, "X is a dict, and 'a' is a str: a dict has a list or an array"),
+        ({"a": ["b"], "c": np.eye(2)}, TypeError, "X is a dict, and 'c' is a ndarray"),
+        ({"a": [1], "b": [1, 2]}, ValueError, "differ in length: {'a': 1, 'b': 2}"),
+        ({0: ["a"]}, TypeError, r"dict with the keys \[0\]: the names of columns are strings"),
+        ({"a": []}, ValueError, "no rows"),
+        ({}, ValueError, "no rows"),
         ({"a", "b"}, TypeError, "X is a set: .* whose rows have an order"),
         (frozenset("ab"), TypeError, "X is a frozenset: .* whose rows have an order"),
         ({"a": 1}.keys(), TypeError, "X is a dict_keys"),

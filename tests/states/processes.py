@@ -31,11 +31,10 @@ class LoggedLLM(FrozenLLM):
     def __reduce__(self):
         return type(self), (self.model, self.log)
 
-    @cached_property
-    def network(self):
-        network = super().network
+    def _load_network(self, layers):
+        loaded = super()._load_network(layers)
         self.write("network")
-        return network
+        return loaded
 
     def _read_batch(self, tokens, layers):
         self.write(f"read {sum(map(len, tokens))}")

@@ -25,6 +25,7 @@ import sklearn_relish.states.reading
 import sklearn_relish.states.retention
 from sklearn_relish import StateStore
 from sklearn_relish.llm.batching import TOKEN_BUDGET
+from sklearn_relish.states.reading import Reading
 from sklearn_relish.states.temporary import temporary_folder
 
 
@@ -119,8 +120,10 @@ def test_max_bytes_holds_in_memory_too(llm):
 
 
 def test_a_call_larger_than_max_bytes_returns_all_its_states(llm, tmp_path):
-    store = StateStore(tmp_path, max_bytes=1000)
-    with pytest.warns(UserWarning, match="bound of 1000 bytes is less than one call's"):
+    store, n_bytes = StateStore(tmp_path, max_bytes=1000), n_tokens(TEXTS) * SIZE * 4
+    with pytest.warns(
+        UserWarning, match=f"bound of 1000 bytes is less than the {n_bytes} bytes of one call's"
+    ):
         states = fetch(store, TEXTS, llm)
     assert same(states, fetch(StateStore(), TEXTS, llm))
     assert store.info() == []
@@ -145,6 +148,18 @@ def test_single_texts_in_memory_are_merged(llm):
     assert len(index.shards) < 70
     assert index.memory_bytes == index.n_bytes == n_tokens(texts) * SIZE * 4
     assert same(fetch(StateStore(), texts, llm), reference(texts))
+
+
+@pytest.mark.parametrize("folder", [None, "folder"])
+def test_little_memory_makes_small_shards(llm, tmp_path, monkeypatch, folder):
+    monkeypatch.setattr("sklearn_relish.states.retention.SMALL_BYTES", 3 * 2**19)
+    monkeypatch.setitem(TOKEN_BUDGET, "cpu", 64)
+    texts = [f"text number {i} " + "and more " * (i % 20) for i in range(350)]
+    states = fetch(StateStore(folder and tmp_path / folder, max_memory=4 * 2**20), texts, llm)
+    least = 2**20 if folder is None else 3 * 2**19
+    assert n_tokens(texts) * SIZE * 4 > 2 * least
+    sizes = [array.nbytes for array in states.arrays]
+    assert least <= max(sizes) < least + 2**18
 
 
 @pytest.mark.parametrize("folder", [None, "file"])
@@ -200,6 +215,34 @@ def test_a_stream_holds_a_piece_at_a_time(llm, monkeypatch):
     assert len(pieces) >= 4
     assert max(len(rows) for rows, _ in pieces) < 10
     assert sorted(row for rows, _ in pieces for row in rows) == list(range(len(TEXTS)))
+
+
+@pytest.mark.parametrize("n_repeats", [1, 3])
+def test_a_stream_has_the_keys_of_a_block_of_texts_at_a_time(llm, monkeypatch, n_repeats):
+    monkeypatch.setattr("sklearn_relish.states.store.BLOCK_TEXTS", 6)
+    blocks = []
+    stream = Reading.stream
+    monkeypatch.setattr(
+        Reading,
+        "stream",
+        lambda self, texts, layer: blocks.append(len(texts)) or stream(self, texts, layer),
+    )
+    texts = [f"text {i * i}" for i in range(20)] * n_repeats
+    store = StateStore(max_memory=0)
+    assert same(streamed(store, texts, llm), reference(texts))
+    assert blocks == ([6, 6, 6, 2] if n_repeats == 1 else [2] * 10)
+    assert llm.tokens_read == n_tokens(texts[:20])
+
+
+def test_a_text_on_the_border_of_two_blocks(llm, monkeypatch):
+    monkeypatch.setattr("sklearn_relish.states.store.BLOCK_TEXTS", 4)
+    texts = ["a", "b", "c", "a", "a", "a", "b", "a", "x" * 600]
+    store = StateStore(max_memory=0)
+    with pytest.warns(UserWarning, match="1 of 9 texts .* the longest has 600") as caught:
+        states = streamed(store, texts, llm)
+    assert len(caught) == 1
+    assert [len(state) for state in states] == [1, 1, 1, 1, 1, 1, 1, 1, 512]
+    assert store.misses == 4 + 1  # "a" is in two blocks
 
 
 def test_only_the_indexes_of_recent_folders_stay_in_memory(llm, tmp_path):

@@ -25,7 +25,7 @@ from processes import (
     spill,
 )
 from sklearn.model_selection import GridSearchCV, cross_val_score, learning_curve
-from tiny import SIZE, tiny_model
+from tiny import tiny_model
 
 from sklearn_relish import FrozenLLM, RelishRegressor, StateStore
 from sklearn_relish.states.temporary import PREFIX, temporary_folder
@@ -255,13 +255,14 @@ def fail_on_a_full_disk(self):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_stays_flat_on_a_set_ten_times_its_budget():
-    budget = 8 * 2**20
-    n_texts, n_words = 2200, 90
-    size = n_texts * n_words * len("word ") * SIZE * 4
+    budget, state_size = 16 * 2**20, 512
+    n_texts, n_words = 190, 90
+    size = n_texts * n_words * len("word ") * state_size * 4
     assert size > 10 * budget
     peaks = {}
     for max_memory in (budget, 2**30):
-        command = [sys.executable, processes.__file__, tiny_model(), n_texts, n_words, max_memory]
+        model = tiny_model(size=state_size)
+        command = [sys.executable, processes.__file__, model, n_texts, n_words, max_memory]
         answer = subprocess.run(map(str, command), capture_output=True, text=True, check=True)
         peaks[max_memory] = int(answer.stdout)
     print("MiB: states", size >> 20, {f"budget {b >> 20}": f"peak {peaks[b] >> 20}" for b in peaks})

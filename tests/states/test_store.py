@@ -12,7 +12,7 @@ from sklearn.base import clone
 from store_helpers import TEXTS, fetch, forget_indexes, n_tokens, reference, same, streamed
 from tiny import SIZE, tiny_model
 
-from sklearn_relish import FrozenLLM, LLMEncoder, StateStore
+from sklearn_relish import FrozenLLM, LLMEncoder, StateStore, TokenStateReader
 from sklearn_relish.llm.batching import TOKEN_BUDGET
 from sklearn_relish.states.token_states import TokenStates
 
@@ -246,15 +246,11 @@ def test_all_stores_of_a_folder_share_one_index(llm, tmp_path, monkeypatch):
     assert repr(store) == f"StateStore({str(tmp_path / 'states')!r}, max_bytes=10)"
 
 
-class OneLetterReader:
+class OneLetterReader(TokenStateReader):
     """The smallest reader: a token is a character, and its state the character's code."""
 
-    model = "one-letter"
+    model, n_layers, hidden_size = "one-letter", 2, 2
     fingerprint = "f" * 32
-    torch_dtype = torch.float32
-
-    def state_sizes(self, layer):
-        return {2}
 
     def read(self, texts, *, layers, max_length, windows=False):
         for row in reversed(range(len(texts))):

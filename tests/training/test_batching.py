@@ -65,14 +65,15 @@ def test_training_batches_have_every_row_once_and_similar_lengths():
 def test_a_large_training_batch_is_split(monkeypatch):
     monkeypatch.setattr(batching, "STEP_TOKENS", 30)
     lengths = torch.tensor([1, 10, 2, 7, 40])
-    assert [part.tolist() for part in split_batch(torch.arange(4), lengths)] == [[0, 1, 2], [3]]
-    assert [part.tolist() for part in split_batch(torch.tensor([0, 4]), lengths)] == [[0], [4]]
+    states = TokenStates.from_lengths(torch.zeros(60, 4), lengths)
+    assert [part.tolist() for part in split_batch(torch.arange(4), states)] == [[0, 1, 2], [3]]
+    assert [part.tolist() for part in split_batch(torch.tensor([0, 4]), states)] == [[0], [4]]
 
 
 def test_prediction_batches_have_every_row_once_and_few_tokens(monkeypatch):
     monkeypatch.setattr(batching, "PREDICT_TOKENS", 90)
     lengths = many_lengths()
-    batches = prediction_batches(lengths)
+    batches = prediction_batches(lengths, hidden_size=4)
     assert torch.equal(torch.cat(batches).sort().values, torch.arange(1000))
     sizes = [(len(batch), len(batch) * int(lengths[batch].max())) for batch in batches]
     assert all(n_texts == 1 or n_tokens <= 90 for n_texts, n_tokens in sizes)

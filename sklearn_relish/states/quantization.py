@@ -166,8 +166,8 @@ class Quantizer4(Quantizer):
         restored = torch.empty(*kept.shape[:-1], size, dtype=torch.bfloat16)
         n_tokens = max(1, PIECE_VALUES // size)
         factor = 1 / (LEVEL_UNIT * _block_size(size))
-        pieces = (tensor.flatten(0, -2).split(n_tokens) for tensor in (kept, restored))
-        for piece, out in zip(*pieces, strict=True):
+        pieces = kept.reshape(-1, kept.shape[-1]).split(n_tokens)
+        for piece, out in zip(pieces, restored.view(-1, size).split(n_tokens), strict=True):
             codes = piece[:, : -self.scale_dtype.itemsize].view(torch.uint8)
             pairs = _level_pairs().index_select(0, codes.reshape(-1).int())
             levels = _rotated_back(pairs.view(torch.float32).view(-1, size))

@@ -102,9 +102,7 @@ class StateStore:
         self.max_memory = _check_bytes("max_memory", max_memory)
         self.max_bytes = None if max_bytes is None else _check_bytes("max_bytes", max_bytes)
         if not (bits is None or (isinstance(bits, int) and bits in QUANTIZERS)):
-            raise ValueError(
-                f"bits must be 8, 4, or None for the model's own dtype, got {bits!r}."
-            )
+            raise ValueError(f"bits must be 8, 4, or None for the model's own dtype, got {bits!r}.")
         self.bits = bits
 
     def __getstate__(self) -> dict[str, Any]:

@@ -58,10 +58,11 @@ class StateStore:
         may be more, by the states that it adds. None: a folder has no bound; without a folder,
         states are bounded by `max_memory` and half of the free space on the disk of the temporary
         folder.
-    bits : {8, None}, default=None
-        8: states are kept in float8 (e4m3, with one scale per token), in half the bytes of
-        bfloat16. None: they are kept in the model's own dtype. States that are kept in one form
-        are read again for the other.
+    bits : {4, 8, None}, default=None
+        Bits per value of a state. None: states are kept in the model's own dtype. 8: in float8
+        (e4m3, with a scale of 4 bytes per token), in half the bytes of bfloat16. 4: in 16 levels
+        of the randomly rotated state (with a scale of 2 bytes per token), in a quarter of the
+        bytes. States that are kept in one form are read again for another.
 
     Raises
     ------

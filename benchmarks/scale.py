@@ -1,16 +1,22 @@
-"""Training sets larger than memory.
+"""Many texts to predict, and training sets larger than memory.
 
+    python benchmarks/scale.py batch --texts 1000000
     python benchmarks/scale.py epoch --gigabytes 6 --max-memory 1
 
-An epoch over synthetic states: random numbers of the shape that an 8B model gives (4,096 in
-bfloat16, texts of 150 to 250 tokens, those of a file of similar length), in shards of 64 MiB. Each
-phase runs in a process of its own, after the files were dropped from the page cache: `dd` of all
-files; the windows of an epoch alone; the windows with their batches; the batches of a shuffle over
-all texts, as for smaller sets; an epoch of `train_head` with a small head and one with the default
-head. For each: bytes of states per second, the rate relative to `dd`, the most memory that the
-process had of its own (Linux's RssAnon, in addition to what it had before) and of mapped files
-(RssFile), and what it read from the disk. The page cache has no limit here: on a machine with more
-memory than states, the shuffle over all texts reads each file once too.
+``batch`` calls `predict` once for distinct texts, and draws the memory that the process has of its
+own (Linux's RssAnon) and the bytes in its temporary folder over time. The store may keep 16 MiB of
+recent states. The default model is tiny and random: the figures are about growth only. soak.py has
+a service with many calls.
+
+``epoch`` is an epoch over synthetic states: random numbers of the shape that an 8B model gives
+(4,096 in bfloat16, texts of 150 to 250 tokens, those of a file of similar length), in shards of 64
+MiB. Each phase runs in a process of its own, after the files were dropped from the page cache: `dd`
+of all files; the windows of an epoch alone; the windows with their batches; the batches of a
+shuffle over all texts, as for smaller sets; an epoch of `train_head` with a small head and one with
+the default head. For each: bytes of states per second, the rate relative to `dd`, the most memory
+that the process had of its own (in addition to what it had before) and of mapped files (RssFile),
+and what it read from the disk. The page cache has no limit here: on a machine with more memory than
+states, the shuffle over all texts reads each file once too.
 """
 
 import argparse
@@ -23,9 +29,12 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from peers import settings
+from soak import text, tiny_model
 
+from sklearn_relish import FrozenLLM, RelishRegressor, StateStore
 from sklearn_relish.states.backend import FolderBackend
 from sklearn_relish.states.contents import Contents
 from sklearn_relish.states.index import gather
@@ -179,9 +188,57 @@ def epoch(arguments: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def batch(arguments: argparse.Namespace) -> None:
+    """One call of `predict` for many texts: memory and disk over time."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "temporary")
+        folder.mkdir()
+        tempfile.tempdir = str(folder)  # where the store would make its temporary folder
+        llm = FrozenLLM(arguments.model or tiny_model(Path(name, "llm")), device="cpu")
+        store = StateStore(max_memory=64 * 2**20)  # a quarter of this for recent states
+        regressor = RelishRegressor(llm, memory=store, max_epochs=2, random_state=0)
+        training = [text(-number) for number in range(1, 201)]
+        regressor.fit(training, range(200))
+        texts = [text(number) for number in range(arguments.texts)]
+        regressor.predict(texts[:1000])
+        before, course, done = memory("RssAnon"), [], threading.Event()
+        start = time.perf_counter()
+
+        def watch() -> None:
+            while not done.wait(arguments.texts / 1e6):
+                n_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+                own = memory("RssAnon") - before
+                course.append((time.perf_counter() - start, own, n_bytes))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        predicted = regressor.predict(texts)
+        done.set()
+        watcher.join()
+        some = slice(None, None, max(1, arguments.texts // 1000))
+        wrong = int((regressor.predict(texts[some]) != predicted[some]).sum())
+    seconds, own, disk = zip(*course, strict=True)
+    tenths = [round(max(part) / 1e6) for part in np.array_split(own, 10)]
+    print(f"{arguments.texts:,} texts in {seconds[-1]:.0f} s, {wrong} differ when predicted again")
+    print("own memory, largest of each tenth of the time, in MB:", *tenths)
+    print(f"largest size of the temporary folder: {max(disk) / 1e6:.1f} MB")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
+    axes.plot(seconds, [value / 1e6 for value in own], label="memory, in addition to the start")
+    axes.plot(seconds, [value / 1e6 for value in disk], label="temporary folder")
+    axes.set(xlabel=f"seconds of a call of predict with {arguments.texts:,} texts", ylabel="MB")
+    axes.legend(frameon=False)
+    figure.savefig(arguments.picture, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = parser.add_subparsers(dest="part", required=True)
+    part = parts.add_parser("batch")
+    part.add_argument("--texts", type=int, default=1_000_000)
+    part.add_argument("--model", help="folder or .gguf file; default: a tiny random model")
+    part.add_argument("--picture", type=Path, default=Path("scale.png"))
     part = parts.add_parser("epoch")
     part.add_argument("--gigabytes", type=float, default=6.0, help="size of the states")
     part.add_argument("--max-memory", type=float, default=1.0, help="as of StateStore, in GB")
@@ -190,6 +247,9 @@ def main() -> None:
     part.add_argument("--phase", choices=PHASES, help="run one on FOLDER, in this process")
     part.add_argument("--output", type=Path, help="file that JSON lines are appended to")
     arguments = parser.parse_args()
+    if arguments.part == "batch":
+        batch(arguments)
+        return
     if arguments.phase:
         row = measure(arguments.phase, Path(arguments.folder), arguments.max_memory * 1e9)
         print(json.dumps(row))

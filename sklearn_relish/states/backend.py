@@ -16,14 +16,14 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 from sklearn_relish.states.lease import Leases
+from sklearn_relish.states.quantization import SUFFIXES
 from sklearn_relish.states.shard import Shard
-from sklearn_relish.states.token_states import QUANTIZED_SUFFIX
 from sklearn_relish.utils.files import check_no_links
 
 LEFT_BEHIND_SECONDS = 3600.0  # older unfinished files are removed
 FILE_NAME = re.compile(r"([0-9a-f]{32})\.safetensors")
 COLLECTION_NAME = re.compile(
-    rf"layer(?P<layer>\d+)-(?P<dtype>\w+({QUANTIZED_SUFFIX})?)-(?P<max_length>\d+)(-windows)?"
+    rf"layer(?P<layer>\d+)-(?P<dtype>\w+({'|'.join(SUFFIXES)})?)-(?P<max_length>\d+)(-windows)?"
 )
 COLLECTION_FOLDERS = "[0-9a-f]" * 32 + "/layer*-*-*/"
 

@@ -16,6 +16,7 @@ from contextlib import suppress
 import torch
 
 from sklearn_relish.states.backend import COLLECTION_NAME, Backend
+from sklearn_relish.states.quantization import array_dtype, state_size
 from sklearn_relish.states.shard import (
     KEY_BYTES,
     SMALL_BYTES,
@@ -25,7 +26,7 @@ from sklearn_relish.states.shard import (
     Shard,
 )
 from sklearn_relish.states.temporary import remove_temporary_file
-from sklearn_relish.states.token_states import TokenStates, array_dtype, state_size
+from sklearn_relish.states.token_states import TokenStates
 
 STATES_VERSION = 1  # goes up when this package computes other states for the same text
 MERGE_SHARDS = 32  # small shards of similar size that are merged

@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 
 from sklearn_relish.states.contents import Call, Contents
 from sklearn_relish.states.index import ShardIndex, text_key
+from sklearn_relish.states.quantization import QUANTIZERS, kept_dtype_name
 from sklearn_relish.states.reader import TokenStateReader, read_batches
 from sklearn_relish.states.retention import Retention
 from sklearn_relish.states.shard import KEY_BYTES, Entry, MemoryStates, Shard
-from sklearn_relish.states.token_states import TokenStates, kept_dtype_name, quantize_states
+from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.utils.messages import warn
 
 PIECE_TEXTS = 256  # texts of the first piece that a thread takes
@@ -44,8 +45,8 @@ class Reading:
     llm : TokenStateReader
     max_length, windows
         As of `TokenStateReader.read`.
-    bits : {8, None}
-        8 quantizes the states that are read, see `quantize_states`.
+    bits : {4, 8, None}
+        A number quantizes the states that are read, see `quantization`.
     progress : bool
         Whether a bar counts the texts.
     """
@@ -365,7 +366,7 @@ class Reading:
     def _kept_values(self, states: TokenStates) -> Tensor:
         """States of a batch, in the form in which they are kept."""
         (values,) = states.arrays
-        return quantize_states(values) if self.bits == 8 else values
+        return values if self.bits is None else QUANTIZERS[self.bits].quantize(values)
 
 
 def warn_unusable(problems: list[str]) -> None:

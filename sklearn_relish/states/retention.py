@@ -102,8 +102,8 @@ class Retention:
             warn(
                 f"The store's bound of {bound} bytes is less than the {needed} bytes of one call's"
                 " states: some states are removed now, and their texts are read again next time."
-                " Raise max_bytes, make room on the disk, or keep states in 8 bits with"
-                " StateStore(bits=8).",
+                " Raise max_bytes, make room on the disk, or keep states in fewer bits"
+                " with StateStore(bits=8) or StateStore(bits=4).",
             )
 
     def _evict_oldest(

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sklearn_relish.states.token_states import SCALE_BYTES, dequantize_states, is_quantized
+from sklearn_relish.states.quantization import quantizer_of, state_size
 from sklearn_relish.utils.files import check_no_links, open_regular
 
 KEY_BYTES = 16
@@ -67,7 +67,7 @@ class Shard:
     Parameters
     ----------
     states : Tensor of shape (n_tokens, D)
-        Text after text; or quantized, see `quantize_states`.
+        Text after text; or quantized, see `quantization`.
     lengths, full_lengths : int64 Tensor of shape (n_texts,)
         Tokens of each text, and how many there were before the text was cut.
     keys : uint8 Tensor of shape (n_texts, KEY_BYTES)
@@ -272,14 +272,16 @@ def _is_plausible(states: Tensor) -> bool:
     """Whether states can be a model's: they are finite, and not all zero."""
     if not states.any():
         return False
-    return bool((dequantize_states(states) if is_quantized(states) else states).isfinite().all())
+    form = quantizer_of(states)
+    return bool(states.isfinite().all()) if form is None else form.is_finite(states)
 
 
 def _fits(states: Tensor, keys: Tensor, lengths: Tensor, full_lengths: Tensor) -> bool:
     """Whether tensors can be a shard's."""
     return (
         states.ndim == 2
-        and (states.is_floating_point() or (is_quantized(states) and states.shape[1] > SCALE_BYTES))
+        and (states.is_floating_point() or quantizer_of(states) is not None)
+        and state_size(states) > 0
         and keys.dtype == torch.uint8
         and lengths.dtype == full_lengths.dtype == torch.int64
         and keys.shape == (len(lengths), KEY_BYTES)

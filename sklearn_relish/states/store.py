@@ -19,6 +19,7 @@ import numpy as np
 
 from sklearn_relish.states.contents import Call, Contents, contents_of
 from sklearn_relish.states.index import ShardIndex, gather, text_key
+from sklearn_relish.states.quantization import QUANTIZERS
 from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.reading import Reading, TextBar, unreadable, warn_unusable
 from sklearn_relish.states.retention import Retention
@@ -57,15 +58,16 @@ class StateStore:
         may be more, by the states that it adds. None: a folder has no bound; without a folder,
         states are bounded by `max_memory` and half of the free space on the disk of the temporary
         folder.
-    bits : {8, None}, default=None
-        8: states are kept in float8 (e4m3, with one scale per token), in half the bytes of
-        bfloat16. None: they are kept in the model's own dtype. States that are kept in one form
-        are read again for the other.
+    bits : {4, 8, None}, default=None
+        Bits per value of a state. None: states are kept in the model's own dtype. 8: in float8
+        (e4m3, with a scale of 4 bytes per token), in half the bytes of bfloat16. 4: in 16 levels
+        of the randomly rotated state (with a scale of 2 bytes per token), in a quarter of the
+        bytes. States that are kept in one form are read again for another.
 
     Raises
     ------
     ValueError
-        If a bound is not a number of bytes, or `bits` is neither 8 nor None.
+        If a bound is not a number of bytes, or `bits` is neither 8, 4 nor None.
 
     Examples
     --------
@@ -100,8 +102,8 @@ class StateStore:
         self.folder = folder
         self.max_memory = _check_bytes("max_memory", max_memory)
         self.max_bytes = None if max_bytes is None else _check_bytes("max_bytes", max_bytes)
-        if bits not in (8, None):
-            raise ValueError(f"bits must be 8, or None for the model's own dtype, got {bits!r}.")
+        if not (bits is None or (isinstance(bits, int) and bits in QUANTIZERS)):
+            raise ValueError(f"bits must be 8, 4, or None for the model's own dtype, got {bits!r}.")
         self.bits = bits
 
     def __getstate__(self) -> dict[str, Any]:
@@ -172,7 +174,7 @@ class StateStore:
         Returns
         -------
         TokenStates
-            In the order of `texts`, in the model's dtype or quantized to 8 bits, on the CPU.
+            In the order of `texts`, in the model's dtype or quantized as `bits` says, on the CPU.
 
         Raises
         ------

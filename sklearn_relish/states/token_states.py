@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-CODE_DTYPE = torch.float8_e4m3fn  # of a quantized value
-SCALE_BYTES = 4  # of a token's scale, a float32
-QUANTIZED_SUFFIX = "-8bit"  # of the dtype's name, for quantized states
+from sklearn_relish.states.quantization import quantizer_of, state_size
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,8 @@ class TokenStates:
     Parameters
     ----------
     arrays : tuple of Tensor of shape (n_tokens, D)
-        States of tokens, text after text; each may be a file's memory map. Quantized states,
-        see `quantize_states`, are of shape (n_tokens, D + 4).
+        States of tokens, text after text; each may be a file's memory map. Quantized states
+        have another width, see `quantization`.
     array_index : int64 Tensor of shape (n_texts,)
         Which of `arrays` holds the text.
     starts : int64 Tensor of shape (n_texts,)
@@ -62,11 +60,6 @@ class TokenStates:
         """Size D of a token's state."""
         return state_size(self.arrays[0])
 
-    @property
-    def quantized(self) -> bool:
-        """Whether states are kept in 8 bits."""
-        return is_quantized(self.arrays[0])
-
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -81,7 +74,8 @@ class TokenStates:
 
     def __iter__(self) -> Iterator[Tensor]:
         """The states of each text, (length, D); views, unless they are quantized."""
-        return map(dequantize_states, self._slices()) if self.quantized else self._slices()
+        form = quantizer_of(self.arrays[0])
+        return self._slices() if form is None else map(form.dequantize, self._slices())
 
     @property
     def n_bytes(self) -> int:
@@ -104,63 +98,10 @@ class TokenStates:
         texts = self[rows]
         padded = pad_sequence(list(texts._slices()), batch_first=True)
         mask = torch.arange(padded.shape[1]) < texts.lengths[:, None]
-        return dequantize_states(padded) if self.quantized else padded, mask
+        form = quantizer_of(padded)
+        return padded if form is None else form.dequantize(padded), mask
 
     def _slices(self) -> Iterator[Tensor]:
         places = (self.array_index.tolist(), self.starts.tolist(), self.lengths.tolist())
         for index, start, length in zip(*places, strict=True):
             yield self.arrays[index].narrow(0, start, length)
-
-
-def quantize_states(states: Tensor) -> Tensor:
-    """Quantize states to 8 bits: a float8 (e4m3) per value, and a power of two as scale per token.
-
-    Parameters
-    ----------
-    states : Tensor of shape (..., D)
-
-    Returns
-    -------
-    uint8 Tensor of shape (..., D + 4)
-
-    Examples
-    --------
-    >>> import torch
-    >>> quantized = quantize_states(torch.tensor([[1000.0, -3.14, 0.0, 17.0]]))
-    >>> quantized.shape
-    torch.Size([1, 8])
-    >>> dequantize_states(quantized).tolist()
-    [[1024.0, -3.25, 0.0, 16.0]]
-    """
-    largest = states.abs().amax(dim=-1, keepdim=True).float()
-    largest = largest.clamp(min=torch.finfo(torch.bfloat16).tiny)
-    scale = (largest / torch.finfo(CODE_DTYPE).max).log2().ceil().exp2()  # (..., 1)
-    codes = (states.float() / scale).to(CODE_DTYPE)
-    return torch.cat([codes.view(torch.uint8), scale.view(torch.uint8)], dim=-1)
-
-
-def dequantize_states(quantized: Tensor) -> Tensor:
-    """Restore states from `quantize_states` as bfloat16, which represents their values exactly."""
-    codes, scale = quantized[..., :-SCALE_BYTES].view(CODE_DTYPE), quantized[..., -SCALE_BYTES:]
-    return codes.bfloat16() * scale.contiguous().view(torch.float32).bfloat16()
-
-
-def is_quantized(array: Tensor) -> bool:
-    """Whether an array holds states from `quantize_states`."""
-    return array.dtype == torch.uint8
-
-
-def state_size(array: Tensor) -> int:
-    """Size D of the states in an array; each takes `SCALE_BYTES` more if quantized."""
-    return array.shape[1] - (SCALE_BYTES if is_quantized(array) else 0)
-
-
-def kept_dtype_name(dtype: torch.dtype, bits: int | None) -> str:
-    """Name of the dtype in which states are kept: of the model's dtype, or quantized to 8 bits."""
-    name = str(dtype).removeprefix("torch.")
-    return name if bits is None else name + QUANTIZED_SUFFIX
-
-
-def array_dtype(name: str) -> torch.dtype | None:
-    """Dtype of the arrays that `kept_dtype_name` names; None if there is no such dtype."""
-    return torch.uint8 if name.endswith(QUANTIZED_SUFFIX) else getattr(torch, name, None)

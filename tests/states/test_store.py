@@ -179,7 +179,7 @@ def test_a_stream_counts_cut_texts_in_one_warning(llm, monkeypatch):
         ({"max_memory": -1}, "max_memory must be a number of bytes, 0 or more, got -1"),
         ({"max_bytes": "50GB"}, "max_bytes must be a number of bytes, 0 or more, got '50GB'"),
         ({"folder": ""}, "empty name"),
-        ({"bits": 4}, "bits must be 8, or None for the model's own dtype, got 4"),
+        ({"bits": 3}, "bits must be 8, 4, or None for the model's own dtype, got 3"),
     ],
 )
 def test_invalid_parameters_are_refused(arguments, message):
@@ -187,25 +187,34 @@ def test_invalid_parameters_are_refused(arguments, message):
         StateStore(**arguments)
 
 
-def test_eight_bits_take_half_the_bytes_of_sixteen(tmp_path):
+@pytest.mark.parametrize(("bits", "scale_bytes"), [(8, 4), (4, 2)])
+def test_quantized_states_take_a_half_or_a_quarter_of_the_bytes(bits, scale_bytes, tmp_path):
     llm = FrozenLLM(tiny_model(), device="cpu", dtype="bfloat16")
-    store, small = StateStore(tmp_path), StateStore(tmp_path, bits=8)
+    store, small = StateStore(tmp_path), StateStore(tmp_path, bits=bits)
     exact, quantized = fetch(store, TEXTS, llm), fetch(small, TEXTS, llm)
     assert small.misses == 2 * len(TEXTS)
     sizes = {row["dtype"]: row["n_bytes"] for row in store.info()}
     n_values = n_tokens(TEXTS) * SIZE
-    assert sizes == {"bfloat16": 2 * n_values, "bfloat16-8bit": n_values + 4 * n_tokens(TEXTS)}
+    assert sizes == {
+        "bfloat16": 2 * n_values,
+        f"bfloat16-{bits}bit": n_values * bits // 8 + scale_bytes * n_tokens(TEXTS),
+    }
     rows = torch.tensor([3, 1, 3])
     (one, mask), (other, same_mask) = exact.batch(rows), quantized.batch(rows)
     assert torch.equal(mask, same_mask)
     assert one.dtype == other.dtype
-    assert torch.allclose(one.float(), other.float(), rtol=2**-4, atol=2**-9)
+    if bits == 8:
+        assert torch.allclose(one.float(), other.float(), rtol=2**-4, atol=2**-9)
+    assert (one - other).float().norm() < one.float().norm() / (20 if bits == 8 else 8)
     for text, states in zip(quantized, fetch(small, TEXTS, llm), strict=True):
         assert text.shape[1] == SIZE
         assert torch.equal(text, states)
+    forget_indexes()
+    again = fetch(StateStore(tmp_path, bits=bits), TEXTS, llm)  # from the files
+    assert all(map(torch.equal, again, quantized))
     encoder = LLMEncoder(llm, layer=2, memory=small)
     pooled = [encoder.set_params(memory=m).fit_transform(TEXTS) for m in (small, store)]
-    np.testing.assert_allclose(*pooled, atol=0.1)
+    np.testing.assert_allclose(*pooled, atol=0.8 / bits)
 
 
 def test_info_and_clear_go_by_model(llm, tmp_path):

@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sklearn_relish.states.token_states import TokenStates, dequantize_states, quantize_states
+from sklearn_relish.states.quantization import QUANTIZERS
+from sklearn_relish.states.token_states import TokenStates
 
 
 def make():
@@ -38,24 +39,14 @@ def test_selection_shares_the_arrays_and_may_repeat_texts():
     assert next(iter(chosen)).data_ptr() == states.arrays[0][2:].data_ptr()
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_a_batch_has_the_states_of_each_text_and_zeros(quantized):
+@pytest.mark.parametrize("bits", [None, *QUANTIZERS])
+def test_a_batch_has_the_states_of_each_text_and_zeros(bits):
     states = make()
-    if quantized:  # of size 4, as the scale of a token lies behind its values
-        wide = [torch.cat([array, array], dim=1) for array in states.arrays]
-        states = replace(states, arrays=tuple(map(quantize_states, wide)))
+    if bits is not None:
+        arrays = tuple(QUANTIZERS[bits].quantize(array) for array in states.arrays)
+        states = replace(states, arrays=arrays)
     rows = torch.tensor([3, 0, 1, 1, 2])
     batch, mask = states.batch(rows)
     for padded, is_token, text in zip(batch, mask, states[rows], strict=True):
         assert torch.equal(padded[is_token], text)
         assert not padded[~is_token].any()
-
-
-def test_quantized_states_are_within_a_sixteenth_of_each_value():
-    states = torch.randn(200, 64) * torch.logspace(-6, 6, 200)[:, None]
-    states[:, 0] *= 100  # one value much larger than the rest, as in middle layers
-    states[7] = 0
-    restored = dequantize_states(quantize_states(states)).float()
-    error = (restored - states).abs()
-    assert (error <= states.abs() / 16 + states.abs().amax(1, keepdim=True) * 2**-17).all()
-    assert torch.equal(dequantize_states(quantize_states(restored)).float(), restored)

@@ -9,6 +9,7 @@ from tasks import CPU, task, train
 
 from sklearn_relish.head.losses import HuberLoss
 from sklearn_relish.states.index import gather
+from sklearn_relish.states.quantization import QUANTIZERS
 from sklearn_relish.states.shard import KEY_BYTES, MemoryStates, Shard
 from sklearn_relish.training import windows
 from sklearn_relish.training.batching import BatchLoader
@@ -21,8 +22,7 @@ LABEL = {"model": "m", "layer": "1", "dtype": "float32", "max_length": "9"}
 N_FILES, IN_FILE, SIZE = 12, 40, 12
 
 
-@pytest.fixture
-def entries(tmp_path):
+def make_entries(folder, bits=None):
     """The texts of files; each file's texts are of one length, as after sorting by length."""
     generator = torch.Generator().manual_seed(0)
     entries = []
@@ -30,11 +30,17 @@ def entries(tmp_path):
         lengths = torch.full((IN_FILE,), number % 8 + 1)
         states = torch.randn(int(lengths.sum()), SIZE, generator=generator)
         keys = torch.zeros(IN_FILE, KEY_BYTES, dtype=torch.uint8)
-        shard = Shard(states, lengths, lengths.clone(), keys, LABEL)
-        saved = shard.save(tmp_path / f"{number}.safetensors", map_small=True)
+        kept = states if bits is None else QUANTIZERS[bits].quantize(states)
+        shard = Shard(kept, lengths, lengths.clone(), keys, LABEL)
+        saved = shard.save(folder / f"{number}.safetensors", map_small=True)
         entries += [entry for _, entry in saved.entries()]
     order = torch.randperm(len(entries), generator=generator).tolist()
     return [entries[i] for i in order]
+
+
+@pytest.fixture
+def entries(tmp_path):
+    return make_entries(tmp_path)
 
 
 @pytest.fixture
@@ -91,6 +97,20 @@ def test_a_window_has_the_states_of_its_texts(entries, tmp_path):
     for rows in (torch.arange(len(entries)), torch.tensor([5, 5, 1]), torch.tensor([0])):
         chosen.read_ahead(rows)
         assert same(chosen.load(rows), rows, expected)
+    chosen.release()
+
+
+@pytest.mark.parametrize("bits", QUANTIZERS)
+def test_windows_hold_quantized_states_as_they_are_in_the_files(tmp_path, small_windows, bits):
+    states = gather(make_entries(tmp_path, bits))
+    chosen = Windows(states, 3_000)
+    found = chosen.in_order()
+    assert len(found) > 4
+    assert all(states[rows].n_bytes <= 3_000 for rows in found)
+    for rows in found:
+        loaded = chosen.load(rows)
+        assert loaded.arrays[0].dtype == QUANTIZERS[bits].dtype
+        assert same(loaded, rows, states)
     chosen.release()
 
 

@@ -1,0 +1,272 @@
+"""Quantization: token states in 8 or 4 bits per value. Add a form of kept states here.
+
+The dtype of an array says in which form it holds states. Kept and restored values of a token depend
+on that token alone: all sums of this module are sums of integers that floats represent exactly, so
+their order, the batch and the machine don't matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FLOAT8 = torch.float8_e4m3fn
+# Positive levels of the Lloyd-Max quantizer with 16 levels for a standard Gaussian (Max 1960,
+# table I), rounded to multiples of 1 / LEVEL_UNIT; and the bounds between all levels, not rounded.
+LEVEL_UNIT = 46
+LEVELS = (6, 18, 30, 43, 58, 74, 95, 126)
+BOUNDS = (0.2582, 0.5224, 0.7996, 1.0993, 1.4371, 1.8435, 2.4008)
+FIXED_POINT = 2.0**19  # what the largest value of a token becomes before it is rotated
+PIECE_VALUES = 2**17  # restored at once, so that they stay in the processor's cache
+
+
+class Quantizer(ABC):
+    """A form of kept states.
+
+    Attributes
+    ----------
+    bits : int
+        Bits per value, without the scale of a token.
+    dtype : torch.dtype
+        Of the arrays; no two forms have the same.
+    scale_dtype : torch.dtype
+        Of a token's scale, whose bytes follow the token's values.
+    """
+
+    bits: int
+    dtype: torch.dtype
+    scale_dtype: torch.dtype
+
+    @property
+    def suffix(self) -> str:
+        """What is added to the name of the model's dtype."""
+        return f"-{self.bits}bit"
+
+    def state_size(self, width: int) -> int:
+        """Size D of states whose kept form has a width; not positive if there are none."""
+        return (width - self.scale_dtype.itemsize) * 8 // self.bits
+
+    @abstractmethod
+    def quantize(self, states: Tensor) -> Tensor:
+        """Quantize states.
+
+        Parameters
+        ----------
+        states : Tensor of shape (..., D)
+
+        Returns
+        -------
+        Tensor of shape (..., width)
+        """
+
+    @abstractmethod
+    def dequantize(self, kept: Tensor) -> Tensor:
+        """Restore states as bfloat16, (..., width) to (..., D). Kept zeros are restored as zeros.
+
+        Rounding to bfloat16 is part of the form: a state has the same bits wherever it is restored.
+        """
+
+    def is_finite(self, kept: Tensor) -> bool:
+        """Whether all restored values are finite."""
+        return bool(self.dequantize(kept).isfinite().all())
+
+    def _scales(self, kept: Tensor) -> Tensor:
+        """The scale of each token, (..., 1). A copy, since the bytes may not be aligned."""
+        scales = kept[..., -self.scale_dtype.itemsize :]
+        return scales.clone(memory_format=torch.contiguous_format).view(self.scale_dtype)
+
+
+class Quantizer8(Quantizer):
+    """A float8 (e4m3) per value, and a power of two as scale per token.
+
+    Examples
+    --------
+    >>> import torch
+    >>> kept = Quantizer8().quantize(torch.tensor([[1000.0, -3.14, 0.0, 17.0]]))
+    >>> kept.shape
+    torch.Size([1, 8])
+    >>> Quantizer8().dequantize(kept).tolist()
+    [[1024.0, -3.25, 0.0, 16.0]]
+    """
+
+    bits = 8
+    dtype = torch.uint8
+    scale_dtype = torch.float32
+
+    def quantize(self, states: Tensor) -> Tensor:
+        """Divide by the scale, which brings the largest value into the range of float8."""
+        largest = states.abs().amax(dim=-1, keepdim=True).float()
+        largest = largest.clamp(min=torch.finfo(torch.bfloat16).tiny)
+        scale = (largest / torch.finfo(FLOAT8).max).log2().ceil().exp2()  # (..., 1)
+        codes = (states.float() / scale).to(FLOAT8)
+        return torch.cat([codes.view(torch.uint8), scale.view(torch.uint8)], dim=-1)
+
+    def dequantize(self, kept: Tensor) -> Tensor:
+        """Look up the float8 values, and multiply by the scale: bfloat16 represents the results."""
+        codes = kept[..., : -self.scale_dtype.itemsize]
+        values = _float8_values().index_select(0, codes.reshape(-1).int())
+        return values.view(codes.shape) * self._scales(kept).bfloat16()
+
+
+class Quantizer4(Quantizer):
+    """One of 16 levels per value of the rotated state, and its root mean square as scale per token.
+
+    Values of a state that is rotated at random are nearly Gaussian, even if a few of its values are
+    much larger than the rest. The rotation is fixed, see `_rotated`. Two values share a byte, the
+    first in its lower half.
+
+    Examples
+    --------
+    >>> import torch
+    >>> kept = Quantizer4().quantize(torch.tensor([[1000.0, -300.0, 0.0, 17.0]]))
+    >>> kept.shape
+    torch.Size([1, 4])
+    """
+
+    bits = 4
+    dtype = torch.int8
+    scale_dtype = torch.bfloat16  # has the range of float32: tokens may have norms above 10,000
+
+    def quantize(self, states: Tensor) -> Tensor:
+        """Rotate, divide by the root mean square, and take the nearest level of each value.
+
+        Raises
+        ------
+        ValueError
+            If D is odd.
+        """
+        size = states.shape[-1]
+        if size % 2:
+            raise ValueError(
+                f"States of size {size} can't be kept in 4 bits, which need an even size: pass a"
+                " StateStore with bits=8, or bits=None."
+            )
+        values = states.double()
+        largest = values.abs().amax(dim=-1, keepdim=True)
+        largest = largest.clamp(min=torch.finfo(torch.bfloat16).tiny)
+        fixed = (values / largest * FIXED_POINT).round()  # integers: their sums are exact
+        rms = fixed.square().mean(dim=-1, keepdim=True).sqrt() * (largest / FIXED_POINT)
+        scale = rms.to(self.scale_dtype)  # (..., 1)
+        divisor = scale.double().clamp(min=torch.finfo(torch.bfloat16).tiny)
+        rotated = _rotated(fixed) * (largest / FIXED_POINT / divisor / _block_size(size))
+        bounds = torch.tensor(BOUNDS, dtype=torch.float64)
+        codes = torch.bucketize(rotated.abs(), bounds) + 8 * (rotated < 0)
+        pairs = codes.to(torch.uint8).unflatten(-1, (size // 2, 2))
+        packed = pairs[..., 0] | pairs[..., 1] << 4
+        return torch.cat([packed.view(self.dtype), scale.view(self.dtype)], dim=-1)
+
+    def dequantize(self, kept: Tensor) -> Tensor:
+        """Look up the levels of each byte, rotate them back, and multiply by the scale."""
+        size = self.state_size(kept.shape[-1])
+        restored = torch.empty(*kept.shape[:-1], size, dtype=torch.bfloat16)
+        n_tokens = max(1, PIECE_VALUES // size)
+        factor = 1 / (LEVEL_UNIT * _block_size(size))
+        pieces = kept.reshape(-1, kept.shape[-1]).split(n_tokens)
+        for piece, out in zip(pieces, restored.view(-1, size).split(n_tokens), strict=True):
+            codes = piece[:, : -self.scale_dtype.itemsize].view(torch.uint8)
+            pairs = _level_pairs().index_select(0, codes.reshape(-1).int())
+            levels = _rotated_back(pairs.view(torch.float32).view(-1, size))
+            torch.mul(levels, self._scales(piece).float() * factor, out=out)
+        return restored
+
+    def is_finite(self, kept: Tensor) -> bool:
+        """Whether the scales are finite: each code stands for a level."""
+        return bool(self._scales(kept).isfinite().all())
+
+
+QUANTIZERS: dict[int, Quantizer] = {form.bits: form for form in (Quantizer8(), Quantizer4())}
+SUFFIXES = tuple(form.suffix for form in QUANTIZERS.values())  # of the names of dtypes
+
+
+def quantizer_of(array: Tensor) -> Quantizer | None:
+    """The form of an array of states; None if they are kept in a model's dtype."""
+    return next((form for form in QUANTIZERS.values() if form.dtype == array.dtype), None)
+
+
+def state_size(array: Tensor) -> int:
+    """Size D of the states in an array, quantized or not."""
+    form = quantizer_of(array)
+    return array.shape[1] if form is None else form.state_size(array.shape[1])
+
+
+def kept_dtype_name(dtype: torch.dtype, bits: int | None) -> str:
+    """Name of the form in which states are kept: of the model's dtype, and how it is quantized."""
+    name = str(dtype).removeprefix("torch.")
+    return name if bits is None else name + QUANTIZERS[bits].suffix
+
+
+def array_dtype(name: str) -> torch.dtype | None:
+    """Dtype of the arrays that `kept_dtype_name` names; None if there is no such dtype."""
+    for form in QUANTIZERS.values():
+        if name.endswith(form.suffix):
+            return form.dtype
+    return getattr(torch, name, None)
+
+
+def _rotated(values: Tensor) -> Tensor:
+    """Rotate states of size D, and multiply them by `_block_size(D)`.
+
+    The signs of half of the values are changed, and each block is multiplied by a Hadamard matrix.
+    Then the values are reordered, so that each block has values of many blocks, and the blocks are
+    multiplied again.
+    """
+    size = values.shape[-1]
+    block = _block_size(size)
+    hadamard = _hadamard(block).to(values.dtype)
+    mixed = (values * _signs(size)).unflatten(-1, (size // block, block)) @ hadamard
+    mixed = mixed.transpose(-1, -2).reshape(*values.shape[:-1], size // block, block) @ hadamard
+    return mixed.flatten(-2)
+
+
+def _rotated_back(values: Tensor) -> Tensor:
+    """Undo `_rotated` for float32 integers of shape (n, D), except for the factor."""
+    n_rows, size = values.shape
+    block = _block_size(size)
+    mixed = values.view(-1, block) @ _hadamard(block)  # the matrix is symmetric
+    mixed = mixed.view(n_rows, block, size // block).transpose(1, 2).reshape(-1, block)
+    return (mixed @ _hadamard(block)).view(n_rows, size).mul_(_signs(size))
+
+
+@cache
+def _block_size(size: int) -> int:
+    """The smallest power of two whose square is at least `size`, or the largest that divides it."""
+    block = 1
+    while block * block < size and size % (2 * block) == 0:
+        block *= 2
+    return block
+
+
+@cache
+def _hadamard(block: int) -> Tensor:
+    """Hadamard matrix of Sylvester's construction, (block, block) of 1 and -1."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < block:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
+
+
+@cache
+def _signs(size: int) -> Tensor:
+    """Fixed pseudo-random signs, (size,): the same in every version of every library."""
+    digest = hashlib.shake_128(b"sklearn-relish rotation").digest(size // 8 + 1)
+    bits = np.unpackbits(np.frombuffer(digest, dtype=np.uint8))[:size]
+    return torch.from_numpy(1.0 - 2.0 * bits.astype(np.float32))
+
+
+@cache
+def _level_pairs() -> Tensor:
+    """The two float32 levels of each byte as one item, (256,), which is faster to look up."""
+    levels = torch.tensor([*LEVELS, *(-level for level in LEVELS)], dtype=torch.float32)
+    byte = torch.arange(256)
+    return torch.stack([levels[byte & 15], levels[byte >> 4]], dim=-1).view(torch.int64).view(-1)
+
+
+@cache
+def _float8_values() -> Tensor:
+    """The value of each float8 code as bfloat16, (256,): a table is faster than torch's cast."""
+    return torch.arange(256, dtype=torch.int16).to(torch.uint8).view(FLOAT8).bfloat16()

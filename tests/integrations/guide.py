@@ -32,9 +32,9 @@ def block(*words):
 
 
 def make_shared(folder):
-    """A model, and three Parquet data sets: one sound, one with a null, one with a broken file."""
+    """A model, and Parquet data sets: a sound one, one with a null, two with a broken file."""
     shutil.copytree(tiny_model(), folder / "llm")
-    for name in ("texts", "null", "broken"):
+    for name in ("texts", "null", "broken", "repaired"):
         (folder / name).mkdir()
         for i in range(N_FILES):
             rows = range(i * N_ROWS, (i + 1) * N_ROWS)
@@ -45,6 +45,7 @@ def make_shared(folder):
             path = folder / name / f"part{i}.parquet"
             pa.parquet.write_table(table, path, row_group_size=N_ROWS // 2, compression="none")
     break_row_group(folder / "broken" / BROKEN_FILE)
+    break_row_group(folder / "repaired" / BROKEN_FILE)
 
 
 def text_of(row):

@@ -13,22 +13,30 @@ from guide import KILL, block
 
 LOCAL = "Client(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=':0')"
 HEADER = f"""
+import dask
 from dask.distributed import Client
+from distributed.utils import get_mp_context
+dask.config.set({{"distributed.worker.multiprocessing-method": "forkserver"}})
+# Workers start as forks of a process that has imported this, which takes most of a start.
+get_mp_context().set_forkserver_preload(
+    ["distributed", "dask.dataframe", "killed_worker", "transformers.models.llama.modeling_llama"]
+)
 local = {LOCAL}
 """
 READ, SCORE = block("import dask", "LLMEncoder"), block("import dask", "RelishRegressor")
-READ_BROKEN = READ.replace("/texts", "/broken").replace("/states", "/broken_states")
+READ_BROKEN = READ.replace("/texts", "/repaired").replace("/states", "/repaired_states")
 REPAIR = f"""
 import shutil
-shutil.copy(shared + "/texts/{guide.BROKEN_FILE}", shared + "/broken/{guide.BROKEN_FILE}")
+shutil.copy(shared + "/texts/{guide.BROKEN_FILE}", shared + "/repaired/{guide.BROKEN_FILE}")
 """
 STAGES = {
     "reading": KILL + READ,
     "scoring": KILL + SCORE,
-    "null": SCORE.replace("/texts", "/null").replace("/scores", "/null_scores"),
-    "broken": SCORE.replace("/texts", "/broken").replace("/scores", "/broken_scores"),
     "interrupted": READ_BROKEN,
     "repaired": REPAIR + READ_BROKEN,
+    # Tasks of these may still run when their error arrives.
+    "null": SCORE.replace("/texts", "/null").replace("/scores", "/null_scores"),
+    "broken": SCORE.replace("/texts", "/broken").replace("/scores", "/broken_scores"),
 }
 REPLACEMENTS = {'Client("scheduler:8786")': "local"}
 

@@ -11,15 +11,18 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
+import pytest
 from tiny import tiny_model
 
 from sklearn_relish import StateStore
 
+pa = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "many_machines.md").read_text("utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+needs_sigkill = pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 N_FILES, N_ROWS = 4, 24
 KILL = "pathlib.Path(shared, 'kill').touch()\n"  # a stage that begins so loses a process
 BROKEN_FILE, NULL_ROW = "part2.parquet", 5
@@ -43,7 +46,7 @@ def make_shared(folder):
                 texts[NULL_ROW] = None
             table = pa.table({"row": rows, "text": texts, "y": [row % 7 / 2 for row in rows]})
             path = folder / name / f"part{i}.parquet"
-            pa.parquet.write_table(table, path, row_group_size=N_ROWS // 2, compression="none")
+            parquet.write_table(table, path, row_group_size=N_ROWS // 2, compression="none")
     break_row_group(folder / "broken" / BROKEN_FILE)
     break_row_group(folder / "repaired" / BROKEN_FILE)
 
@@ -59,7 +62,7 @@ TEXTS = [text_of(row) for row in range(N_FILES * N_ROWS)]
 
 def break_row_group(path):
     """Overwrite the texts of the second row group of a Parquet file."""
-    column = pa.parquet.ParquetFile(path).metadata.row_group(1).column(1)
+    column = parquet.ParquetFile(path).metadata.row_group(1).column(1)
     start = column.dictionary_page_offset or column.data_page_offset
     with open(path, "r+b") as file:
         file.seek(start)
@@ -171,7 +174,7 @@ def assert_scored_once(folder, regressor):
 
 def read_scores(folder):
     """The rows and scores of all files of a folder, in the order of the rows."""
-    tables = [pa.parquet.read_table(path) for path in sorted(folder.glob("*.parquet"))]
+    tables = [parquet.read_table(path) for path in sorted(folder.glob("*.parquet"))]
     return pa.concat_tables(table.select(["row", "text", "score"]) for table in tables).sort_by(
         "row"
     )

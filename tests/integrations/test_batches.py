@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
+from sklearn_relish import LLMEncoder, StateStore
+
 pd = pytest.importorskip("pandas")
 pa = pytest.importorskip("pyarrow")
 datasets = pytest.importorskip("datasets")
 arrow_dataset = pytest.importorskip("pyarrow.dataset")
 parquet = pytest.importorskip("pyarrow.parquet")
-
-from sklearn_relish import LLMEncoder, StateStore
 
 TABLE = {
     "title": [f"a good film {i}" if i % 2 else f"a poor film, {i}" for i in range(60)],

@@ -2,14 +2,13 @@
 
 from collections import Counter
 
+import guide
 import pytest
+from guide import KILL, block, parquet
 
 pytest.importorskip("distributed")
 pytest.importorskip("dask.dataframe")
-pa = pytest.importorskip("pyarrow")
-
-import guide
-from guide import KILL, block
+pytestmark = guide.needs_sigkill
 
 LOCAL = "Client(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=':0')"
 HEADER = f"""
@@ -74,7 +73,7 @@ def test_a_broken_file_is_an_error_and_no_part_of_its_scores_is_written(shared):
     assert "Couldn't deserialize thrift" in errors["broken"]
     written = list((folder / "broken_scores").glob("*.parquet"))
     assert len(written) < guide.N_FILES
-    assert {pa.parquet.read_metadata(path).num_rows for path in written} <= {guide.N_ROWS}
+    assert {parquet.read_metadata(path).num_rows for path in written} <= {guide.N_ROWS}
 
 
 def test_after_a_broken_file_is_repaired_only_the_rest_is_read(shared):

@@ -3,18 +3,19 @@
 import shutil
 import tempfile
 
-import pytest
-
-pytest.importorskip("ray")
-pytest.importorskip("pyarrow")
-
 import guide
+import pytest
 from guide import KILL, N_FILES, N_ROWS, block
 
+pytest.importorskip("ray")
+pytestmark = guide.needs_sigkill
+
 HEADER = """
+import os
+os.environ["RAY_DATA_USE_DATASOURCE_V2"] = "0"  # it reads small files together, for one actor
 import ray
 ray.init(num_cpus=3, object_store_memory=80 * 2**20, include_dashboard=False, _temp_dir=TEMP)
-ray.data.DataContext.get_current().target_min_block_size = 1  # files are not read together
+ray.data.DataContext.get_current().wait_for_min_actors_s = 300  # else one may do all the work
 """
 STAGES = {
     "reading": KILL + block("import ray", "LLMEncoder"),
@@ -34,7 +35,7 @@ def shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
     guide.make_shared(folder)
     regressor = guide.fit(folder, states="own_states")
-    temp = tempfile.mkdtemp(prefix="ray")  # tmp_path is too long for the paths of Ray's sockets
+    temp = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # paths of Ray's sockets must be short
     try:
         header = HEADER.replace("TEMP", repr(temp))
         errors = guide.run_stages(folder, header, "ray.shutdown()", STAGES, REPLACEMENTS)

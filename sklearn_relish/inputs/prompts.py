@@ -260,7 +260,8 @@ def render(table: Table, names: Sequence[str], prompt: str | None) -> list[str]:
     Raises
     ------
     ValueError
-        If the template names a column that does not exist, or all cells of a row are missing.
+        If the template names a column that does not exist, or all cells of a row are missing in
+        the columns that are used.
 
     Examples
     --------
@@ -271,18 +272,18 @@ def render(table: Table, names: Sequence[str], prompt: str | None) -> list[str]:
     ['Alien (1979)', 'Solaris ()']
     """
     columns = table.columns
+    pieces = [] if prompt is None else parse_prompt(prompt, names)
+    used = columns if prompt is None else [columns[i] for _, i in pieces if i is not None]
     empty = [
-        row
-        for row, cells in enumerate(zip(*columns, strict=True))
-        if cells.count(None) == len(cells)
+        row for row, cells in enumerate(zip(*used, strict=True)) if cells.count(None) == len(cells)
     ]
     if empty:
+        kind = "column" if prompt is None else "column of the prompt"
         raise ValueError(
-            f"X has missing texts in {name_rows(empty)}, where no column has a cell: drop these"
+            f"X has missing texts in {name_rows(empty)}, where no {kind} has a cell: drop these"
             " rows, or put '' where a missing text means an empty one."
         )
     if prompt is not None:
-        pieces = parse_prompt(prompt, names)
         texts = [
             "".join(
                 literal + (row[column] or "" if column is not None else "")

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from sklearn_relish import LLMEncoder, StateStore
+
 pd = pytest.importorskip("pandas")
 pa = pytest.importorskip("pyarrow")
 datasets = pytest.importorskip("datasets")
@@ -96,3 +98,25 @@ def test_the_columns_of_a_dict_are_those_of_fit(regressor, fitted):
     np.testing.assert_array_equal(regressor.predict({"title": batch["title"]}), expected)
     with pytest.raises(ValueError, match="fitted with the columns 'text'"):
         regressor.predict(batch)
+
+
+def test_states_read_before_a_broken_row_group_are_kept(llm, files, tmp_path):
+    store = StateStore(tmp_path / "states")
+    encoder = LLMEncoder(llm, memory=store)
+    path = files / "films.parquet"
+    sound = path.read_bytes()
+    column = parquet.read_metadata(path).row_group(1).column(0)
+    start, size = column.dictionary_page_offset, column.total_compressed_size
+    path.write_bytes(sound[:start] + b"\xff" * size + sound[start + size :])
+
+    def read():
+        with parquet.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                encoder.fit_transform(file.read_row_group(group, columns=["title"]))
+
+    with pytest.raises(OSError, match="page header"):
+        read()
+    assert store.misses == 25
+    path.write_bytes(sound)
+    read()
+    assert store.misses == 60

@@ -69,6 +69,39 @@ def test_tables_of_several_columns(regressor, reviews, kind):
         regressor.predict(TABLES[kind]({"title": texts[:2], "stars": [1, 2]}))
 
 
+NULLS = {
+    "pandas in Arrow": lambda texts: pd.DataFrame({"text": pd.array(texts, "string[pyarrow]")}),
+    "pandas Series in Arrow": lambda texts: pd.Series(texts, dtype=pd.ArrowDtype(pa.string())),
+    "Polars": lambda texts: pl.DataFrame({"text": texts}),
+    "PyArrow table": lambda texts: pa.table({"text": texts}),
+    "PyArrow record batch": lambda texts: pa.RecordBatch.from_pydict({"text": texts}),
+    "PyArrow array": lambda texts: pa.chunked_array([texts]),
+    "dict of lists": lambda texts: {"text": texts},
+    "dict of NumPy arrays, as in Ray Data": lambda texts: {"text": np.array(texts, dtype=object)},
+    "dict of Arrow arrays": lambda texts: {"text": pa.chunked_array([texts])},
+}
+
+
+@pytest.mark.parametrize("prompt", [None, "Review: {text}"])
+@pytest.mark.parametrize("kind", NULLS)
+def test_missing_texts_are_named_by_row(regressor, kind, prompt):
+    regressor.set_params(prompt=prompt, max_epochs=1, n_estimators=1)
+    texts = [f"text {i}" for i in range(8)]
+    broken = NULLS[kind]([None if i in (2, 5) else text for i, text in enumerate(texts)])
+    with pytest.raises(ValueError, match=r"missing texts in rows 2, 5.*: drop these rows"):
+        regressor.fit(broken, range(8))
+    regressor.fit(NULLS[kind](texts), range(8))
+    with pytest.raises(ValueError, match=r"missing texts in rows 2, 5.*: drop these rows"):
+        regressor.predict(broken)
+
+
+def test_a_row_without_a_cell_for_the_prompt_is_named(regressor):
+    table = pa.table({"row": range(4), "text": ["a", None, "b", None]})
+    regressor.set_params(prompt="Review: {text}")
+    with pytest.raises(ValueError, match=r"missing texts in rows 1, 3.*: drop these rows"):
+        regressor.fit(table, range(4))
+
+
 def test_a_dataset_of_several_columns_is_refused_with_a_hint(regressor):
     rows = datasets.Dataset.from_dict({"title": ["a", "b"], "year": [1, 2]})
     with pytest.raises(TypeError, match=r"holds a dict in rows 0, 1: pass a frame.*to_pandas"):

@@ -21,6 +21,8 @@ FLOAT8 = torch.float8_e4m3fn
 LEVEL_UNIT = 46
 LEVELS = (6, 18, 30, 43, 58, 74, 95, 126)
 BOUNDS = (0.2582, 0.5224, 0.7996, 1.0993, 1.4371, 1.8435, 2.4008)
+N_OUTLIERS = 4  # largest values of a state that 4 bits keep in bfloat16
+OUTLIER_BYTES = 4  # an int16 and a bfloat16 for each
 FIXED_POINT = 2.0**19  # what the largest value of a token becomes before it is rotated
 PIECE_VALUES = 2**17  # restored at once, so that they stay in the processor's cache
 
@@ -114,39 +116,50 @@ class Quantizer8(Quantizer):
 
 
 class Quantizer4(Quantizer):
-    """One of 16 levels per value of the rotated state, and its root mean square as scale per token.
+    """One of 16 levels per value of the rotated state; its largest values are kept in bfloat16.
 
-    Values of a state that is rotated at random are nearly Gaussian, even if a few of its values are
-    much larger than the rest. The rotation is fixed, see `_rotated`. Two values share a byte, the
-    first in its lower half.
+    In middle layers of language models a few values may be much larger than all others: in
+    Gemma-3-270M, 4 of 640 have 97 % of the sum of squares. The `N_OUTLIERS` largest values are
+    kept with their positions, and count as zero in what follows. The rest of the state is rotated
+    at random, so that its values are nearly Gaussian. The scale of a token is their root mean
+    square. The rotation is fixed, see `_rotated`. Two values share a byte, the first in its lower
+    half. Scale, positions and largest values follow.
 
     Examples
     --------
     >>> import torch
-    >>> kept = Quantizer4().quantize(torch.tensor([[1000.0, -300.0, 0.0, 17.0]]))
+    >>> kept = Quantizer4().quantize(torch.tensor([[1000.0, -300.0, 0.0, 17.0, 2.0, 1.0]]))
     >>> kept.shape
-    torch.Size([1, 4])
+    torch.Size([1, 21])
+    >>> Quantizer4().dequantize(kept)[0, :2].tolist()
+    [1000.0, -300.0]
     """
 
     bits = 4
     dtype = torch.int8
     scale_dtype = torch.bfloat16  # has the range of float32: tokens may have norms above 10,000
 
+    def state_size(self, width: int) -> int:
+        """Size D of states whose kept form has a width; not positive if there are none."""
+        return super().state_size(width - N_OUTLIERS * OUTLIER_BYTES)
+
     def quantize(self, states: Tensor) -> Tensor:
-        """Rotate, divide by the root mean square, and take the nearest level of each value.
+        """Keep the largest values. Rotate and scale the rest, and take the nearest levels.
 
         Raises
         ------
         ValueError
-            If D is odd.
+            If D is odd, less than `N_OUTLIERS`, or too large for an int16.
         """
         size = states.shape[-1]
-        if size % 2:
+        if size % 2 or not N_OUTLIERS <= size < 2**15:
             raise ValueError(
-                f"States of size {size} can't be kept in 4 bits, which need an even size: pass a"
-                " StateStore with bits=8, or bits=None."
+                f"States of size {size} can't be kept in 4 bits, which need an even size from"
+                f" {N_OUTLIERS} to {2**15 - 2}: pass a StateStore with bits=8, or bits=None."
             )
-        values = states.double()
+        positions = _largest(states)
+        outliers = states.gather(-1, positions).to(self.scale_dtype)
+        values = states.double().scatter(-1, positions, 0.0)
         largest = values.abs().amax(dim=-1, keepdim=True)
         largest = largest.clamp(min=torch.finfo(torch.bfloat16).tiny)
         fixed = (values / largest * FIXED_POINT).round()  # integers: their sums are exact
@@ -158,25 +171,46 @@ class Quantizer4(Quantizer):
         codes = torch.bucketize(rotated.abs(), bounds) + 8 * (rotated < 0)
         pairs = codes.to(torch.uint8).unflatten(-1, (size // 2, 2))
         packed = pairs[..., 0] | pairs[..., 1] << 4
-        return torch.cat([packed.view(self.dtype), scale.view(self.dtype)], dim=-1)
+        parts = (packed, scale, positions.to(torch.int16), outliers)
+        return torch.cat([part.view(self.dtype) for part in parts], dim=-1)
 
     def dequantize(self, kept: Tensor) -> Tensor:
-        """Look up the levels of each byte, rotate them back, and multiply by the scale."""
+        """Look up the levels of each byte, rotate and scale them; then put the largest values."""
         size = self.state_size(kept.shape[-1])
         restored = torch.empty(*kept.shape[:-1], size, dtype=torch.bfloat16)
         n_tokens = max(1, PIECE_VALUES // size)
         factor = 1 / (LEVEL_UNIT * _block_size(size))
         pieces = kept.reshape(-1, kept.shape[-1]).split(n_tokens)
         for piece, out in zip(pieces, restored.view(-1, size).split(n_tokens), strict=True):
-            codes = piece[:, : -self.scale_dtype.itemsize].view(torch.uint8)
+            codes = piece[:, : size // 2].view(torch.uint8)
             pairs = _level_pairs().index_select(0, codes.reshape(-1).int())
             levels = _rotated_back(pairs.view(torch.float32).view(-1, size))
-            torch.mul(levels, self._scales(piece).float() * factor, out=out)
+            scales, positions, outliers = self._parts(piece)
+            torch.mul(levels, scales.float() * factor, out=out)
+            out.scatter_(-1, positions.long(), outliers)
         return restored
 
     def is_finite(self, kept: Tensor) -> bool:
-        """Whether the scales are finite: each code stands for a level."""
-        return bool(self._scales(kept).isfinite().all())
+        """Whether scales and largest values are finite: each code stands for a level."""
+        scales, _, outliers = self._parts(kept)
+        return bool(scales.isfinite().all() and outliers.isfinite().all())
+
+    def _parts(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, positions and values of the outliers of each token. Copies: bytes aren't aligned.
+
+        A damaged file never has positions out of range here: its checksum is compared before.
+        """
+        first = kept.shape[-1] - N_OUTLIERS * OUTLIER_BYTES - self.scale_dtype.itemsize
+        n_bytes = [self.scale_dtype.itemsize, 2 * N_OUTLIERS, 2 * N_OUTLIERS]
+        scale, positions, outliers = (
+            part.clone(memory_format=torch.contiguous_format)
+            for part in kept[..., first:].split(n_bytes, dim=-1)
+        )
+        return (
+            scale.view(self.scale_dtype),
+            positions.view(torch.int16),
+            outliers.view(self.scale_dtype),
+        )
 
 
 QUANTIZERS: dict[int, Quantizer] = {form.bits: form for form in (Quantizer8(), Quantizer4())}
@@ -206,6 +240,16 @@ def array_dtype(name: str) -> torch.dtype | None:
         if name.endswith(form.suffix):
             return form.dtype
     return getattr(torch, name, None)
+
+
+def _largest(states: Tensor) -> Tensor:
+    """Positions of the `N_OUTLIERS` largest values, int64 (..., N_OUTLIERS); first ones of equals.
+
+    A key is the magnitude's 16 bits in bfloat16, then the position, in reverse: no two are equal.
+    """
+    magnitudes = states.bfloat16().abs().float().view(torch.int32)
+    keys = magnitudes + (2**15 - 1 - torch.arange(states.shape[-1], dtype=torch.int32))
+    return keys.topk(N_OUTLIERS, dim=-1).indices
 
 
 def _rotated(values: Tensor) -> Tensor:

@@ -61,8 +61,8 @@ class StateStore:
     bits : {4, 8, None}, default=None
         Bits per value of a state. None: states are kept in the model's own dtype. 8: in float8
         (e4m3, with a scale of 4 bytes per token), in half the bytes of bfloat16. 4: in 16 levels
-        of the randomly rotated state (with a scale of 2 bytes per token), in a quarter of the
-        bytes. States that are kept in one form are read again for another.
+        of the randomly rotated state, but for its 4 largest values (18 more bytes per token), in
+        about a quarter of the bytes. States that are kept in one form are read again for another.
 
     Raises
     ------

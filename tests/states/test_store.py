@@ -187,7 +187,7 @@ def test_invalid_parameters_are_refused(arguments, message):
         StateStore(**arguments)
 
 
-@pytest.mark.parametrize(("bits", "scale_bytes"), [(8, 4), (4, 2)])
+@pytest.mark.parametrize(("bits", "scale_bytes"), [(8, 4), (4, 18)])
 def test_quantized_states_take_a_half_or_a_quarter_of_the_bytes(bits, scale_bytes, tmp_path):
     llm = FrozenLLM(tiny_model(), device="cpu", dtype="bfloat16")
     store, small = StateStore(tmp_path), StateStore(tmp_path, bits=bits)

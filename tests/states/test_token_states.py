@@ -43,7 +43,8 @@ def test_selection_shares_the_arrays_and_may_repeat_texts():
 def test_a_batch_has_the_states_of_each_text_and_zeros(bits):
     states = make()
     if bits is not None:
-        arrays = tuple(QUANTIZERS[bits].quantize(array) for array in states.arrays)
+        wide = [torch.cat([array, array], dim=1) for array in states.arrays]  # of size 4
+        arrays = tuple(map(QUANTIZERS[bits].quantize, wide))
         states = replace(states, arrays=arrays)
     rows = torch.tensor([3, 0, 1, 1, 2])
     batch, mask = states.batch(rows)

@@ -3,6 +3,8 @@
 Reading logs each text that went through the model. While there is a file `kill`, the first process
 to complete its third pass takes this file and is killed before it has saved the states of that
 pass.
+
+Its import changes the package, so only worker processes may import it (see `conftest.py`).
 """
 
 import json

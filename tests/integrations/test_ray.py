@@ -13,6 +13,7 @@ pytestmark = guide.needs_sigkill
 HEADER = """
 import os
 os.environ["RAY_DATA_USE_DATASOURCE_V2"] = "0"  # it reads small files together, for one actor
+os.environ["RAY_worker_niceness"] = "0"  # with Ray's 15, actors wait for the other tests
 import ray
 ray.init(num_cpus=3, object_store_memory=80 * 2**20, include_dashboard=False, _temp_dir=TEMP)
 ray.data.DataContext.get_current().wait_for_min_actors_s = 300  # else one may do all the work

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -396,17 +396,7 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
             for epoch in training.history
         ]
         self._set_fitted(ensemble, history, [training.best_epoch for training in trainings])
-        is_held_out = np.isfinite(oof_predictions[:, 0])
-        if is_held_out.any():
-            predictions = oof_predictions[is_held_out]
-            targets, weight = targets[is_held_out], rows.weight[is_held_out]
-            self._conformal = Conformal.of(loss_fn, predictions, targets, weight)
-            point = loss_fn.point_prediction(predictions)
-            varies = self._y_scale > 0
-            if len(point) > 1 and varies.any():
-                self.validation_score_ = r2_score(
-                    targets[:, varies], point[:, varies], sample_weight=weight
-                )
+        self._set_out_of_fold(oof_predictions, targets, rows.weight, loss_fn)
 
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(
@@ -472,9 +462,16 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
         self._set_fitted(ensemble, history, [n_epochs] * len(heads))
 
     def _check_rows(
-        self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None, continuing: bool
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        sample_weight: ArrayLike | None,
+        continuing: bool,
+        parts_of: Callable[[np.ndarray], np.ndarray | None] = lambda y: None,
     ) -> tuple[TrainingRows, np.ndarray, Loss]:
         """Check the input before anything is read; set the units of the target.
+
+        `parts_of` returns the parts of the rows that are not merged, given all targets.
 
         Returns
         -------
@@ -493,7 +490,8 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
         weight = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
         check_head_sizes(self.latent_size, self.n_heads)
         loss_fn = self._loss_fn(y)
-        rows = TrainingRows.from_rows(self._render(table), y.reshape(len(y), -1), weight)
+        parts = parts_of(y)
+        rows = TrainingRows.from_rows(self._render(table), y.reshape(len(y), -1), weight, parts)
         n_outputs = rows.y.shape[1]
         if continuing:
             self._check_continuing(loss_fn, n_outputs)
@@ -616,6 +614,23 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
         self.n_epochs_ = len(history)
         self._llm_fingerprint, self._llm_revision = self._llm().fingerprint, self._llm().revision
         self.validation_score_, self._conformal = None, None
+
+    def _set_out_of_fold(
+        self, predictions: np.ndarray, targets: np.ndarray, weight: np.ndarray, loss_fn: Loss
+    ) -> None:
+        """Set what follows from the out-of-fold predictions, which are NaN where there are none."""
+        is_held_out = np.isfinite(predictions[:, 0])
+        if not is_held_out.any():
+            return
+        predictions, targets = predictions[is_held_out], targets[is_held_out]
+        weight = weight[is_held_out]
+        self._conformal = Conformal.of(loss_fn, predictions, targets, weight)
+        point = loss_fn.point_prediction(predictions)
+        varies = self._y_scale > 0
+        if len(point) > 1 and varies.any():
+            self.validation_score_ = r2_score(
+                targets[:, varies], point[:, varies], sample_weight=weight
+            )
 
     def _find_layer(
         self, rows: TrainingRows, targets: np.ndarray, random: np.random.RandomState

@@ -118,14 +118,9 @@ def fit_ensemble(
     -------
     FittedEnsemble
     """
-    n_rows = len(examples.states)
-    heads, trainings = [], []
-    oof_predictions = np.zeros((n_rows, examples.y.shape[1] * loss_fn.n_predictions))
-    target_means = np.zeros_like(oof_predictions)  # of the rows that each prediction learned from
-    n_held_out = np.zeros(n_rows)  # how often each row was held out
-    linear_path = linear_path and loss_fn.allows_linear_path
+    heads, trainings, folds = [], [], []
     for number, rows in enumerate(held_out):
-        train_rows = np.setdiff1d(np.arange(n_rows), rows)
+        train_rows = np.setdiff1d(np.arange(len(examples.states)), rows)
         head = make_head(number, random.randint(np.iinfo(np.int32).max))
         result = train_head(
             head,
@@ -137,14 +132,63 @@ def fit_ensemble(
             max_memory=max_memory,
             **training,
         )
-        if len(rows):
-            oof_predictions[rows] += result.oof_predictions
+        heads.append(head)
+        trainings.append(result)
+        folds.append((train_rows, rows))
+    return combine(
+        examples,
+        groups,
+        folds,
+        heads,
+        trainings,
+        linear_path=linear_path,
+        loss_fn=loss_fn,
+        random=random,
+        max_memory=max_memory,
+    )
+
+
+def combine(
+    examples: Examples,
+    groups: np.ndarray,
+    folds: Sequence[tuple[np.ndarray, np.ndarray]],
+    heads: list[RelishHead],
+    trainings: list[Training],
+    *,
+    linear_path: bool,
+    loss_fn: Loss,
+    random: np.random.RandomState,
+    max_memory: float = math.inf,
+) -> FittedEnsemble:
+    """Make an ensemble of trained heads, and fit the linear path; see `fit_ensemble`.
+
+    Parameters
+    ----------
+    examples, groups
+        As of `fit_ensemble`.
+    folds : sequence of (int64 ndarray, int64 ndarray)
+        For each head, the rows that it was trained on, and its held-out rows.
+    heads : list of RelishHead
+    trainings : list of Training
+        With the predictions for the held-out rows.
+    linear_path, loss_fn, random, max_memory
+        As of `fit_ensemble`.
+
+    Returns
+    -------
+    FittedEnsemble
+    """
+    oof_predictions = np.zeros((len(groups), examples.y.shape[1] * loss_fn.n_predictions))
+    target_means = np.zeros_like(oof_predictions)  # of the rows that each prediction learned from
+    n_held_out = np.zeros(len(groups))  # how often each row was held out
+    linear_path = linear_path and loss_fn.allows_linear_path
+    for (train_rows, rows), training in zip(folds, trainings, strict=True):
+        if training.oof_predictions is not None:
+            oof_predictions[rows] += training.oof_predictions
             n_held_out[rows] += 1
             if linear_path:
                 y, weight = examples.y[train_rows].numpy(), examples.weight[train_rows].numpy()
                 target_means[rows] += np.average(y, axis=0, weights=weight)
-        heads.append(head)
-        trainings.append(result)
     oof_predictions[n_held_out == 0] = np.nan
     oof_predictions /= np.maximum(n_held_out, 1)[:, None]
     target_means /= np.maximum(n_held_out, 1)[:, None]

@@ -1,0 +1,206 @@
+"""A search over parameters of head and training, whose trained heads form the ensemble."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from sklearn_relish.head.head import RelishHead
+from sklearn_relish.training.trainer import Examples, Training, new_head, train_head, train_stages
+from sklearn_relish.utils.messages import warn
+
+Fold = tuple[np.ndarray, np.ndarray]  # numbers of the training rows and of the held-out rows
+
+
+class Candidate(NamedTuple):
+    """The arguments of a `RelishHead` and those of its `train_head` that were chosen with it."""
+
+    sizes: dict[str, Any]
+    training: dict[str, Any]
+
+
+class TrainedHead(NamedTuple):
+    """A head of a candidate that was trained without a fold, and the seconds that it took."""
+
+    head: RelishHead
+    training: Training
+    seconds: float
+
+
+class SearchResult(NamedTuple):
+    """The result of `search_heads`.
+
+    Parameters
+    ----------
+    best_index : int
+        The candidate with the highest mean score; the first one of several.
+    heads : list of TrainedHead
+        The heads of the best candidate, one for each fold.
+    scores, seconds : ndarray of shape (n_candidates, n_folds)
+        The score on each fold and the seconds of its training. NaN where a candidate was not
+        trained. Candidates that share a training have its seconds.
+    """
+
+    best_index: int
+    heads: list[TrainedHead]
+    scores: np.ndarray
+    seconds: np.ndarray
+
+
+def shared_trainings(candidates: Sequence[Candidate]) -> list[list[int]]:
+    """Numbers of the candidates of each training.
+
+    With deep supervision, a head is trained for all numbers of iterations at once: candidates that
+    differ in `n_iterations` alone share a training.
+
+    Examples
+    --------
+    >>> deep = {"deep_supervision": True}
+    >>> sizes = [{"n_iterations": n, "latent_size": d} for d in (8, 16) for n in (1, 2)]
+    >>> shared_trainings([Candidate(size, deep) for size in sizes])
+    [[0, 1], [2, 3]]
+    """
+    members: dict[str, list[int]] = {}
+    for index, (sizes, training) in enumerate(candidates):
+        fixed = dict(sizes)
+        if training["deep_supervision"]:
+            del fixed["n_iterations"]
+        members.setdefault(repr((fixed, training)), []).append(index)
+    return list(members.values())
+
+
+def search_heads(
+    examples: Examples,
+    folds: Sequence[Fold],
+    candidates: Sequence[Candidate],
+    score: Callable[[int, np.ndarray], float],
+    *,
+    seeds: Sequence[tuple[int, int]],
+    trained: dict[tuple[int, int], list[TrainedHead]],
+    progress: bool,
+    **options: Any,
+) -> SearchResult:
+    """Train heads of candidates on one fold after another; drop the worse half after each.
+
+    Candidates that share a training are dropped together, by the best of them. So the first fold
+    trains all candidates, and the last ones only the best, unless there are few folds: successive
+    halving [1]_ with folds as the resource.
+
+    Parameters
+    ----------
+    examples : Examples
+    folds : sequence of (int64 ndarray, int64 ndarray)
+    candidates : sequence of Candidate
+    score : callable
+        Returns the score of predictions for the held-out rows of a fold, given its number and the
+        predictions, of shape (n_held_out, n_outputs * n_predictions). Higher is better.
+    seeds : sequence of (int, int)
+        For each fold the seeds of the heads' weights and of the order of the texts.
+    trained : dict
+        By fold and number of the training. It gets each training, and those that it already has are
+        not repeated.
+    progress : bool
+        Whether a bar counts the heads.
+    **options
+        Further arguments of `train_head`.
+
+    Returns
+    -------
+    SearchResult
+
+    Raises
+    ------
+    FloatingPointError
+        If the training of every candidate diverged.
+    ValueError
+        If no candidate has a finite score on some fold.
+
+    Warns
+    -----
+    UserWarning
+        If the training of a candidate diverged.
+
+    References
+    ----------
+    .. [1] Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter
+       Optimization", AISTATS 2016.
+    """
+    trainings = shared_trainings(candidates)
+    scores = np.full((len(candidates), len(folds)), np.nan)
+    seconds = np.full_like(scores, np.nan)
+    heads: dict[int, list[TrainedHead]] = {index: [] for index in range(len(candidates))}
+    alive = list(range(len(trainings)))
+    total = sum(max(1, math.ceil(len(alive) / 2**fold)) for fold in range(len(folds)))
+    with tqdm(total=total, desc="Searching", unit="head", disable=not progress) as bar:
+        for fold, (train_rows, held_out) in enumerate(folds):
+            for number in list(alive):
+                members = trainings[number]
+                if (fold, number) not in trained:
+                    try:
+                        trained[fold, number] = _train(
+                            [candidates[index] for index in members],
+                            examples[train_rows],
+                            examples[held_out],
+                            *seeds[fold],
+                            **options,
+                        )
+                    except FloatingPointError as error:
+                        alive.remove(number)
+                        warn(f"{candidates[members[0]].training}: {error} It is left out.")
+                        if not alive:
+                            raise
+                        continue
+                for index, result in zip(members, trained[fold, number], strict=True):
+                    scores[index, fold] = score(fold, result.training.oof_predictions)
+                    seconds[index, fold] = result.seconds
+                    heads[index].append(result)
+                bar.update()
+            alive = _better_half(alive, trainings, scores[:, : fold + 1])
+            for number, members in enumerate(trainings):
+                if number not in alive and fold + 1 < len(folds):
+                    for index in members:
+                        heads[index].clear()
+            bar.set_postfix({"best score": f"{np.nanmax(scores[:, : fold + 1].mean(axis=1)):.3f}"})
+    best_index = int(np.nanargmax(scores.mean(axis=1)))
+    return SearchResult(best_index, heads[best_index], scores, seconds)
+
+
+def _better_half(alive: list[int], trainings: list[list[int]], scores: np.ndarray) -> list[int]:
+    """The half of the trainings with the highest mean score, and the one in the middle."""
+    mean = np.where(np.isfinite(scores), scores, np.nan).mean(axis=1)
+    if np.isnan([mean[index] for number in alive for index in trainings[number]]).all():
+        raise ValueError(
+            f"No score is finite on fold {scores.shape[1] - 1}: choose another scoring, or a cv"
+            " with more texts in each fold. R² needs at least two different targets."
+        )
+    best = {number: np.nanmax([-np.inf, *mean[trainings[number]]]) for number in alive}
+    kept = sorted(alive, key=best.__getitem__, reverse=True)[: math.ceil(len(alive) / 2)]
+    return sorted(kept)
+
+
+def _train(
+    candidates: list[Candidate],
+    train: Examples,
+    validation: Examples,
+    weights_seed: int,
+    order_seed: int,
+    **options: Any,
+) -> list[TrainedHead]:
+    """Train the one head of candidates that differ in their number of iterations alone."""
+    start = time.perf_counter()
+    iterations = [candidate.sizes["n_iterations"] for candidate in candidates]
+    first = candidates[0]
+    head = new_head(weights_seed, **first.sizes | {"n_iterations": max(iterations)})
+    options = {**options, **first.training, "seed": order_seed, "progress": False}
+    if len(candidates) == 1:
+        results = [(head, train_head(head, train, validation, **options))]
+    else:
+        del options["deep_supervision"]
+        results = train_stages(head, train, validation, iterations=iterations, **options)
+    seconds = time.perf_counter() - start
+    return [TrainedHead(head, training, seconds) for head, training in results]

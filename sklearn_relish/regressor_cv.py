@@ -516,7 +516,7 @@ def group_folds(groups: np.ndarray, n_folds: int, random: np.random.RandomState)
     n_groups = int(groups.max()) + 1
     if n_groups < n_folds:
         raise ValueError(
-            f"cv={n_folds} needs at least {n_folds} different texts with a weight above 0, but X has"
+            f"cv={n_folds} needs {n_folds} or more different texts with a weight above 0, but X has"
             f" n_samples={n_groups} of them."
         )
     folds = []

@@ -18,7 +18,7 @@ from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin, _fit_c
 from sklearn.metrics import check_scoring, get_scorer_names
 from sklearn.model_selection import BaseCrossValidator, GroupKFold, ParameterGrid, check_cv
 from sklearn.utils import check_consistent_length
-from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from sklearn_relish.head.head import check_head_sizes
@@ -158,11 +158,7 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, RelishPredictor):
             for name, allowed in _constraints.items()
             if name not in ("early_stopping", "validation_fraction", "n_estimators", "warm_start")
         },
-        "cv": [
-            Interval(Integral, 2, None, closed="left"),
-            BaseCrossValidator,
-            "cv_object",
-        ],
+        "cv": ["cv_object"],
         "scoring": [StrOptions(set(get_scorer_names())), callable, None],
     }
 
@@ -299,9 +295,10 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, RelishPredictor):
             (rows, splits, first._llm().fingerprint, repr(self._searched_settings())),
         )
         if splits is None:
-            folds = group_folds(rows.groups, FOLDS if self.cv is None else int(self.cv), random)
+            n_folds = self.cv if isinstance(self.cv, Integral) else FOLDS
+            folds = group_folds(rows.groups, int(n_folds), random)
         else:
-            folds = [tuple(pairs_of(part, rows.pairs) for part in split) for split in splits]
+            folds = pair_folds(splits, rows.pairs)
         first.layer_, first.layer_scores_ = first._find_layer(rows, targets, random)
         states = first._states(rows.texts, first.layer_)
         examples = Examples.of(states, targets, rows.weight)
@@ -479,9 +476,6 @@ def row_splits(cv: Any, y: np.ndarray, groups: ArrayLike | None) -> list[Fold] |
         (_row_numbers(train, len(y)), _row_numbers(test, len(y)))
         for train, test in check_cv(cv, y).split(np.empty((len(y), 1)), y, groups)
     ]
-    for number, split in enumerate(splits):
-        if not all(map(len, split)):
-            raise ValueError(f"Fold {number} of cv has no rows to train or to test on.")
     if not splits:
         raise ValueError("cv has no folds.")
     return splits
@@ -505,10 +499,18 @@ def parts_of_rows(splits: Sequence[Fold], n_rows: int) -> np.ndarray:
     return np.unique(member, axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def pairs_of(rows: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """The pairs of some rows, without those that were dropped."""
-    found = np.unique(pairs[rows])
-    return found[found >= 0]
+def pair_folds(splits: Sequence[Fold], pairs: np.ndarray) -> list[Fold]:
+    """The pairs of each fold, without those that were dropped."""
+    folds = []
+    for number, (train, test) in enumerate(splits):
+        train, test = np.unique(pairs[train]), np.unique(pairs[test])
+        train, test = train[train >= 0], test[test >= 0]
+        if not (len(train) and len(test)):
+            raise ValueError(
+                f"Fold {number} of cv has no rows with a weight above 0 to train or to test on."
+            )
+        folds.append((train, test))
+    return folds
 
 
 def group_folds(groups: np.ndarray, n_folds: int, random: np.random.RandomState) -> list[Fold]:

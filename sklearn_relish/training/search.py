@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -133,7 +133,6 @@ def search_heads(
     trainings = shared_trainings(candidates)
     scores = np.full((len(candidates), len(folds)), np.nan)
     seconds = np.full_like(scores, np.nan)
-    heads: dict[int, list[TrainedHead]] = {index: [] for index in range(len(candidates))}
     alive = list(range(len(trainings)))
     total = sum(max(1, math.ceil(len(alive) / 2**fold)) for fold in range(len(folds)))
     with tqdm(total=total, desc="Searching", unit="head", disable=not progress) as bar:
@@ -156,18 +155,17 @@ def search_heads(
                             raise
                         continue
                 for index, result in zip(members, trained[fold, number], strict=True):
-                    scores[index, fold] = score(fold, result.training.oof_predictions)
+                    predictions = cast(np.ndarray, result.training.oof_predictions)
+                    scores[index, fold] = score(fold, predictions)
                     seconds[index, fold] = result.seconds
-                    heads[index].append(result)
                 bar.update()
             alive = _better_half(alive, trainings, scores[:, : fold + 1])
-            for number, members in enumerate(trainings):
-                if number not in alive and fold + 1 < len(folds):
-                    for index in members:
-                        heads[index].clear()
             bar.set_postfix({"best score": f"{np.nanmax(scores[:, : fold + 1].mean(axis=1)):.3f}"})
     best_index = int(np.nanargmax(scores.mean(axis=1)))
-    return SearchResult(best_index, heads[best_index], scores, seconds)
+    (number,) = [number for number, members in enumerate(trainings) if best_index in members]
+    member = trainings[number].index(best_index)
+    heads = [trained[fold, number][member] for fold in range(len(folds))]
+    return SearchResult(best_index, heads, scores, seconds)
 
 
 def _better_half(alive: list[int], trainings: list[list[int]], scores: np.ndarray) -> list[int]:

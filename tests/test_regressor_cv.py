@@ -1,0 +1,237 @@
+"""RelishRegressorCV: which folds it uses, what it is once fitted, and what it refuses."""
+
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.base import clone
+from sklearn.metrics import make_scorer, r2_score
+from sklearn.model_selection import GroupKFold, KFold, TimeSeriesSplit, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from test_regressor import WORDS
+from tiny import tiny_model
+
+from sklearn_relish import FrozenLLM, RefinementDisplay, RelishRegressor, RelishRegressorCV
+from sklearn_relish.training import search as search_module
+
+GRID = {"n_iterations": [1, 2], "latent_size": [8, 16]}
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+
+
+def reviews(n, seed=0):
+    """Different texts, and how positive each is."""
+    grades = np.random.default_rng(seed).integers(0, 5, n)
+    texts = [f"{WORDS[grade]} {i}" for i, grade in enumerate(grades)]
+    return texts, 10.0 + 2 * grades
+
+
+def make(llm, **parameters):
+    settings = {"n_heads": 2, "learning_rate": 5e-3, "max_epochs": 6, "cv": 3, "random_state": 0}
+    return RelishRegressorCV(llm, **(GRID | settings | parameters))
+
+
+@pytest.fixture(scope="module")
+def fitted(llm):
+    return make(llm, max_epochs=12).fit(*reviews(90))
+
+
+def test_the_heads_of_the_folds_are_the_ensemble(fitted):
+    texts, y = reviews(60, seed=1)
+    assert fitted.score(texts, y) > 0.7
+    assert len(fitted.head_.heads) == fitted.n_splits_ == 3
+    assert fitted.head_.linear is not None
+    best = fitted.best_estimator_
+    assert isinstance(best, RelishRegressor)
+    assert best.get_params()["latent_size"] == fitted.best_params_["latent_size"]
+    assert fitted.head_.heads[0].n_iterations == fitted.best_params_["n_iterations"]
+    np.testing.assert_array_equal(best.predict(texts), fitted.predict(texts))
+
+
+def test_results_are_those_of_a_search(fitted):
+    results = pd.DataFrame(fitted.cv_results_)
+    assert len(results) == 4
+    assert {
+        "params", "param_latent_size", "param_n_iterations", "split2_test_score",
+        "mean_test_score", "std_test_score", "rank_test_score", "mean_fit_time", "n_folds",
+    } <= set(results)  # fmt: skip
+    best = results.loc[fitted.best_index_]
+    assert best["rank_test_score"] == 1
+    assert best["params"] == fitted.best_params_
+    splits = best[["split0_test_score", "split1_test_score", "split2_test_score"]]
+    assert fitted.best_score_ == pytest.approx(splits.mean())
+    assert results["n_folds"].tolist().count(3) == 2  # the iterations of one latent size
+    dropped = results[results["n_folds"] == 1]
+    assert dropped["split1_test_score"].isna().all()
+    assert (dropped["rank_test_score"] > 2).all()
+
+
+def test_it_has_the_methods_of_a_regressor(fitted, tmp_path):
+    texts, _ = reviews(5, seed=2)
+    *_, last = fitted.staged_predict(texts)
+    np.testing.assert_array_equal(last, fitted.predict(texts))
+    assert (np.diff(fitted.predict_interval(texts, coverage=0.8)) > 0).all()
+    assert fitted.attention(texts)[0].weights.shape[0] == 3
+    RefinementDisplay.from_estimator(fitted, texts[0])
+    again = pickle.loads(pickle.dumps(fitted))
+    np.testing.assert_array_equal(again.predict(texts), fitted.predict(texts))
+    fitted.save_pretrained(tmp_path / "saved")
+    loaded = RelishRegressor.from_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(loaded.predict(texts), fitted.predict(texts))
+    continued = pickle.loads(pickle.dumps(fitted)).best_estimator_.partial_fit(texts, range(5))
+    assert len(continued.head_.heads) == 3
+
+
+def test_in_a_pipeline_nested_and_cloned(llm):
+    pipeline = make_pipeline(FunctionTransformer(), make(llm, latent_size=8))
+    scores = cross_val_score(pipeline, *reviews(60), cv=2)
+    assert np.isfinite(scores).all()
+    assert not hasattr(clone(make(llm)), "best_params_")
+
+
+def test_a_fit_depends_neither_on_the_order_of_the_rows_nor_on_repetitions(llm):
+    texts, y = reviews(40)
+    search = make(llm, max_epochs=2).fit(texts, y)
+    order = [*range(39, -1, -1), 3, 3]
+    weight = np.ones(40)
+    weight[3] = 3
+    repeated = make(llm, max_epochs=2).fit([texts[i] for i in order], y[order])
+    weighted = make(llm, max_epochs=2).fit(texts, y, sample_weight=weight)
+    np.testing.assert_array_equal(repeated.predict(texts), weighted.predict(texts))
+    np.testing.assert_allclose(repeated.best_score_, weighted.best_score_)
+    shuffled = make(llm, max_epochs=2).fit(texts[::-1], y[::-1])
+    np.testing.assert_array_equal(shuffled.predict(texts), search.predict(texts))
+
+
+def held_out_of(monkeypatch):
+    """The held-out rows of each fold of the next search."""
+    folds = []
+    original = search_module.search_heads
+
+    def spy(examples, given, *args, **options):
+        folds.extend(given)
+        return original(examples, given, *args, **options)
+
+    monkeypatch.setattr("sklearn_relish.regressor_cv.search_heads", spy)
+    return folds
+
+
+def test_equal_texts_are_in_one_fold(llm, monkeypatch):
+    folds = held_out_of(monkeypatch)
+    texts = [f"{WORDS[i % 5]} {i % 10}" for i in range(60)]
+    make(llm, latent_size=8, max_epochs=1, cv=5).fit(texts, np.arange(60.0))
+    for train, held_out in folds:
+        assert sorted([*train, *held_out]) == list(range(60))
+        assert len(held_out) == 12  # 2 texts with 6 targets each; pairs are sorted by text
+        assert len({row // 6 for row in held_out}) == 2
+
+
+def test_groups_and_splitters(llm, monkeypatch):
+    texts, y = reviews(40)
+    rank = {text: number for number, text in enumerate(sorted(texts))}  # as rows are sorted
+    groups = np.arange(40) % 4
+    quick = {"latent_size": 8, "max_epochs": 1}
+    for cv in (4, GroupKFold(4)):
+        folds = held_out_of(monkeypatch)
+        make(llm, **quick, cv=cv).fit(texts, y, groups=groups)
+        found = {tuple(sorted(held_out)) for _, held_out in folds}
+        assert found == {
+            tuple(sorted(rank[texts[row]] for row in np.flatnonzero(groups == group)))
+            for group in range(4)
+        }
+    for cv in (KFold(4), TimeSeriesSplit(3)):
+        folds = held_out_of(monkeypatch)
+        search = make(llm, **quick, cv=cv).fit(texts, y)
+        expected = [
+            [sorted(rank[texts[row]] for row in rows) for rows in split]
+            for split in cv.split(texts)
+        ]
+        assert [[sorted(train), sorted(test)] for train, test in folds] == expected
+        assert np.isfinite(search.predict(texts)).all()
+
+
+def test_scoring(llm):
+    texts, y = reviews(60)
+    weight = np.random.default_rng(0).integers(1, 4, 60)
+    quick = {"latent_size": 8, "max_epochs": 3}
+    search = make(llm, **quick, scoring="neg_mean_absolute_error").fit(texts, y, weight)
+    assert search.best_score_ < 0
+    calls = []
+
+    def unweighted(y_true, y_pred):
+        calls.append(y_true)
+        return r2_score(y_true, y_pred)
+
+    scorer = make_scorer(unweighted)
+    scored = make(llm, **quick, scoring=scorer).fit(texts, y, weight)
+    assert sorted(np.concatenate(calls[::2]).tolist()) == sorted(y.tolist())  # in units of y
+    assert scored.best_score_ != make(llm, **quick).fit(texts, y, weight).best_score_
+    two = np.column_stack([y, -y])
+    assert make(llm, **quick).fit(texts, two).predict(texts).shape == (60, 2)
+
+
+def test_each_text_is_read_once(monkeypatch):
+    llm = FrozenLLM(tiny_model(), device="cpu", dtype="float32")
+    texts, y = reviews(40)
+    read = []
+    original = FrozenLLM._read_batch
+
+    def counting(self, tokens, layers):
+        read.append(len(tokens))
+        return original(self, tokens, layers)
+
+    monkeypatch.setattr(FrozenLLM, "_read_batch", counting)
+    make(llm, max_epochs=1).fit(texts, y)
+    assert sum(read) == 40
+
+
+@pytest.mark.parametrize("random_state", [0, None])
+def test_an_interrupted_fit_is_continued(llm, monkeypatch, random_state):
+    texts, y = reviews(40)
+    search = make(llm, max_epochs=2, random_state=random_state)
+    calls, original = [], search_module._train
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(search_module, "_train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search.fit(texts, y)
+    assert not hasattr(search, "best_params_")
+    search.fit(texts, y)
+    assert len(calls) == 1 + 4  # the first attempt's last call, and 2 + 1 + 1 trainings
+    if random_state == 0:
+        whole = make(llm, max_epochs=2).fit(texts, y)
+        np.testing.assert_array_equal(search.predict(texts), whole.predict(texts))
+    calls[:] = [None] * 3
+    search.fit(texts, y + np.arange(40))  # other targets, and the last search was complete
+    assert len(calls) == 3 + 4
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"latent_size": []}, "latent_size is an empty list"),
+        ({"latent_size": [8, 0]}, "The 'latent_size' parameter"),
+        ({"latent_size": [8, 9]}, "latent_size=9 is not a multiple of n_heads=2"),
+        ({"n_iterations": [1, "two"]}, "The 'n_iterations' parameter"),
+        ({"cv": 50}, "cv=50 needs 50 or more different texts"),
+        ({"cv": [([0, 1], [])]}, "Fold 0 of cv has no rows"),
+        ({"cv": [([0, 1], [40])]}, "row numbers that are not from 0 to 39"),
+        ({"cv": 40}, "No score is finite on fold 0: .*more texts"),
+        ({"scoring": "no such score"}, "The 'scoring' parameter"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:R.2 score is not well-defined")
+def test_errors(llm, parameters, message):
+    texts, y = reviews(40)
+    with pytest.raises(ValueError, match=message):
+        make(llm, **{"max_epochs": 1} | parameters).fit(texts, y)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from sklearn.base import MultiOutputMixin, RegressorMixin, _fit_context
+from sklearn.callback import CallbackSupportMixin
 from sklearn.metrics import r2_score
 from sklearn.utils import check_consistent_length, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -47,7 +48,9 @@ from sklearn_relish.training.trainer import (
 SMALL_SET, SMALL_SET_ESTIMATORS, ESTIMATORS = 1_000, 5, 3
 
 
-class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishPredictor):
+class RelishRegressor(
+    PretrainedMixin, MultiOutputMixin, RegressorMixin, CallbackSupportMixin, RelishPredictor
+):
     r"""Regression on texts with a frozen language model and a latent iterative state head.
 
     The language model reads each text once, and its token states are kept (see `memory`). The
@@ -351,9 +354,13 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
             If a target is constant; if texts were cut at `max_length`; if kept states were damaged
             and are read again, or could not be written.
         """
+        data = {"estimator": self, "X": X, "y": y, "metadata": {"sample_weight": sample_weight}}
+        context = self._init_callback_context()
+        context.call_on_fit_task_begin(**data)
         fitted = self._snapshot()  # a refused or interrupted fit leaves the previous one unchanged
         fitted._fit(X, y, sample_weight)
         self._update_from(fitted)
+        context.call_on_fit_task_end(**data, reconstruction_attributes={})
         return self
 
     def _fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:

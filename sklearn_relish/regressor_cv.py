@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin, _fit_context
+from sklearn.callback import CallbackSupportMixin
 from sklearn.metrics import check_scoring, get_scorer_names
 from sklearn.model_selection import BaseCrossValidator, GroupKFold, ParameterGrid, check_cv
 from sklearn.utils import check_consistent_length
@@ -39,7 +40,7 @@ FOLDS = 5
 _constraints = RelishRegressor._parameter_constraints
 
 
-class RelishRegressorCV(MultiOutputMixin, RegressorMixin, RelishPredictor):
+class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, RelishPredictor):
     r"""`RelishRegressor` with built-in cross-validation of the parameters of head and training.
 
     Each combination of the listed values is a candidate. For each fold, a head of the candidate is
@@ -265,10 +266,19 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, RelishPredictor):
             As `RelishRegressor.fit`; and if the training of a candidate diverged, which is left out
             then.
         """
+        data = {
+            "estimator": self,
+            "X": X,
+            "y": y,
+            "metadata": {"sample_weight": sample_weight, "groups": groups},
+        }
+        context = self._init_callback_context()
+        context.call_on_fit_task_begin(**data)
         fitted = self._snapshot()
         fitted._fit(X, y, sample_weight, groups, _unfinished.setdefault(self, Unfinished()))
         self._update_from(fitted)
         _unfinished.pop(self, None)
+        context.call_on_fit_task_end(**data, reconstruction_attributes={})
         return self
 
     def _fit(

@@ -190,6 +190,15 @@ def test_each_text_is_read_once(monkeypatch):
     assert sum(read) == 40
 
 
+def test_a_bar_counts_the_heads(llm, capfd, monkeypatch):
+    monkeypatch.setattr("sklearn_relish.utils.progress.DELAY_SECONDS", 0.0)
+    make(llm, max_epochs=1, verbose=1).fit(*reviews(40))
+    shown = capfd.readouterr().err
+    assert "Training heads: 100%" in shown
+    assert "4/4" in shown
+    assert "fold=3/3, score=" in shown
+
+
 @pytest.mark.parametrize("random_state", [0, None])
 def test_an_interrupted_fit_is_continued(llm, monkeypatch, random_state):
     texts, y = reviews(40)

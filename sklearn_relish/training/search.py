@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from sklearn_relish.head.head import RelishHead
 from sklearn_relish.training.trainer import Examples, Training, new_head, train_head, train_stages
 from sklearn_relish.utils.messages import warn
+from sklearn_relish.utils.progress import ProgressBar
 
 Fold = tuple[np.ndarray, np.ndarray]  # numbers of the training rows and of the held-out rows
 
@@ -135,7 +135,7 @@ def search_heads(
     seconds = np.full_like(scores, np.nan)
     alive = list(range(len(trainings)))
     total = sum(max(1, math.ceil(len(alive) / 2**fold)) for fold in range(len(folds)))
-    with tqdm(total=total, desc="Searching", unit="head", disable=not progress) as bar:
+    with ProgressBar(total, "Training heads", "head", progress) as bar:
         for fold, (train_rows, held_out) in enumerate(folds):
             for number in list(alive):
                 members = trainings[number]
@@ -158,9 +158,10 @@ def search_heads(
                     predictions = cast(np.ndarray, result.training.oof_predictions)
                     scores[index, fold] = score(fold, predictions)
                     seconds[index, fold] = result.seconds
-                bar.update()
+                means = scores[members, : fold + 1].mean(axis=1)
+                best = np.nan_to_num(means, nan=-np.inf).max()
+                bar.update(fold=f"{fold + 1}/{len(folds)}", score=f"{best:.3f}")
             alive = _better_half(alive, trainings, scores[:, : fold + 1])
-            bar.set_postfix({"best score": f"{np.nanmax(scores[:, : fold + 1].mean(axis=1)):.3f}"})
     best_index = int(np.nanargmax(scores.mean(axis=1)))
     (number,) = [number for number, members in enumerate(trainings) if best_index in members]
     member = trainings[number].index(best_index)

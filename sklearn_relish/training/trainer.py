@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
-from tqdm.auto import tqdm
 
 from sklearn_relish.head.head import RelishHead
 from sklearn_relish.head.losses import Loss
@@ -25,6 +24,7 @@ from sklearn_relish.training.batching import BatchLoader, split_batch
 from sklearn_relish.training.inference import predict_batches
 from sklearn_relish.training.windows import window_size
 from sklearn_relish.utils.locks import ForkSafeLock
+from sklearn_relish.utils.progress import ProgressBar
 
 GRADIENT_NORM = 1.0  # longer gradients are scaled down to it
 AUTO_EPOCHS, AUTO_STEPS = 10, 200  # a training has at least that many of both
@@ -286,7 +286,7 @@ def _train(
         held_out = BatchLoader(validation.states, device, torch.float32, window_bytes)
     courses = [_Course(max_epochs) for _ in iterations]
     patience = math.inf if n_iter_no_change is None else n_iter_no_change
-    with tqdm(total=max_epochs, desc="Training head", unit="epoch", disable=not progress) as bar:
+    with ProgressBar(max_epochs, "Training head", "epoch", progress) as bar:
         for epoch in range(1, max_epochs + 1):
             total = torch.zeros(len(iterations), device=device)
             for batch in step.loader.training_batches(batch_size, generator):
@@ -315,9 +315,10 @@ def _train(
                     course.validated.append(validated[number])
                     course.update(epoch, entry["validation_loss"], head)
                 course.history.append(entry)
+            figures = {}
             if validation is not None:
-                bar.set_postfix({"validation R²": f"{entry['validation_r2']:.3f}"})
-            bar.update()
+                figures["validation R²"] = f"{entry['validation_r2']:.3f}"
+            bar.update(**figures)
             if validation is not None and epoch - courses[-1].best_epoch >= patience:
                 break
     head.zero_grad()

@@ -3,9 +3,9 @@
     pip install -e ".[benchmarks]" && python benchmarks/readings.py --data FOLDER
 
 evaluation.py says what FOLDER has. A fit in readings holds the states of a fifth of the rows at a
-time: `partial_fit` on one part after another, with a learning rate that falls from call to call. It
-is compared with fits on kept states, with the default settings and with heads alone. The states
-come from a store, so the seconds are those of the heads.
+time: `fit` on the first part, then `partial_fit` on the other parts, and on all parts in further
+readings. It is compared with fits on kept states of all rows and of the first part alone. The
+states come from a store, so the seconds are those of the heads.
 """
 
 import argparse
@@ -19,22 +19,27 @@ from evaluation import TASKS, TEST_ROWS, Results, correlation, find_models, load
 from scipy.stats import pearsonr
 
 from sklearn_relish import FrozenLLM, RelishRegressor, StateStore
+from sklearn_relish.regressor import ESTIMATORS
 
 COLUMNS = ["text_a", "text_b"]
 N_PARTS = 5
-KEPT, HEADS = "kept states", "kept states, heads alone"
-READINGS = ((1, 3), (2, 2), (3, 2))  # readings of all texts, epochs of each part
+KEPT, FIRST = "kept states", "the first part alone"
+READINGS = {  # readings of all texts, and epochs of each part
+    "one reading, 5 epochs of a part": (1, 5),
+    "two readings, 3 epochs of a part": (2, 3),
+}
 
 
 def fit_in_readings(
-    regressor: RelishRegressor, train: pd.DataFrame, n_readings: int, seed: int
+    regressor: RelishRegressor, train: pd.DataFrame, n_readings: int, n_epochs: int, seed: int
 ) -> None:
     """Fit on one random part of the rows after another."""
-    peak, random = regressor.learning_rate, np.random.default_rng(seed)
+    random = np.random.default_rng(seed)
     orders = [random.permutation(len(train)) for _ in range(n_readings)]
-    parts = [part for order in orders for part in np.array_split(order, N_PARTS)]
-    for number, part in enumerate(parts):
-        regressor.set_params(learning_rate=peak * (1 - number / len(parts)))
+    first, *rest = [part for order in orders for part in np.array_split(order, N_PARTS)]
+    regressor.fit(train.loc[first, COLUMNS], train.loc[first, "score"])
+    regressor.set_params(max_epochs=n_epochs)
+    for part in rest:
         regressor.partial_fit(train.loc[part, COLUMNS], train.loc[part, "score"])
 
 
@@ -46,21 +51,20 @@ def run(
     train = load(arguments.data / name, "train", task.train_rows)
     test = load(arguments.data / name, "test", TEST_ROWS)
     settings = {"prompt": task.prompt, "memory": StateStore(arguments.memory), "random_state": seed}
-    named = {f"readings: {n}, epochs of a part: {epochs}": (n, epochs) for n, epochs in READINGS}
-    for kind in (KEPT, HEADS, *named):
+    for kind in (KEPT, FIRST, *READINGS):
         key = {"set": name, "seed": seed, "fit": kind}
         if results.find(**key):
             continue
-        regressor = RelishRegressor(llm, **settings)
+        # As many heads as for all rows.
+        regressor = RelishRegressor(llm, n_estimators=ESTIMATORS, **settings)
         start = time.perf_counter()
-        if kind in named:
-            n_readings, n_epochs = named[kind]
-            regressor.set_params(max_epochs=n_epochs)
-            fit_in_readings(regressor, train, n_readings, seed)
-        else:
-            if kind == HEADS:
-                regressor.set_params(linear_path=False, early_stopping=False)
+        if kind == KEPT:
             regressor.fit(train[COLUMNS], train["score"])
+        elif kind == FIRST:
+            first = train.head(len(train) // N_PARTS)
+            regressor.fit(first[COLUMNS], first["score"])
+        else:
+            fit_in_readings(regressor, train, *READINGS[kind], seed)
         seconds = time.perf_counter() - start
         r = correlation(pearsonr, regressor.predict(test[COLUMNS]), test["score"].to_numpy())
         results.add(**key, r=r, seconds=seconds)

@@ -305,8 +305,7 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
             (rows, splits, first._llm().fingerprint, repr(self._searched_settings())),
         )
         if splits is None:
-            n_folds = self.cv if isinstance(self.cv, Integral) else FOLDS
-            folds = group_folds(rows.groups, int(n_folds), random)
+            folds = group_folds(rows.groups, self._n_folds(), random)
         else:
             folds = pair_folds(splits, rows.pairs)
         first.layer_, first.layer_scores_ = first._find_layer(rows, targets, random)
@@ -356,6 +355,7 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
         ]
         best._set_fitted(ensemble, history, [training.best_epoch for training in trainings])
         best._set_out_of_fold(oof_predictions, targets, rows.weight, loss_fn)
+        self.__dict__.pop("feature_names_in_", None)  # of an earlier fit
         self.__dict__ |= {name: value for name, value in vars(best).items() if name not in own}
         self.best_estimator_ = best.set_params(n_estimators=len(folds))
         self.best_index_, self.n_splits_ = result.best_index, len(folds)
@@ -383,7 +383,7 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
         for name in SEARCHED:
             value = getattr(self, name)
             if isinstance(value, (list, tuple, np.ndarray)):
-                lists[name] = np.asarray(value).tolist() if len(value) else []
+                lists[name] = value.tolist() if isinstance(value, np.ndarray) else list(value)
                 if not lists[name]:
                     raise ValueError(f"{name} is an empty list: pass at least one value.")
         return lists
@@ -398,9 +398,14 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
 
     def _searched_settings(self) -> dict[str, Any]:
         """The parameters that decide what is trained, given the texts and the language model."""
-        ignored = ("model", "memory", "device", "model_kwargs", "scoring", "verbose")
+        ignored = ("model", "memory", "device", "model_kwargs", "cv", "scoring", "verbose")
         parameters = self.get_params(deep=False)
-        return {name: value for name, value in parameters.items() if name not in ignored}
+        settings = {name: value for name, value in parameters.items() if name not in ignored}
+        return settings | {"n_folds": self._n_folds()}
+
+    def _n_folds(self) -> int:
+        """The number of folds, unless a splitter decides."""
+        return int(self.cv) if isinstance(self.cv, Integral) else FOLDS
 
 
 class Unfinished:

@@ -108,6 +108,24 @@ def test_a_fit_depends_neither_on_the_order_of_the_rows_nor_on_repetitions(llm):
     np.testing.assert_array_equal(shuffled.predict(texts), search.predict(texts))
 
 
+def test_values_keep_their_types(llm):
+    values = {"max_epochs": ["auto", 1], "state_norm": ("rms", None), "latent_size": np.array([8])}
+    assert make(llm, **values)._lists() == {
+        "max_epochs": ["auto", 1],
+        "state_norm": ["rms", None],
+        "latent_size": [8],
+        "n_iterations": [1, 2],
+    }
+
+
+def test_column_names_of_an_earlier_fit_are_forgotten(llm):
+    texts, y = reviews(30)
+    search = make(llm, latent_size=8, max_epochs=1).fit(pd.DataFrame({"review": texts}), y)
+    assert search.feature_names_in_.tolist() == ["review"]
+    assert not hasattr(search.fit(texts, y), "feature_names_in_")
+    assert search.predict(texts).shape == (30,)
+
+
 def held_out_of(monkeypatch):
     """The held-out rows of each fold of the next search."""
     folds = []

@@ -34,6 +34,7 @@ from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.store import StateStore, open_store
 from sklearn_relish.training.conformal import Conformal
 from sklearn_relish.training.layer_search import SHARES, choose_layer, sample_texts
+from sklearn_relish.training.parallel import train_all
 from sklearn_relish.training.splits import held_out_rows
 from sklearn_relish.training.stacking import fit_ensemble
 from sklearn_relish.training.trainer import (
@@ -41,7 +42,6 @@ from sklearn_relish.training.trainer import (
     Examples,
     auto_epochs,
     new_head,
-    train_head,
 )
 
 # n_estimators="auto": the number for up to SMALL_SET distinct rows, and for more.
@@ -391,6 +391,7 @@ class RelishRegressor(
             linear_path=bool(self.linear_path) and not continuing,
             random=random,
             max_epochs=max_epochs,
+            progress=bool(self.verbose),
             n_iter_no_change=self.n_iter_no_change,
             **self._training_options(loss_fn),
         )
@@ -450,17 +451,19 @@ class RelishRegressor(
             seeds = random.randint(np.iinfo(np.int32).max, size=n_estimators)
             heads, history = [new_head(int(seed), **sizes) for seed in seeds], []
         n_epochs = AUTO_EPOCHS if self.max_epochs == "auto" else int(self.max_epochs)
-        for number, head in enumerate(heads):
-            training = train_head(
-                head,
-                Examples.of(states, targets, rows.weight),
-                None,
-                max_epochs=n_epochs,
-                n_iter_no_change=None,
-                constant_rate=True,
-                seed=random.randint(np.iinfo(np.int32).max),
-                **self._training_options(loss_fn),
-            )
+        examples = Examples.of(states, targets, rows.weight)
+        seeds = random.randint(np.iinfo(np.int32).max, size=len(heads)).tolist()
+        trainings = train_all(
+            heads,
+            [(examples, None)] * len(heads),
+            seeds,
+            max_epochs=n_epochs,
+            n_iter_no_change=None,
+            constant_rate=True,
+            progress=bool(self.verbose),
+            **self._training_options(loss_fn),
+        )
+        for number, training in enumerate(trainings):
             history += [{"estimator": number, **epoch} for epoch in training.history]
         if continuing:
             ensemble = self.head_.with_heads(heads, loss_fn)
@@ -609,7 +612,6 @@ class RelishRegressor(
             "batch_size": self.batch_size,
             "deep_supervision": self.deep_supervision,
             "device": self._llm().torch_device,
-            "progress": bool(self.verbose),
             "max_memory": open_store(self.memory).max_memory,
         }
 

@@ -330,6 +330,7 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
             scorer,
             seeds=seeds,
             trained=unfinished.trained,
+            progress=bool(self.verbose),
             n_iter_no_change=self.n_iter_no_change,
             **options,
         )

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from threading import Event
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from sklearn_relish.head.head import RelishHead
+from sklearn_relish.training.parallel import max_at_once, run_all
 from sklearn_relish.training.trainer import Examples, Training, new_head, train_head, train_stages
 from sklearn_relish.utils.messages import warn
 from sklearn_relish.utils.progress import ProgressBar
@@ -107,7 +111,7 @@ def search_heads(
     progress : bool
         Whether a bar counts the heads.
     **options
-        Further arguments of `train_head`.
+        Further arguments of `train_head`, `device` and `max_memory` among them.
 
     Returns
     -------
@@ -133,34 +137,38 @@ def search_heads(
     trainings = shared_trainings(candidates)
     scores = np.full((len(candidates), len(folds)), np.nan)
     seconds = np.full_like(scores, np.nan)
+    parts = [(examples[train_rows], examples[held_out]) for train_rows, held_out in folds]
+    at_once = max_at_once(parts, options["max_memory"])
     alive = list(range(len(trainings)))
     total = sum(max(1, math.ceil(len(alive) / 2**fold)) for fold in range(len(folds)))
+    diverged: dict[tuple[int, int], FloatingPointError] = {}
+
+    def train(key: tuple[int, int], stop: Event) -> None:
+        fold, number = key
+        members = [candidates[index] for index in trainings[number]]
+        try:
+            trained[key] = _train(members, *parts[fold], *seeds[fold], stop, **options)
+        except FloatingPointError as error:
+            diverged[key] = error
+        bar.update(fold=f"{fold + 1}/{len(folds)}")
+
     with ProgressBar(total, "Training heads", "head", progress) as bar:
-        for fold, (train_rows, held_out) in enumerate(folds):
-            for number in list(alive):
-                members = trainings[number]
-                if (fold, number) not in trained:
-                    try:
-                        trained[fold, number] = _train(
-                            [candidates[index] for index in members],
-                            examples[train_rows],
-                            examples[held_out],
-                            *seeds[fold],
-                            **options,
-                        )
-                    except FloatingPointError as error:
-                        alive.remove(number)
-                        warn(f"{candidates[members[0]].training}: {error} It is left out.")
-                        if not alive:
-                            raise
-                        continue
-                for index, result in zip(members, trained[fold, number], strict=True):
+        for fold in range(len(folds)):
+            # Once a single training is left, nothing depends on the order of its folds.
+            next_folds = [fold] if len(alive) > 1 else range(fold, len(folds))
+            keys = [key for key in product(next_folds, alive) if key not in trained]
+            run_all([partial(train, key) for key in keys], options["device"], at_once)
+            for (_, number), error in sorted(diverged.items()):
+                if number in alive:
+                    alive.remove(number)
+                    warn(f"{candidates[trainings[number][0]].training}: {error} It is left out.")
+                    if not alive:
+                        raise error
+            for number in alive:
+                for index, result in zip(trainings[number], trained[fold, number], strict=True):
                     predictions = cast(np.ndarray, result.training.oof_predictions)
                     scores[index, fold] = score(fold, predictions)
                     seconds[index, fold] = result.seconds
-                means = scores[members, : fold + 1].mean(axis=1)
-                best = np.nan_to_num(means, nan=-np.inf).max()
-                bar.update(fold=f"{fold + 1}/{len(folds)}", score=f"{best:.3f}")
             alive = _better_half(alive, trainings, scores[:, : fold + 1])
     best_index = int(np.nanargmax(scores.mean(axis=1)))
     (number,) = [number for number, members in enumerate(trainings) if best_index in members]
@@ -188,6 +196,7 @@ def _train(
     validation: Examples,
     weights_seed: int,
     order_seed: int,
+    stop: Event,
     **options: Any,
 ) -> list[TrainedHead]:
     """Train the one head of candidates that differ in their number of iterations alone."""
@@ -195,7 +204,7 @@ def _train(
     iterations = [candidate.sizes["n_iterations"] for candidate in candidates]
     first = candidates[0]
     head = new_head(weights_seed, **first.sizes | {"n_iterations": max(iterations)})
-    options = {**options, **first.training, "seed": order_seed, "progress": False}
+    options = {**options, **first.training, "seed": order_seed, "stop": stop}
     if len(candidates) == 1:
         results = [(head, train_head(head, train, validation, **options))]
     else:

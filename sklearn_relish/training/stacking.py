@@ -22,7 +22,8 @@ from sklearn_relish.head.head import RelishHead
 from sklearn_relish.head.losses import Loss
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.inference import pool_states
-from sklearn_relish.training.trainer import Examples, Training, train_head
+from sklearn_relish.training.parallel import train_all
+from sklearn_relish.training.trainer import Examples, Training
 from sklearn_relish.training.windows import window_size
 
 MIN_TEXTS = 10  # held-out texts; with fewer there are no ridges
@@ -80,7 +81,6 @@ def fit_ensemble(
     linear_path: bool,
     loss_fn: Loss,
     random: np.random.RandomState,
-    device: torch.device,
     max_memory: float = math.inf,
     **training: Any,
 ) -> FittedEnsemble:
@@ -107,34 +107,27 @@ def fit_ensemble(
     loss_fn : Loss
     random : RandomState
         Draws each head's seed, the order of its texts and the texts of the ridges.
-    device : torch.device
-        Where heads are trained.
     max_memory : float, default=infinity
         Bytes of states up to which they are all held in memory, see `train_head`.
     **training
-        Further arguments of `train_head`.
+        Further arguments of `train_all`.
 
     Returns
     -------
     FittedEnsemble
     """
-    heads, trainings, folds = [], [], []
-    for number, rows in enumerate(held_out):
-        train_rows = np.setdiff1d(np.arange(len(examples.states)), rows)
-        head = make_head(number, random.randint(np.iinfo(np.int32).max))
-        result = train_head(
-            head,
-            examples[train_rows],
-            examples[rows] if len(rows) else None,
-            loss_fn=loss_fn,
-            seed=random.randint(np.iinfo(np.int32).max),
-            device=device,
-            max_memory=max_memory,
-            **training,
-        )
-        heads.append(head)
-        trainings.append(result)
-        folds.append((train_rows, rows))
+    n_rows = len(examples.states)
+    folds = [(np.setdiff1d(np.arange(n_rows), rows), rows) for rows in held_out]
+    seeds = random.randint(np.iinfo(np.int32).max, size=(len(folds), 2)).tolist()
+    heads = [make_head(number, seed) for number, (seed, _) in enumerate(seeds)]
+    trainings = train_all(
+        heads,
+        [(examples[train], examples[rows] if len(rows) else None) for train, rows in folds],
+        [seed for _, seed in seeds],
+        loss_fn=loss_fn,
+        max_memory=max_memory,
+        **training,
+    )
     return combine(
         examples,
         groups,

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,6 +80,10 @@ class Training(NamedTuple):
     oof_predictions: np.ndarray | None
 
 
+class Stopped(Exception):  # noqa: N818, it is no error
+    """A training was asked to stop."""
+
+
 _init_lock = ForkSafeLock()  # initializers draw from the one global generator
 
 
@@ -114,10 +119,11 @@ def train_head(
     n_iter_no_change: int | None,
     seed: int,
     device: torch.device,
-    progress: bool,
     deep_supervision: bool = False,
     constant_rate: bool = False,
     max_memory: float = math.inf,
+    bar: ProgressBar | None = None,
+    stop: Event | None = None,
 ) -> Training:
     """Train a head in place, starting from its weights.
 
@@ -149,8 +155,6 @@ def train_head(
         Of the order of the texts.
     device : torch.device
         Where the head is trained.
-    progress : bool
-        Whether to show a progress bar of the epochs.
     deep_supervision : bool, default=False
         Whether to minimize the mean of the losses after each iteration [2]_, or only the last one.
     constant_rate : bool, default=False
@@ -159,6 +163,10 @@ def train_head(
         Bytes of states, training and held-out ones together, that may be held in memory. If there
         are more, each epoch reads them from their files in windows, in random order, and shuffles
         the texts of a window, see `Windows`.
+    bar : ProgressBar, default=None
+        Counts the epochs.
+    stop : Event, default=None
+        The training ends with `Stopped` at the next step after it is set.
 
     Returns
     -------
@@ -171,6 +179,8 @@ def train_head(
     ------
     FloatingPointError
         If the loss is no longer finite.
+    Stopped
+        If `stop` was set.
 
     References
     ----------
@@ -189,10 +199,11 @@ def train_head(
         n_iter_no_change=n_iter_no_change,
         seed=seed,
         device=device,
-        progress=progress,
         deep_supervision=deep_supervision,
         constant_rate=constant_rate,
         max_memory=max_memory,
+        bar=bar,
+        stop=stop,
         iterations=[head.n_iterations],
     )
     if stage.weights is not None:
@@ -262,11 +273,12 @@ def _train(
     n_iter_no_change: int | None,
     seed: int,
     device: torch.device,
-    progress: bool,
     deep_supervision: bool,
     iterations: Sequence[int],
     constant_rate: bool = False,
     max_memory: float = math.inf,
+    bar: ProgressBar | None = None,
+    stop: Event | None = None,
 ) -> list[_Stage]:
     """Train a head, and find the best epoch for each of `iterations`; see `train_stages`.
 
@@ -286,41 +298,43 @@ def _train(
         held_out = BatchLoader(validation.states, device, torch.float32, window_bytes)
     courses = [_Course(max_epochs) for _ in iterations]
     patience = math.inf if n_iter_no_change is None else n_iter_no_change
-    with ProgressBar(max_epochs, "Training head", "epoch", progress) as bar:
-        for epoch in range(1, max_epochs + 1):
-            total = torch.zeros(len(iterations), device=device)
-            for batch in step.loader.training_batches(batch_size, generator):
-                optimizer.zero_grad()
-                for part in split_batch(batch, train.states):
-                    total += step.backward(part, len(batch), iterations)
-                nn.utils.clip_grad_norm_(head.parameters(), GRADIENT_NORM)
-                optimizer.step()
-                schedule.step()
-            if not total.isfinite().all():
-                raise FloatingPointError(
-                    f"Training diverged in epoch {epoch}: the loss is not finite any more. Lower"
-                    f" learning_rate={learning_rate}."
-                )
+    for epoch in range(1, max_epochs + 1):
+        total = torch.zeros(len(iterations), device=device)
+        for batch in step.loader.training_batches(batch_size, generator):
+            if stop is not None and stop.is_set():
+                raise Stopped
+            optimizer.zero_grad()
+            for part in split_batch(batch, train.states):
+                total += step.backward(part, len(batch), iterations)
+            nn.utils.clip_grad_norm_(head.parameters(), GRADIENT_NORM)
+            optimizer.step()
+            schedule.step()
+        if not total.isfinite().all():
+            raise FloatingPointError(
+                f"Training diverged in epoch {epoch}: the loss is not finite any more. Lower"
+                f" learning_rate={learning_rate}."
+            )
+        if validation is not None:
+            with torch.inference_mode():
+                validated = _predict_stages(head, held_out, iterations)
+        for number, course in enumerate(courses):
+            entry = {
+                "epoch": epoch,
+                "learning_rate": float(schedule.get_last_lr()[0]),
+                "train_loss": float(total[number]) / float(train.weight.sum()),
+            }
             if validation is not None:
-                with torch.inference_mode():
-                    validated = _predict_stages(head, held_out, iterations)
-            for number, course in enumerate(courses):
-                entry = {
-                    "epoch": epoch,
-                    "learning_rate": float(schedule.get_last_lr()[0]),
-                    "train_loss": float(total[number]) / float(train.weight.sum()),
-                }
-                if validation is not None:
-                    entry |= evaluate(validated[number], validation, loss_fn)
-                    course.validated.append(validated[number])
-                    course.update(epoch, entry["validation_loss"], head)
-                course.history.append(entry)
-            figures = {}
-            if validation is not None:
-                figures["validation R²"] = f"{entry['validation_r2']:.3f}"
+                entry |= evaluate(validated[number], validation, loss_fn)
+                course.validated.append(validated[number])
+                course.update(epoch, entry["validation_loss"], head)
+            course.history.append(entry)
+        figures = {}
+        if validation is not None:
+            figures["validation R²"] = f"{entry['validation_r2']:.3f}"
+        if bar is not None:
             bar.update(**figures)
-            if validation is not None and epoch - courses[-1].best_epoch >= patience:
-                break
+        if validation is not None and epoch - courses[-1].best_epoch >= patience:
+            break
     head.zero_grad()
     head.to("cpu").eval()
     return [course.result(validation, loss_fn) for course in courses]

@@ -1,5 +1,7 @@
 """The search over candidates: which are trained on which folds, and what they share."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from sklearn_relish.training.search import Candidate, search_heads
 from sklearn_relish.training.trainer import evaluate, new_head, train_head, train_stages
 
 CPU = torch.device("cpu")
-OPTIONS = {name: TRAINING[name] for name in ("loss_fn", "n_iter_no_change", "device", "progress")}
+OPTIONS = {name: TRAINING[name] for name in ("loss_fn", "n_iter_no_change", "device")}
 SETTINGS = {"learning_rate": 5e-3, "weight_decay": 0.01, "batch_size": 16, "max_epochs": 3}
 
 
@@ -40,6 +42,8 @@ def run(candidates, n_folds=4, score=None, trained=None, **changes):
         score or r2,
         seeds=[(fold, fold) for fold in range(n_folds)],
         trained={} if trained is None else trained,
+        progress=False,
+        max_memory=math.inf,
         **OPTIONS | changes,
     )
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from weakref import WeakKeyDictionary
 
 import joblib
@@ -17,21 +17,21 @@ from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin, _fit_context
 from sklearn.callback import CallbackSupportMixin
 from sklearn.metrics import check_scoring, get_scorer_names
-from sklearn.model_selection import BaseCrossValidator, GroupKFold, ParameterGrid, check_cv
+from sklearn.model_selection import BaseCrossValidator, ParameterGrid, check_cv
 from sklearn.utils import check_consistent_length
 from sklearn.utils._param_validation import StrOptions
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
-from sklearn_relish.head.head import check_head_sizes
+from sklearn_relish.head.head import RelishHead, check_head_sizes
 from sklearn_relish.head.losses import Loss
 from sklearn_relish.inputs.training_rows import TrainingRows
 from sklearn_relish.predictor import RelishPredictor
 from sklearn_relish.regressor import RelishRegressor
 from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.store import StateStore
-from sklearn_relish.training.search import Candidate, Fold, SearchResult, TrainedHead, search_heads
-from sklearn_relish.training.stacking import combine
-from sklearn_relish.training.trainer import Examples, auto_epochs
+from sklearn_relish.training.search import Candidate, SearchResult, TrainedHead, search_heads
+from sklearn_relish.training.stacking import Fold, combine
+from sklearn_relish.training.trainer import Examples
 
 SIZES = ("state_norm", "latent_size", "n_iterations", "n_heads", "share_weights")
 TRAINING = ("deep_supervision", "learning_rate", "weight_decay", "batch_size", "max_epochs")
@@ -80,14 +80,18 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
     max_epochs : int or "auto", or a list of them, default="auto"
         Passes over the training rows, the length of the schedule.
     linear_path, n_iter_no_change
-        As in `RelishRegressor`. The ridges are fitted once, after the search.
+        As in `RelishRegressor`. The ridges are fitted once, after the search. With groups or a
+        splitter their weight follows from the same folds.
     cv : int, splitter or iterable, default=None
-        The folds. An int is a number of random folds that have equal texts together, or the rows of
-        a group if `fit` gets groups. None is 5. A splitter of scikit-learn or an iterable of
-        (train, test) row numbers is used as it is.
+        The folds. An int is a number of random folds, in which equal texts are together, or the
+        rows of each group if `fit` gets groups. None is 5. A splitter of scikit-learn or an
+        iterable of (train, test) row numbers is used as it is. A splitter gets `y` and the groups,
+        but no texts.
     scoring : str or callable, default=None
-        A name or scorer as in `GridSearchCV`. None is R². It scores the prediction of a single head
-        for each fold. With `sample_weight`, scores are weighted if the metric allows this.
+        A name or scorer as in `GridSearchCV`. None is R²; for quantiles, a pinball loss is a better
+        choice. It scores the prediction of a single head for each fold. A callable gets an object
+        whose `predict` returns these predictions, and can't use the texts. With `sample_weight`,
+        scores are weighted if the metric has this parameter.
     memory, device, dtype, model_kwargs
         As in `RelishRegressor`.
     random_state : int, RandomState instance or None, default=None
@@ -134,9 +138,9 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
     The score of a head is the score of its best epoch, which is chosen for each half of the fold by
     the other half.
 
-    An interrupted `fit` can be continued: call it again on the same estimator with the same data
-    and parameters. The states of the texts are kept in `memory`, and heads that were trained
-    completely in the process.
+    An interrupted `fit` can be continued in the same process: call it again on the same estimator
+    with the same data and parameters. Heads that were trained to the end are not trained again, if
+    `cv` gives the same folds. (A generator has no folds left.)
 
     References
     ----------
@@ -242,7 +246,7 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
             Targets.
         sample_weight : array-like of shape (n_samples,), default=None
             Weights of the rows. A weight of 0 equals leaving the row out, and a weight of 2 equals
-            repeating it in the same fold.
+            repeating it in the same fold. A splitter does not know the weights.
         groups : array-like of shape (n_samples,), default=None
             Rows of one group are in the same fold, if `cv` is a number or a splitter for groups.
 
@@ -256,15 +260,15 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
             If the input or a candidate is not valid, if there are too few texts for the folds, or
             if no score is finite.
         FloatingPointError
-            If the training of every candidate diverged.
+            If the training of every candidate that was not dropped diverged.
         OSError
             If the model is not found.
 
         Warns
         -----
         UserWarning
-            As `RelishRegressor.fit`; and if the training of a candidate diverged, which is left out
-            then.
+            As `RelishRegressor.fit`; and if the training of a candidate diverged. This candidate is
+            dropped.
         """
         data = {
             "estimator": self,
@@ -275,9 +279,13 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
         context = self._init_callback_context()
         context.call_on_fit_task_begin(**data)
         fitted = self._snapshot()
-        fitted._fit(X, y, sample_weight, groups, _unfinished.setdefault(self, Unfinished()))
+        unfinished = _unfinished.pop(self, None) or Unfinished()
+        try:
+            fitted._fit(X, y, sample_weight, groups, unfinished)
+        except BaseException:
+            _unfinished[self] = unfinished
+            raise
         self._update_from(fitted)
-        _unfinished.pop(self, None)
         context.call_on_fit_task_end(**data, reconstruction_attributes={})
         return self
 
@@ -294,20 +302,33 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
         first = regressors[0]
         splits: list[Fold] | None = None
 
+        labels: np.ndarray | None = None
+
         def parts_of(y: np.ndarray) -> np.ndarray | None:
-            nonlocal splits
+            nonlocal splits, labels
+            if groups is not None:
+                check_consistent_length(y, groups)
+            if self.cv is None or isinstance(self.cv, Integral):
+                if groups is not None:
+                    labels = np.unique(np.asarray(groups), return_inverse=True)[1]
+                return labels
             splits = row_splits(self.cv, y, groups)
-            return None if splits is None else parts_of_rows(splits, len(y))
+            return parts_of_rows(splits, len(y))
 
         rows, targets, loss_fn = first._check_rows(X, y, sample_weight, False, parts_of)
         random = unfinished.resume(
             first._random(),
-            (rows, splits, first._llm().fingerprint, repr(self._searched_settings())),
+            (rows, splits, labels, first._llm().fingerprint, repr(self._searched_settings())),
         )
-        if splits is None:
-            folds = group_folds(rows.groups, self._n_folds(), random)
-        else:
+        if splits is not None:
             folds = pair_folds(splits, rows.pairs)
+        elif labels is not None:
+            kept = rows.pairs >= 0
+            of_pair = np.empty(len(rows.texts), dtype=np.int64)
+            of_pair[rows.pairs[kept]] = labels[kept]
+            folds = random_folds(of_pair, self._n_folds(), "groups", random)
+        else:
+            folds = random_folds(rows.groups, self._n_folds(), "different texts", random)
         first.layer_, first.layer_scores_ = first._find_layer(rows, targets, random)
         states = first._states(rows.texts, first.layer_)
         examples = Examples.of(states, targets, rows.weight)
@@ -315,14 +336,17 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
         n_outputs = targets.shape[1]
         candidates = [
             Candidate(
+                values,
                 regressor._head_sizes(states.hidden_size, n_outputs, loss_fn),
-                {name: getattr(regressor, name) for name in TRAINING}
-                | {"max_epochs": _epochs(regressor, len(folds[0][0]))},
+                {name: getattr(regressor, name) for name in TRAINING},
             )
-            for regressor in regressors
+            for values, regressor in zip(grid, regressors, strict=True)
         ]
         seeds = random.randint(np.iinfo(np.int32).max, size=(len(folds), 2)).tolist()
-        scorer = Scorer(self, first, loss_fn, np.asarray(y), sample_weight, rows, folds, splits)
+        weight = None
+        if sample_weight is not None:
+            weight = _check_sample_weight(sample_weight, np.empty(len(rows.pairs)))
+        scorer = Scorer(self.scoring, first, loss_fn, np.asarray(y), weight, rows, folds, splits)
         result = search_heads(
             examples,
             folds,
@@ -340,9 +364,10 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
             examples,
             rows.groups,
             folds,
-            [head.head for head in result.heads],
+            [cast(RelishHead, head.head) for head in result.heads],
             trainings,
             linear_path=bool(self.linear_path),
+            ridges_by_fold=splits is not None or labels is not None,
             loss_fn=loss_fn,
             random=random,
             max_memory=options["max_memory"],
@@ -445,23 +470,20 @@ class Scorer:
 
     def __init__(
         self,
-        search: RelishRegressorCV,
+        scoring: str | Callable[..., float] | None,
         regressor: RelishRegressor,
         loss_fn: Loss,
         y: np.ndarray,
-        sample_weight: ArrayLike | None,
+        sample_weight: np.ndarray | None,
         rows: TrainingRows,
         folds: Sequence[Fold],
         splits: Sequence[Fold] | None,
     ) -> None:
-        self._scorer = check_scoring(_Predicted(), search.scoring)
+        self._scorer = check_scoring(_Predicted(), scoring or "r2")
         self._regressor, self._loss_fn, self._y = regressor, loss_fn, y
-        self._weight = None
-        metric = getattr(self._scorer, "_score_func", None)
-        if sample_weight is not None and (
-            metric is None or "sample_weight" in signature(metric).parameters
-        ):
-            self._weight = np.asarray(sample_weight)
+        metric = getattr(self._scorer, "_score_func", self._scorer)
+        takes_weight = "sample_weight" in signature(metric).parameters
+        self._weight = sample_weight if takes_weight else None
         self._rows, self._positions = [], []  # of each fold
         for fold, (_, held_out) in enumerate(folds):
             if splits is None:
@@ -480,14 +502,8 @@ class Scorer:
         return float(self._scorer(_Predicted(), predicted, self._y[rows], **weight))
 
 
-def row_splits(cv: Any, y: np.ndarray, groups: ArrayLike | None) -> list[Fold] | None:
-    """The rows of each fold. None: folds of random texts are wanted."""
-    if cv is None or isinstance(cv, Integral):
-        if groups is None:
-            return None
-        cv = GroupKFold(FOLDS if cv is None else int(cv))
-    if groups is not None:
-        check_consistent_length(y, groups)
+def row_splits(cv: Any, y: np.ndarray, groups: ArrayLike | None) -> list[Fold]:
+    """The rows of each fold of a splitter or of an iterable."""
     splits = [
         (_row_numbers(train, len(y)), _row_numbers(test, len(y)))
         for train, test in check_cv(cv, y).split(np.empty((len(y), 1)), y, groups)
@@ -498,16 +514,18 @@ def row_splits(cv: Any, y: np.ndarray, groups: ArrayLike | None) -> list[Fold] |
 
 
 def _row_numbers(rows: ArrayLike, n_rows: int) -> np.ndarray:
+    """Row numbers of a split, which may also be a bool array."""
     rows = np.asarray(rows)
-    if rows.dtype == bool:
-        rows = np.flatnonzero(rows)
-    if len(rows) and not (rows.min() >= 0 and rows.max() < n_rows):
-        raise ValueError(f"cv has row numbers that are not from 0 to {n_rows - 1}.")
+    if rows.dtype == bool and rows.shape == (n_rows,):
+        return np.flatnonzero(rows)
+    is_whole = rows.size == 0 or np.issubdtype(rows.dtype, np.integer)
+    if not is_whole or (rows.size and not (rows.min() >= 0 and rows.max() < n_rows)):
+        raise ValueError(f"cv has row numbers that are not whole numbers from 0 to {n_rows - 1}.")
     return rows.astype(np.int64)
 
 
 def parts_of_rows(splits: Sequence[Fold], n_rows: int) -> np.ndarray:
-    """A number for each row, the same for rows that are used alike in all folds."""
+    """A number for each row, the same for rows with the same use in all folds."""
     member = np.zeros((n_rows, 2 * len(splits)), dtype=bool)
     for number, (train, test) in enumerate(splits):
         member[train, 2 * number] = True
@@ -529,17 +547,19 @@ def pair_folds(splits: Sequence[Fold], pairs: np.ndarray) -> list[Fold]:
     return folds
 
 
-def group_folds(groups: np.ndarray, n_folds: int, random: np.random.RandomState) -> list[Fold]:
-    """Random folds of pairs with equal texts together."""
-    n_groups = int(groups.max()) + 1
-    if n_groups < n_folds:
+def random_folds(
+    labels: np.ndarray, n_folds: int, what: str, random: np.random.RandomState
+) -> list[Fold]:
+    """Random folds of pairs, with the pairs of a label together."""
+    different, labels = np.unique(labels, return_inverse=True)
+    if len(different) < n_folds:
         raise ValueError(
-            f"cv={n_folds} needs {n_folds} or more different texts with a weight above 0, but X has"
-            f" n_samples={n_groups} of them."
+            f"cv={n_folds} needs {n_folds} or more {what} with a weight above 0, but X has"
+            f" n_samples={len(different)} of them."
         )
     folds = []
-    for held_out in np.array_split(random.permutation(n_groups), n_folds):
-        is_held_out = np.isin(groups, held_out)
+    for held_out in np.array_split(random.permutation(len(different)), n_folds):
+        is_held_out = np.isin(labels, held_out)
         folds.append((np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)))
     return folds
 
@@ -547,7 +567,7 @@ def group_folds(groups: np.ndarray, n_folds: int, random: np.random.RandomState)
 def cv_results(grid: Sequence[dict[str, Any]], result: SearchResult) -> dict[str, np.ndarray]:
     """Scores and times of all candidates, named as in `GridSearchCV`."""
     scores, seconds = result.scores, result.seconds
-    n_folds = np.isfinite(seconds).sum(axis=1)
+    n_folds = np.isfinite(scores).sum(axis=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of candidates without any score
         mean, std = np.nanmean(scores, axis=1), np.nanstd(scores, axis=1)
@@ -577,9 +597,3 @@ def _objects(values: Sequence[Any]) -> np.ndarray:
     array = np.empty(len(values), dtype=object)
     array[:] = values
     return array
-
-
-def _epochs(regressor: RelishRegressor, n_rows: int) -> int:
-    if regressor.max_epochs == "auto":
-        return auto_epochs(n_rows, regressor.batch_size)
-    return int(regressor.max_epochs)

@@ -270,7 +270,7 @@ def test_silent_by_default_and_bars_when_asked(llm, capfd, monkeypatch):
     assert "validation R²=" in shown
 
 
-def test_what_is_over_soon_has_no_bar(llm, capfd, monkeypatch):
+def test_short_work_shows_no_bar(llm, capfd, monkeypatch):
     monkeypatch.setattr("sklearn_relish.utils.progress.DELAY_SECONDS", 1000.0)
     texts, y = reviews(30)
     regressor = pickle.loads(pickle.dumps(make(llm, max_epochs=2, verbose=1).fit(texts, y)))

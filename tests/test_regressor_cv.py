@@ -1,10 +1,12 @@
 """RelishRegressorCV: which folds it uses, what it is once fitted, and what it refuses."""
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.metrics import make_scorer, r2_score
 from sklearn.model_selection import GroupKFold, KFold, TimeSeriesSplit, cross_val_score
@@ -118,7 +120,7 @@ def test_values_keep_their_types(llm):
     }
 
 
-def test_column_names_of_an_earlier_fit_are_forgotten(llm):
+def test_column_names_of_an_earlier_fit_are_removed(llm):
     texts, y = reviews(30)
     search = make(llm, latent_size=8, max_epochs=1).fit(pd.DataFrame({"review": texts}), y)
     assert search.feature_names_in_.tolist() == ["review"]
@@ -171,6 +173,68 @@ def test_groups_and_splitters(llm, monkeypatch):
         ]
         assert [[sorted(train), sorted(test)] for train, test in folds] == expected
         assert np.isfinite(search.predict(texts)).all()
+
+
+def test_ridges_are_judged_on_the_same_folds(llm):
+    """Each group has a word and a target of its own, which tell nothing about other groups."""
+    random = np.random.default_rng(0)
+    groups = np.repeat(np.arange(12), 8)
+    effect = random.normal(size=12)
+    words = ["".join(random.choice(list("abcdefgh"), 6)) for _ in range(12)]
+    texts = [f"{words[group]} {i}" for i, group in enumerate(groups)]
+    quick = {"latent_size": 8, "n_iterations": 1, "cv": 4}
+    search = make(llm, **quick).fit(texts, effect[groups], groups=groups)
+    assert search.validation_score_ < 0.3
+    assert make(llm, **quick).fit(texts, effect[groups]).validation_score_ > 0.5
+
+
+def test_losses(llm):
+    texts, y = reviews(60)
+    quick = {"latent_size": 8, "max_epochs": 2}
+    search = make(llm, **quick, loss="quantile", quantile=[0.1, 0.5, 0.9]).fit(texts, y)
+    assert (np.diff(search.predict_quantiles(texts)) >= 0).all()
+    assert (make(llm, **quick, loss="poisson").fit(texts, y).predict(texts) > 0).all()
+
+
+def test_scorers_that_take_no_weights(llm):
+    texts, y = reviews(40)
+    quick = {"latent_size": 8, "n_iterations": 1, "max_epochs": 1}
+
+    def negative_error(estimator, X, y):
+        return -np.abs(estimator.predict(X) - y).mean()
+
+    search = make(llm, **quick, scoring=negative_error).fit(texts, y, sample_weight=2.0)
+    by_name = make(llm, **quick, scoring="neg_mean_absolute_error").fit(texts, y)
+    assert search.best_score_ == pytest.approx(by_name.best_score_)
+
+
+def test_weights_of_zero_with_groups(llm):
+    texts, y = reviews(40)
+    groups, weight = np.arange(40) % 4, np.ones(40)
+    weight[[3, 8]] = 0
+    quick = {"latent_size": 8, "n_iterations": 1, "max_epochs": 1, "cv": 4}
+    weighted = make(llm, **quick).fit(texts, y, sample_weight=weight, groups=groups)
+    kept = np.flatnonzero(weight)
+    without = make(llm, **quick).fit([texts[i] for i in kept], y[kept], groups=groups[kept])
+    np.testing.assert_array_equal(weighted.predict(texts), without.predict(texts))
+    assert weighted.best_score_ == pytest.approx(without.best_score_)
+    with pytest.raises(ValueError, match="cv=4 needs 4 or more groups with a weight above 0"):
+        make(llm, **quick).fit(texts, y, sample_weight=groups > 0, groups=groups)
+    quick["cv"] = GroupKFold(4)
+    with pytest.raises(ValueError, match=r"Fold . of cv has no rows with a weight above 0"):
+        make(llm, **quick).fit(texts, y, sample_weight=groups > 0, groups=groups)
+
+
+def test_groups_are_routed(llm):
+    texts, y = reviews(40)
+    groups = np.arange(40) % 6
+    quick = {"latent_size": 8, "n_iterations": 1, "max_epochs": 1, "cv": 3}
+    with config_context(enable_metadata_routing=True):
+        search = make(llm, **quick).set_fit_request(groups=True)
+        scores = cross_val_score(
+            search, np.array(texts), y, cv=GroupKFold(2), params={"groups": groups}
+        )
+    assert np.isfinite(scores).all()
 
 
 def test_scoring(llm):
@@ -236,11 +300,44 @@ def test_an_interrupted_fit_is_continued(llm, monkeypatch, random_state):
     search.fit(texts, y)
     assert len(calls) == 1 + 4  # the first attempt's last call, and 2 + 1 + 1 trainings
     if random_state == 0:
-        whole = make(llm, max_epochs=2).fit(texts, y)
-        np.testing.assert_array_equal(search.predict(texts), whole.predict(texts))
+        complete = make(llm, max_epochs=2).fit(texts, y)
+        np.testing.assert_array_equal(search.predict(texts), complete.predict(texts))
     calls[:] = [None] * 3
     search.fit(texts, y + np.arange(40))  # other targets, and the last search was complete
     assert len(calls) == 3 + 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"learning_rate": 1e-3}, {"cv": 4}, {"cv": KFold(3)}, {"latent_size": [8, 32]}],
+    ids=["parameter", "folds", "splitter", "candidates"],
+)
+def test_another_search_does_not_continue_an_interrupted_one(llm, monkeypatch, change):
+    texts, y = reviews(40)
+    search, original, calls = make(llm, max_epochs=1), search_module._train, []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(search_module, "_train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search.fit(texts, y)
+    search.set_params(**change).fit(texts, y)
+    expected = make(llm, max_epochs=1, **change).fit(texts, y)
+    np.testing.assert_array_equal(search.predict(texts), expected.predict(texts))
+
+
+def test_fits_of_one_object_in_two_threads(llm):
+    texts, y = reviews(40)
+    search, targets = make(llm, max_epochs=2), [y, y[::-1].copy()]
+    expected = [make(llm, max_epochs=2).fit(texts, target).best_score_ for target in targets]
+    for _ in range(3):
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda target: search.fit(texts, target), targets))
+        assert search.best_score_ in expected
 
 
 @pytest.mark.parametrize(
@@ -252,7 +349,7 @@ def test_an_interrupted_fit_is_continued(llm, monkeypatch, random_state):
         ({"n_iterations": [1, "two"]}, "The 'n_iterations' parameter"),
         ({"cv": 50}, "cv=50 needs 50 or more different texts"),
         ({"cv": [([0, 1], [])]}, "Fold 0 of cv has no rows"),
-        ({"cv": [([0, 1], [40])]}, "row numbers that are not from 0 to 39"),
+        ({"cv": [([0, 1], [40])]}, "row numbers that are not whole numbers from 0 to 39"),
         ({"cv": 40}, "No score is finite on fold 0: .*more texts"),
         ({"scoring": "no such score"}, "The 'scoring' parameter"),
     ],

@@ -14,24 +14,45 @@ import numpy as np
 
 from sklearn_relish.head.head import RelishHead
 from sklearn_relish.training.parallel import max_at_once, run_all
-from sklearn_relish.training.trainer import Examples, Training, new_head, train_head, train_stages
+from sklearn_relish.training.stacking import Fold
+from sklearn_relish.training.trainer import (
+    Examples,
+    Training,
+    auto_epochs,
+    new_head,
+    train_head,
+    train_stages,
+)
 from sklearn_relish.utils.messages import warn
 from sklearn_relish.utils.progress import ProgressBar
 
-Fold = tuple[np.ndarray, np.ndarray]  # numbers of the training rows and of the held-out rows
-
 
 class Candidate(NamedTuple):
-    """The arguments of a `RelishHead` and those of its `train_head` that were chosen with it."""
+    """A combination of values.
 
+    Parameters
+    ----------
+    values : dict
+        By which messages name it.
+    sizes : dict
+        Arguments of its `RelishHead`.
+    training : dict
+        Arguments of `train_head`. With ``"auto"`` as `max_epochs`, the training rows of a fold
+        decide.
+    """
+
+    values: dict[str, Any]
     sizes: dict[str, Any]
     training: dict[str, Any]
 
 
 class TrainedHead(NamedTuple):
-    """A head of a candidate that was trained without a fold, and the seconds that it took."""
+    """A head of a candidate that was trained without a fold, and the seconds that it took.
 
-    head: RelishHead
+    `head` is None after the candidate was dropped.
+    """
+
+    head: RelishHead | None
     training: Training
     seconds: float
 
@@ -66,11 +87,11 @@ def shared_trainings(candidates: Sequence[Candidate]) -> list[list[int]]:
     --------
     >>> deep = {"deep_supervision": True}
     >>> sizes = [{"n_iterations": n, "latent_size": d} for d in (8, 16) for n in (1, 2)]
-    >>> shared_trainings([Candidate(size, deep) for size in sizes])
+    >>> shared_trainings([Candidate({}, size, deep) for size in sizes])
     [[0, 1], [2, 3]]
     """
     members: dict[str, list[int]] = {}
-    for index, (sizes, training) in enumerate(candidates):
+    for index, (_, sizes, training) in enumerate(candidates):
         fixed = dict(sizes)
         if training["deep_supervision"]:
             del fixed["n_iterations"]
@@ -120,14 +141,14 @@ def search_heads(
     Raises
     ------
     FloatingPointError
-        If the training of every candidate diverged.
+        If the training of every candidate that was not dropped diverged.
     ValueError
-        If no candidate has a finite score on some fold.
+        If none of these candidates has a finite score on a fold.
 
     Warns
     -----
     UserWarning
-        If the training of a candidate diverged.
+        If the training of a candidate diverged. It is dropped.
 
     References
     ----------
@@ -158,28 +179,37 @@ def search_heads(
             next_folds = [fold] if len(alive) > 1 else range(fold, len(folds))
             keys = [key for key in product(next_folds, alive) if key not in trained]
             run_all([partial(train, key) for key in keys], options["device"], at_once)
-            for (_, number), error in sorted(diverged.items()):
+            for (_, number), error in diverged.items():
                 if number in alive:
                     alive.remove(number)
-                    warn(f"{candidates[trainings[number][0]].training}: {error} It is left out.")
                     if not alive:
                         raise error
+                    values = [candidates[index].values for index in trainings[number]]
+                    warn(f"{error} Dropped: {', '.join(map(repr, values))}.")
             for number in alive:
                 for index, result in zip(trainings[number], trained[fold, number], strict=True):
                     predictions = cast(np.ndarray, result.training.oof_predictions)
                     scores[index, fold] = score(fold, predictions)
                     seconds[index, fold] = result.seconds
             alive = _better_half(alive, trainings, scores[:, : fold + 1])
-    best_index = int(np.nanargmax(scores.mean(axis=1)))
+            for key, results in trained.items():  # the heads of large searches need the memory
+                if key[1] not in alive:
+                    trained[key] = [result._replace(head=None) for result in results]
+    best_index = int(np.nanargmax(_mean(scores)))
     (number,) = [number for number, members in enumerate(trainings) if best_index in members]
     member = trainings[number].index(best_index)
     heads = [trained[fold, number][member] for fold in range(len(folds))]
     return SearchResult(best_index, heads, scores, seconds)
 
 
+def _mean(scores: np.ndarray) -> np.ndarray:
+    """Mean of the folds' scores for each candidate, NaN if one of them is not finite."""
+    return np.where(np.isfinite(scores), scores, np.nan).mean(axis=1)
+
+
 def _better_half(alive: list[int], trainings: list[list[int]], scores: np.ndarray) -> list[int]:
     """The half of the trainings with the highest mean score, and the one in the middle."""
-    mean = np.where(np.isfinite(scores), scores, np.nan).mean(axis=1)
+    mean = _mean(scores)
     if np.isnan([mean[index] for number in alive for index in trainings[number]]).all():
         raise ValueError(
             f"No score is finite on fold {scores.shape[1] - 1}: choose another scoring, or a cv"
@@ -201,14 +231,17 @@ def _train(
 ) -> list[TrainedHead]:
     """Train the one head of candidates that differ in their number of iterations alone."""
     start = time.perf_counter()
-    iterations = [candidate.sizes["n_iterations"] for candidate in candidates]
     first = candidates[0]
-    head = new_head(weights_seed, **first.sizes | {"n_iterations": max(iterations)})
     options = {**options, **first.training, "seed": order_seed, "stop": stop}
-    if len(candidates) == 1:
+    if options["max_epochs"] == "auto":
+        options["max_epochs"] = auto_epochs(len(train.states), options["batch_size"])
+    iterations = sorted({candidate.sizes["n_iterations"] for candidate in candidates})
+    head = new_head(weights_seed, **first.sizes | {"n_iterations": iterations[-1]})
+    if len(iterations) == 1:
         results = [(head, train_head(head, train, validation, **options))]
     else:
         del options["deep_supervision"]
         results = train_stages(head, train, validation, iterations=iterations, **options)
     seconds = time.perf_counter() - start
-    return [TrainedHead(head, training, seconds) for head, training in results]
+    trained = [TrainedHead(head, training, seconds) for head, training in results]
+    return [trained[iterations.index(candidate.sizes["n_iterations"])] for candidate in candidates]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 from sklearn import config_context
-from sklearn.linear_model import RidgeCV
+from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
@@ -35,6 +35,8 @@ PRIOR_ROWS = 100.0  # rows that the prior weights count for
 # How large the weighted sum is, relative to its least squares fit: prior, its rows, and minimum.
 PRIOR_SCALE, PRIOR_SCALE_ROWS, MIN_SCALE = 0.6, 30.0, 0.1
 
+Fold = tuple[np.ndarray, np.ndarray]  # numbers of the training rows and of the held-out rows
+
 
 class FittedEnsemble(NamedTuple):
     """The result of `fit_ensemble`.
@@ -55,7 +57,7 @@ class FittedEnsemble(NamedTuple):
     oof_predictions: np.ndarray
 
 
-class Ridge(NamedTuple):
+class RidgeFit(NamedTuple):
     """A linear function of pooled states.
 
     Parameters
@@ -144,11 +146,12 @@ def fit_ensemble(
 def combine(
     examples: Examples,
     groups: np.ndarray,
-    folds: Sequence[tuple[np.ndarray, np.ndarray]],
+    folds: Sequence[Fold],
     heads: list[RelishHead],
     trainings: list[Training],
     *,
     linear_path: bool,
+    ridges_by_fold: bool = False,
     loss_fn: Loss,
     random: np.random.RandomState,
     max_memory: float = math.inf,
@@ -164,6 +167,9 @@ def combine(
     heads : list of RelishHead
     trainings : list of Training
         With the predictions for the held-out rows.
+    ridges_by_fold : bool, default=False
+        Whether the ridges' out-of-fold predictions are those of ridges fitted on the training rows
+        of a fold, not leave-one-out. Needed if texts of a fold are related, such as groups.
     linear_path, loss_fn, random, max_memory
         As of `fit_ensemble`.
 
@@ -201,9 +207,24 @@ def combine(
             has_oof,
             centred,
             window_size(examples.states.n_bytes, max_memory),
+            _text_folds(folds, groups, chosen) if ridges_by_fold else None,
         )
         oof_predictions = stacked[groups]
     return FittedEnsemble(ensemble.eval(), trainings, oof_predictions)
+
+
+def _text_folds(folds: Sequence[Fold], groups: np.ndarray, chosen: np.ndarray) -> list[Fold]:
+    """Positions in `chosen`, numbers of texts, of the texts of each fold.
+
+    A text with rows in both parts of a fold belongs to the held-out ones.
+    """
+    text_folds = []
+    for train, held_out in folds:
+        tested = np.isin(chosen, groups[held_out])
+        learned = np.isin(chosen, groups[train]) & ~tested
+        if learned.any() and tested.any():
+            text_folds.append((np.flatnonzero(learned), np.flatnonzero(tested)))
+    return text_folds
 
 
 def _fit_linear_path(
@@ -213,6 +234,7 @@ def _fit_linear_path(
     has_oof: np.ndarray,
     oof_predictions: np.ndarray,
     window_bytes: float,
+    folds: Sequence[Fold] | None,
 ) -> np.ndarray:
     """Fit the ridges, and set the weights of heads and ridges; `linear` is the ensemble's path.
 
@@ -221,7 +243,9 @@ def _fit_linear_path(
     weighted predictions of all texts are returned.
     """
     y, weight = texts.y.double().numpy(), texts.weight.double().numpy()
-    ridges = fit_ridges(texts.states, ensemble.state_norm, y, weight, window_bytes)
+    ridges = fit_ridges(texts.states, ensemble.state_norm, y, weight, window_bytes, folds)
+    if folds is not None:
+        has_oof = has_oof & np.isfinite(ridges[0].oof_predictions[:, 0])
     stacked = np.empty_like(oof_predictions)
     for j in range(y.shape[1]):
         predictions = np.column_stack(
@@ -244,8 +268,9 @@ def fit_ridges(
     y: np.ndarray,
     weight: np.ndarray,
     window_bytes: float = math.inf,
-) -> list[Ridge]:
-    """A ridge for each of `LINEAR_POOLINGS`, with the penalty of the best leave-one-out error.
+    folds: Sequence[Fold] | None = None,
+) -> list[RidgeFit]:
+    """A ridge for each of `LINEAR_POOLINGS`, with the penalty of the lowest out-of-fold error.
 
     Parameters
     ----------
@@ -257,16 +282,22 @@ def fit_ridges(
     weight : ndarray of shape (n_texts,)
     window_bytes : float, default=infinity
         Bytes of states that are read from files at once, see `Windows`.
+    folds : sequence of (int64 ndarray, int64 ndarray), default=None
+        Numbers of the training texts and of the held-out texts. None: each text is a fold.
 
     Returns
     -------
-    list of Ridge
+    list of RidgeFit
+        With NaN as prediction of the texts in no fold.
     """
     weighted = weight[:, None] * y
     mean_of_rest = (weighted.sum(axis=0) - weighted) / (weight.sum() - weight)[:, None]
     ridges = []
     for pooling in LINEAR_POOLINGS:
         X = pool_states(states, pooling, state_norm, window_bytes).double().numpy()
+        if folds is not None:
+            ridges.append(_fit_ridge_by_fold(X, y, weight, folds))
+            continue
         scaler = StandardScaler().fit(X, sample_weight=weight)
         ridge = RidgeCV(
             PENALTIES,
@@ -281,8 +312,36 @@ def fit_ridges(
         chosen = np.searchsorted(PENALTIES, np.broadcast_to(ridge.alpha_, y.shape[1]))
         left_out = np.take_along_axis(stored, chosen[None, :, None], axis=2)[:, :, 0]
         intercept = ridge.intercept_ - coef @ scaler.mean_
-        ridges.append(Ridge(coef, intercept, left_out - mean_of_rest))
+        ridges.append(RidgeFit(coef, intercept, left_out - mean_of_rest))
     return ridges
+
+
+def _fit_ridge_by_fold(
+    X: np.ndarray, y: np.ndarray, weight: np.ndarray, folds: Sequence[Fold]
+) -> RidgeFit:
+    """A ridge whose out-of-fold predictions and penalties follow from folds."""
+    predictions = np.zeros((len(PENALTIES), *y.shape))  # minus the mean of the training targets
+    means, n_held_out = np.zeros_like(y), np.zeros(len(y))
+    for train, held_out in folds:
+        scaler = StandardScaler().fit(X[train], sample_weight=weight[train])
+        learned, tested = scaler.transform(X[train]), scaler.transform(X[held_out])
+        mean = np.average(y[train], axis=0, weights=weight[train])
+        means[held_out] += mean
+        n_held_out[held_out] += 1
+        for number, penalty in enumerate(PENALTIES):
+            ridge = Ridge(penalty).fit(learned, y[train], sample_weight=weight[train])
+            predictions[number, held_out] += ridge.predict(tested).reshape(-1, y.shape[1]) - mean
+    is_held_out = n_held_out > 0
+    predictions[:, is_held_out] /= n_held_out[is_held_out, None]
+    means[is_held_out] /= n_held_out[is_held_out, None]
+    predictions[:, ~is_held_out] = np.nan
+    errors = (predictions + means - y)[:, is_held_out] ** 2
+    chosen = np.average(errors, axis=1, weights=weight[is_held_out]).argmin(axis=0)  # (n_outputs,)
+    scaler = StandardScaler().fit(X, sample_weight=weight)
+    ridge = Ridge(PENALTIES[chosen]).fit(scaler.transform(X), y, sample_weight=weight)
+    coef = ridge.coef_.reshape(y.shape[1], -1) / scaler.scale_
+    oof_predictions = predictions[chosen, :, np.arange(y.shape[1])].T
+    return RidgeFit(coef, ridge.intercept_ - coef @ scaler.mean_, oof_predictions)
 
 
 def stack(

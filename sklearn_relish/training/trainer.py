@@ -230,7 +230,7 @@ def train_stages(
         With the largest of the numbers of iterations. Its weights are changed.
     train, validation : Examples
     iterations : sequence of int
-        Different numbers of iterations.
+        Different numbers of iterations in increasing order.
     **options
         Arguments of `train_head`. `n_iter_no_change` refers to the head with all iterations.
 
@@ -433,7 +433,9 @@ def _oof_predictions(validated: Tensor, examples: Examples, loss_fn: Loss) -> np
     half = torch.arange(validated.shape[1]) % 2 == 0
     raw = torch.empty_like(validated[0])
     for chosen, rest in ((half, ~half), (~half, half)):
-        raw[chosen] = validated[losses[:, rest].sum(dim=1).argmin(), chosen]
+        # A single example leaves no other half: the last epoch has the lowest learning rate.
+        best = int(losses[:, rest].sum(dim=1).argmin()) if rest.any() else -1
+        raw[chosen] = validated[best, chosen]
     return loss_fn.inverse_link(raw).double().numpy()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-DELAY_SECONDS = 1.0  # until a bar appears: the predictions of a service are over before
+DELAY_SECONDS = 1.0  # until a bar appears: the predictions of a service take less
 
 
 class ProgressBar:

@@ -19,7 +19,8 @@ SETTINGS = {"learning_rate": 5e-3, "weight_decay": 0.01, "batch_size": 16, "max_
 def candidate(n_iterations=1, deep_supervision=True, learning_rate=5e-3, **sizes):
     sizes = SIZES | {"n_outputs": 1, "n_iterations": n_iterations} | sizes
     settings = SETTINGS | {"learning_rate": learning_rate, "deep_supervision": deep_supervision}
-    return Candidate(sizes, settings)
+    values = {"latent_size": sizes["latent_size"], "learning_rate": learning_rate}
+    return Candidate(values, sizes, settings)
 
 
 def folds_of(n_rows, n_folds):
@@ -117,14 +118,11 @@ def test_a_stage_is_the_head_without_its_last_iterations(share_weights):
 
 def test_a_diverging_candidate_is_left_out():
     candidates = [candidate(learning_rate=1e30), candidate()]
-    with pytest.warns(UserWarning, match=r"'learning_rate': 1e\+30.*diverged.*left out"):
+    with pytest.warns(UserWarning, match=r"diverged.*Dropped: .*'learning_rate': 1e\+30"):
         result = run(candidates)
     assert result.best_index == 1
     assert np.isnan(result.scores[0]).all()
-    with (
-        pytest.warns(UserWarning, match="left out"),
-        pytest.raises(FloatingPointError, match="diverged"),
-    ):
+    with pytest.raises(FloatingPointError, match="diverged"):
         run(candidates[:1])
 
 
@@ -135,7 +133,7 @@ def test_a_fold_without_a_score_is_an_error():
 
 def test_an_interrupted_search_continues_with_what_it_has_trained(monkeypatch):
     candidates = [candidate(latent_size=size) for size in (4, 8)]
-    whole = run(candidates)
+    complete = run(candidates)
     original, trained, calls = search._train, {}, []
 
     def interrupted(*args, **options):
@@ -150,5 +148,38 @@ def test_an_interrupted_search_continues_with_what_it_has_trained(monkeypatch):
     assert len(trained) == 3
     result = run(candidates, trained=trained)
     assert len(calls) == 4 + 2  # 2 + 1 + 1 + 1 trainings in all
-    assert result.best_index == whole.best_index
-    assert np.array_equal(result.scores, whole.scores, equal_nan=True)
+    assert result.best_index == complete.best_index
+    assert np.array_equal(result.scores, complete.scores, equal_nan=True)
+
+
+def test_equal_candidates_have_equal_scores():
+    for deep_supervision in (True, False):
+        candidates = [candidate(2, deep_supervision), candidate(2, deep_supervision)]
+        result = run(candidates)
+        alone = run(candidates[:1])
+        assert result.scores[0].tolist() == result.scores[1].tolist() == alone.scores[0].tolist()
+
+
+def test_the_order_of_the_numbers_of_iterations_does_not_matter():
+    rising = run([candidate(1), candidate(3)], n_iter_no_change=1)
+    falling = run([candidate(3), candidate(1)], n_iter_no_change=1)
+    assert rising.scores.tolist() == falling.scores[::-1].tolist()
+
+
+def test_heads_of_dropped_candidates_are_not_kept():
+    trained = {}
+    run([candidate(latent_size=size) for size in (4, 8)], trained=trained)
+    kept = {key[1] for key, results in trained.items() if results[0].head is not None}
+    assert len(kept) == 1
+    assert all(results[0].training.oof_predictions is not None for results in trained.values())
+
+
+def test_a_single_held_out_text_is_predicted_by_the_last_epoch():
+    examples = linear_examples(30)
+    train, validation = examples[np.arange(29)], examples[np.array([29])]
+    head = new_head(0, **SIZES, n_outputs=1)
+    training = train_head(head, train, validation, seed=0, **SETTINGS | OPTIONS)
+    last = train_head(new_head(0, **SIZES, n_outputs=1), train, None, seed=0, **SETTINGS | OPTIONS)
+    assert last.best_epoch == 3
+    assert training.oof_predictions.shape == (1, 1)
+    assert training.oof_predictions[0, 0] != pytest.approx(0)

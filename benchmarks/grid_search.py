@@ -92,7 +92,6 @@ def seconds_of_heads(states: TokenStates, y: np.ndarray, llm: FrozenLLM) -> floa
             n_iter_no_change=None,
             seed=0,
             device=llm.torch_device,
-            progress=False,
             deep_supervision=defaults["deep_supervision"],
         )
         if len(test):

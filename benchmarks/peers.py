@@ -144,7 +144,6 @@ def settings(batch_size: int, epochs: int, device: torch.device, seed: int = 0) 
         "n_iter_no_change": None,
         "seed": seed,
         "device": device,
-        "progress": False,
     }
 
 

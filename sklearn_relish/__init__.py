@@ -5,6 +5,7 @@ from sklearn_relish.encoder import LLMEncoder
 from sklearn_relish.head import RelishHead
 from sklearn_relish.llm.frozen import FrozenLLM
 from sklearn_relish.regressor import RelishRegressor
+from sklearn_relish.regressor_cv import RelishRegressorCV
 from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.store import StateStore
 from sklearn_relish.states.token_states import TokenStates
@@ -16,6 +17,7 @@ __all__ = [
     "RefinementDisplay",
     "RelishHead",
     "RelishRegressor",
+    "RelishRegressorCV",
     "StateStore",
     "TokenStateReader",
     "TokenStates",

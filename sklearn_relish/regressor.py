@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from sklearn.base import MultiOutputMixin, RegressorMixin, _fit_context
+from sklearn.callback import CallbackSupportMixin
 from sklearn.metrics import r2_score
 from sklearn.utils import check_consistent_length, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -33,6 +34,7 @@ from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.store import StateStore, open_store
 from sklearn_relish.training.conformal import Conformal
 from sklearn_relish.training.layer_search import SHARES, choose_layer, sample_texts
+from sklearn_relish.training.parallel import train_all
 from sklearn_relish.training.splits import held_out_rows
 from sklearn_relish.training.stacking import fit_ensemble
 from sklearn_relish.training.trainer import (
@@ -40,14 +42,15 @@ from sklearn_relish.training.trainer import (
     Examples,
     auto_epochs,
     new_head,
-    train_head,
 )
 
 # n_estimators="auto": the number for up to SMALL_SET distinct rows, and for more.
 SMALL_SET, SMALL_SET_ESTIMATORS, ESTIMATORS = 1_000, 5, 3
 
 
-class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishPredictor):
+class RelishRegressor(
+    PretrainedMixin, MultiOutputMixin, RegressorMixin, CallbackSupportMixin, RelishPredictor
+):
     r"""Regression on texts with a frozen language model and a latent iterative state head.
 
     The language model reads each text once, and its token states are kept (see `memory`). The
@@ -351,9 +354,13 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
             If a target is constant; if texts were cut at `max_length`; if kept states were damaged
             and are read again, or could not be written.
         """
+        data = {"estimator": self, "X": X, "y": y, "metadata": {"sample_weight": sample_weight}}
+        context = self._init_callback_context()
+        context.call_on_fit_task_begin(**data)
         fitted = self._snapshot()  # a refused or interrupted fit leaves the previous one unchanged
         fitted._fit(X, y, sample_weight)
         self._update_from(fitted)
+        context.call_on_fit_task_end(**data, reconstruction_attributes={})
         return self
 
     def _fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
@@ -384,6 +391,7 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
             linear_path=bool(self.linear_path) and not continuing,
             random=random,
             max_epochs=max_epochs,
+            progress=bool(self.verbose),
             n_iter_no_change=self.n_iter_no_change,
             **self._training_options(loss_fn),
         )
@@ -396,17 +404,7 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
             for epoch in training.history
         ]
         self._set_fitted(ensemble, history, [training.best_epoch for training in trainings])
-        is_held_out = np.isfinite(oof_predictions[:, 0])
-        if is_held_out.any():
-            predictions = oof_predictions[is_held_out]
-            targets, weight = targets[is_held_out], rows.weight[is_held_out]
-            self._conformal = Conformal.of(loss_fn, predictions, targets, weight)
-            point = loss_fn.point_prediction(predictions)
-            varies = self._y_scale > 0
-            if len(point) > 1 and varies.any():
-                self.validation_score_ = r2_score(
-                    targets[:, varies], point[:, varies], sample_weight=weight
-                )
+        self._set_out_of_fold(oof_predictions, targets, rows.weight, loss_fn)
 
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(
@@ -453,17 +451,19 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
             seeds = random.randint(np.iinfo(np.int32).max, size=n_estimators)
             heads, history = [new_head(int(seed), **sizes) for seed in seeds], []
         n_epochs = AUTO_EPOCHS if self.max_epochs == "auto" else int(self.max_epochs)
-        for number, head in enumerate(heads):
-            training = train_head(
-                head,
-                Examples.of(states, targets, rows.weight),
-                None,
-                max_epochs=n_epochs,
-                n_iter_no_change=None,
-                constant_rate=True,
-                seed=random.randint(np.iinfo(np.int32).max),
-                **self._training_options(loss_fn),
-            )
+        examples = Examples.of(states, targets, rows.weight)
+        seeds = random.randint(np.iinfo(np.int32).max, size=len(heads)).tolist()
+        trainings = train_all(
+            heads,
+            [(examples, None)] * len(heads),
+            seeds,
+            max_epochs=n_epochs,
+            n_iter_no_change=None,
+            constant_rate=True,
+            progress=bool(self.verbose),
+            **self._training_options(loss_fn),
+        )
+        for number, training in enumerate(trainings):
             history += [{"estimator": number, **epoch} for epoch in training.history]
         if continuing:
             ensemble = self.head_.with_heads(heads, loss_fn)
@@ -472,9 +472,16 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
         self._set_fitted(ensemble, history, [n_epochs] * len(heads))
 
     def _check_rows(
-        self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None, continuing: bool
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        sample_weight: ArrayLike | None,
+        continuing: bool,
+        parts_of: Callable[[np.ndarray], np.ndarray | None] = lambda y: None,
     ) -> tuple[TrainingRows, np.ndarray, Loss]:
         """Check the input before anything is read; set the units of the target.
+
+        `parts_of` returns the parts of the rows that are not merged, given all targets.
 
         Returns
         -------
@@ -493,7 +500,8 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
         weight = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
         check_head_sizes(self.latent_size, self.n_heads)
         loss_fn = self._loss_fn(y)
-        rows = TrainingRows.from_rows(self._render(table), y.reshape(len(y), -1), weight)
+        parts = parts_of(y)
+        rows = TrainingRows.from_rows(self._render(table), y.reshape(len(y), -1), weight, parts)
         n_outputs = rows.y.shape[1]
         if continuing:
             self._check_continuing(loss_fn, n_outputs)
@@ -604,7 +612,6 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
             "batch_size": self.batch_size,
             "deep_supervision": self.deep_supervision,
             "device": self._llm().torch_device,
-            "progress": bool(self.verbose),
             "max_memory": open_store(self.memory).max_memory,
         }
 
@@ -616,6 +623,23 @@ class RelishRegressor(PretrainedMixin, MultiOutputMixin, RegressorMixin, RelishP
         self.n_epochs_ = len(history)
         self._llm_fingerprint, self._llm_revision = self._llm().fingerprint, self._llm().revision
         self.validation_score_, self._conformal = None, None
+
+    def _set_out_of_fold(
+        self, predictions: np.ndarray, targets: np.ndarray, weight: np.ndarray, loss_fn: Loss
+    ) -> None:
+        """Set what follows from the out-of-fold predictions, which are NaN where there are none."""
+        is_held_out = np.isfinite(predictions[:, 0])
+        if not is_held_out.any():
+            return
+        predictions, targets = predictions[is_held_out], targets[is_held_out]
+        weight = weight[is_held_out]
+        self._conformal = Conformal.of(loss_fn, predictions, targets, weight)
+        point = loss_fn.point_prediction(predictions)
+        varies = self._y_scale > 0
+        if len(point) > 1 and varies.any():
+            self.validation_score_ = r2_score(
+                targets[:, varies], point[:, varies], sample_weight=weight
+            )
 
     def _find_layer(
         self, rows: TrainingRows, targets: np.ndarray, random: np.random.RandomState

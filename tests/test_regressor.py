@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from types import SimpleNamespace
 
 import joblib
 import numpy as np
@@ -255,8 +256,9 @@ def test_a_search_reads_each_text_once(monkeypatch):
     assert len(tokens) == len(texts)
 
 
-def test_silent_by_default_and_bars_when_asked(llm, capfd):
+def test_silent_by_default_and_bars_when_asked(llm, capfd, monkeypatch):
     texts, y = reviews(30)
+    monkeypatch.setattr("sklearn_relish.utils.progress.DELAY_SECONDS", 0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make(llm, max_epochs=2).fit(texts, y).predict(["fresh"])
@@ -266,6 +268,22 @@ def test_silent_by_default_and_bars_when_asked(llm, capfd):
     assert "Reading texts: 100%" in shown
     assert "2/2" in shown
     assert "validation R²=" in shown
+
+
+def test_short_work_shows_no_bar(llm, capfd, monkeypatch):
+    monkeypatch.setattr("sklearn_relish.utils.progress.DELAY_SECONDS", 1000.0)
+    texts, y = reviews(30)
+    regressor = pickle.loads(pickle.dumps(make(llm, max_epochs=2, verbose=1).fit(texts, y)))
+    regressor.predict(["fresh"])
+    assert capfd.readouterr().err == ""
+
+
+def test_worker_processes_show_no_bars(llm, capfd, monkeypatch, tmp_path):
+    monkeypatch.setattr("sklearn_relish.utils.progress.DELAY_SECONDS", 0.0)
+    monkeypatch.setattr("multiprocessing.current_process", lambda: SimpleNamespace(name="Worker-1"))
+    texts, y = reviews(30)
+    make(llm, max_epochs=2, verbose=1, memory=tmp_path).fit(texts, y)
+    assert "Training head" not in capfd.readouterr().err
 
 
 def test_several_estimators_hold_out_different_rows_and_are_averaged(llm):

@@ -9,7 +9,7 @@ from tiny import byte_tokenizer, tiny_model
 from tokenizers import Regex, normalizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sklearn_relish import FrozenLLM, LLMEncoder, RelishRegressor
+from sklearn_relish import FrozenLLM, LLMEncoder, RelishRegressor, RelishRegressorCV
 
 
 def model_that_reads_numbers() -> Path:
@@ -72,6 +72,22 @@ SMALL = {"max_length": 1024, "latent_size": 32, "n_heads": 4, "learning_rate": 3
     ]
 )
 def test_regressor(estimator, check):
+    check(estimator)
+
+
+@parametrize_with_checks(
+    [
+        RelishRegressorCV(
+            NUMBERS,
+            **SMALL | {"latent_size": [16, 32]},
+            n_iterations=[1, 2],
+            max_epochs=20,
+            layer=2,
+            cv=2,
+        )
+    ]
+)
+def test_search(estimator, check):
     check(estimator)
 
 

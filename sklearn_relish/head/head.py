@@ -263,6 +263,28 @@ class RelishHead(nn.Module):
             latent = step.latent  # (B, d)
             yield step
 
+    def truncated(self, n_iterations: int, weights: dict[str, Tensor] | None = None) -> RelishHead:
+        """A head with the first iterations of this one.
+
+        Parameters
+        ----------
+        n_iterations : int
+            At most as many as this head has.
+        weights : dict of str to Tensor, default=None
+            A state dict of this head. None: its weights.
+
+        Returns
+        -------
+        RelishHead
+            With copies of the weights, on the CPU.
+        """
+        with torch.device("meta"):
+            head = RelishHead(**self.sizes | {"n_iterations": n_iterations})
+        weights = self.state_dict() if weights is None else weights
+        kept = {name: weights[name].to("cpu", copy=True) for name in head.state_dict()}
+        head.load_state_dict(kept, assign=True)
+        return head.eval()
+
     def _context(self, states: Tensor, mask: Tensor) -> Context:
         """The tokens to attend to: projected, or not where folding the projection is cheaper."""
         weight, bias = self.projection.weight, self.projection.bias  # (d, D), (d,)

@@ -26,32 +26,57 @@ class TrainingRows(NamedTuple):
         Targets in their own units.
     weight : float64 ndarray of shape (n_pairs,)
         Summed weights, with a mean of 1.
+    pairs : int64 ndarray of shape (n_rows,)
+        The pair of each row; -1 if its pair was dropped.
     """
 
     texts: list[str]
     groups: np.ndarray
     y: np.ndarray
     weight: np.ndarray
+    pairs: np.ndarray
 
     @classmethod
-    def from_rows(cls, texts: list[str], y: np.ndarray, weight: np.ndarray) -> TrainingRows:
-        """Merge equal rows. Pairs whose weight is 0 in float32, the head's dtype, are dropped."""
+    def from_rows(
+        cls,
+        texts: list[str],
+        y: np.ndarray,
+        weight: np.ndarray,
+        parts: np.ndarray | None = None,
+    ) -> TrainingRows:
+        """Merge equal rows. Pairs whose weight is 0 in float32, the head's dtype, are dropped.
+
+        Parameters
+        ----------
+        texts : list of str
+        y : ndarray of shape (n_rows, n_outputs)
+        weight : ndarray of shape (n_rows,)
+        parts : int64 ndarray of shape (n_rows,), default=None
+            Rows of different parts are not merged. None: there is one part.
+        """
         y = y + 0.0  # -0.0 becomes 0.0, which it equals
         # Scaling by a power of two is exact, and the sums are finite.
         weight = np.ldexp(weight, -int(np.frexp(weight.max())[1]))
         rank = {text: i for i, text in enumerate(sorted(set(texts)))}
         groups = np.array([rank[text] for text in texts], dtype=np.int64)
-        order = np.lexsort((*y.T[::-1], groups))
+        parts = np.zeros(len(texts), dtype=np.int64) if parts is None else parts
+        order = np.lexsort((parts, *y.T[::-1], groups))
         texts, groups, y = [texts[row] for row in order], groups[order], y[order]
+        parts = parts[order]
         is_new = np.ones(len(order), dtype=bool)
         is_new[1:] = (groups[1:] != groups[:-1]) | (y[1:] != y[:-1]).any(axis=1)
+        is_new[1:] |= parts[1:] != parts[:-1]
         first = np.flatnonzero(is_new)
         # fsum rounds once, so the sum does not depend on the order of the rows.
         weight = np.array([math.fsum(part) for part in np.split(weight[order], first[1:])])
         used = np.flatnonzero((weight / weight.max()).astype(np.float32))
+        number = np.full(len(first), -1)
+        number[used] = np.arange(len(used))
+        pairs = np.empty(len(order), dtype=np.int64)
+        pairs[order] = number[is_new.cumsum() - 1]
         first, weight = first[used], weight[used]
         _, groups = np.unique(groups[first], return_inverse=True)
-        return cls([texts[row] for row in first], groups, y[first], weight / weight.mean())
+        return cls([texts[row] for row in first], groups, y[first], weight / weight.mean(), pairs)
 
 
 class TargetScaler(NamedTuple):

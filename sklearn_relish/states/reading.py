@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sklearn_relish.states.contents import Call, Contents
 from sklearn_relish.states.index import ShardIndex, text_key
@@ -23,6 +22,7 @@ from sklearn_relish.states.retention import Retention
 from sklearn_relish.states.shard import KEY_BYTES, Entry, MemoryStates, Shard
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.utils.messages import warn
+from sklearn_relish.utils.progress import ProgressBar
 
 PIECE_TEXTS = 256  # texts of the first piece that a thread takes
 PIECE_SECONDS = 5.0  # a piece that takes less is followed by one of twice as many texts
@@ -127,7 +127,7 @@ class Reading:
         index = contents.index(self.collection(layers[0]))
         missing = _longest_first(missing)
         n_read, n_piece, wait = 0, PIECE_TEXTS, _Wait()
-        with TextBar(len(missing), self.progress) as bar:
+        with ProgressBar(len(missing), "Reading texts", "text", self.progress) as bar:
             while True:
                 wait.begin()
                 n_before = len(missing)
@@ -413,25 +413,6 @@ class _Wait:
                 f" {PATIENCE_SECONDS:.0f} seconds. If it hangs, end it: this process then reads"
                 " the texts itself.",
             )
-
-
-class TextBar:
-    """A progress bar, or none: tqdm takes a lock even for a bar that is disabled."""
-
-    def __init__(self, n_texts: int, progress: bool) -> None:
-        self._bar = tqdm(total=n_texts, desc="Reading texts", unit="text") if progress else None
-
-    def __enter__(self) -> TextBar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def update(self, n_texts: int) -> None:
-        """Count texts that were found or read."""
-        if self._bar is not None:
-            self._bar.update(n_texts)
 
 
 class _Batch(NamedTuple):

@@ -21,11 +21,12 @@ from sklearn_relish.states.contents import Call, Contents, contents_of
 from sklearn_relish.states.index import ShardIndex, gather, text_key
 from sklearn_relish.states.quantization import QUANTIZERS
 from sklearn_relish.states.reader import TokenStateReader
-from sklearn_relish.states.reading import Reading, TextBar, unreadable, warn_unusable
+from sklearn_relish.states.reading import Reading, unreadable, warn_unusable
 from sklearn_relish.states.retention import Retention
 from sklearn_relish.states.shard import Shard
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.utils.messages import warn
+from sklearn_relish.utils.progress import ProgressBar
 
 MAX_MEMORY = 2 * 2**30
 BLOCK_TEXTS = 2**16  # texts of a stream whose keys are in memory together
@@ -304,7 +305,10 @@ class StateStore:
         )
         collection = reading.collection(layer)
         n_cut, longest = 0, 0
-        with contents.calling(call), TextBar(len(texts), progress) as bar:
+        with (
+            contents.calling(call),
+            ProgressBar(len(texts), "Reading texts", "text", progress) as bar,
+        ):
             for block in _blocks(texts):
                 rows_of: dict[bytes, list[int]] = {}
                 for row in block:

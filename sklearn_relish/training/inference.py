@@ -125,13 +125,14 @@ def device_copy(head: Head, device: torch.device, dtype: torch.dtype) -> Head:
     """
     # A change shows as another tensor or another version of it. But torch does not count the step
     # of a fused optimizer as a change: it moves all weights, so a sample of each shows it.
+    weights = list(head.parameters())
     versions = [
         (weight.data_ptr(), None if weight.is_inference() else weight._version)
-        for weight in head.parameters()
+        for weight in weights
     ]
     made_for = device, head.state_norm, versions
-    with torch.no_grad():
-        sample = torch.cat([weight.flatten()[:SAMPLED_WEIGHTS] for weight in head.parameters()])
+    with torch.inference_mode():
+        sample = torch.cat([weight.reshape(-1)[:SAMPLED_WEIGHTS] for weight in weights])
     with _slots_lock:
         slot = _slots.setdefault(head, _Slot())
     with slot.lock:

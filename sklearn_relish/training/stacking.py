@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 from sklearn import config_context
-from sklearn.linear_model import RidgeCV
+from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
@@ -22,7 +22,8 @@ from sklearn_relish.head.head import RelishHead
 from sklearn_relish.head.losses import Loss
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.inference import pool_states
-from sklearn_relish.training.trainer import Examples, Training, train_head
+from sklearn_relish.training.parallel import train_all
+from sklearn_relish.training.trainer import Examples, Training
 from sklearn_relish.training.windows import window_size
 
 MIN_TEXTS = 10  # held-out texts; with fewer there are no ridges
@@ -33,6 +34,8 @@ PRIOR_WEIGHTS = (0.5, 0.3, 0.2)
 PRIOR_ROWS = 100.0  # rows that the prior weights count for
 # How large the weighted sum is, relative to its least squares fit: prior, its rows, and minimum.
 PRIOR_SCALE, PRIOR_SCALE_ROWS, MIN_SCALE = 0.6, 30.0, 0.1
+
+Fold = tuple[np.ndarray, np.ndarray]  # numbers of the training rows and of the held-out rows
 
 
 class FittedEnsemble(NamedTuple):
@@ -54,7 +57,7 @@ class FittedEnsemble(NamedTuple):
     oof_predictions: np.ndarray
 
 
-class Ridge(NamedTuple):
+class RidgeFit(NamedTuple):
     """A linear function of pooled states.
 
     Parameters
@@ -80,7 +83,6 @@ def fit_ensemble(
     linear_path: bool,
     loss_fn: Loss,
     random: np.random.RandomState,
-    device: torch.device,
     max_memory: float = math.inf,
     **training: Any,
 ) -> FittedEnsemble:
@@ -107,44 +109,85 @@ def fit_ensemble(
     loss_fn : Loss
     random : RandomState
         Draws each head's seed, the order of its texts and the texts of the ridges.
-    device : torch.device
-        Where heads are trained.
     max_memory : float, default=infinity
         Bytes of states up to which they are all held in memory, see `train_head`.
     **training
-        Further arguments of `train_head`.
+        Further arguments of `train_all`.
 
     Returns
     -------
     FittedEnsemble
     """
     n_rows = len(examples.states)
-    heads, trainings = [], []
-    oof_predictions = np.zeros((n_rows, examples.y.shape[1] * loss_fn.n_predictions))
+    folds = [(np.setdiff1d(np.arange(n_rows), rows), rows) for rows in held_out]
+    seeds = random.randint(np.iinfo(np.int32).max, size=(len(folds), 2)).tolist()
+    heads = [make_head(number, seed) for number, (seed, _) in enumerate(seeds)]
+    trainings = train_all(
+        heads,
+        [(examples[train], examples[rows] if len(rows) else None) for train, rows in folds],
+        [seed for _, seed in seeds],
+        loss_fn=loss_fn,
+        max_memory=max_memory,
+        **training,
+    )
+    return combine(
+        examples,
+        groups,
+        folds,
+        heads,
+        trainings,
+        linear_path=linear_path,
+        loss_fn=loss_fn,
+        random=random,
+        max_memory=max_memory,
+    )
+
+
+def combine(
+    examples: Examples,
+    groups: np.ndarray,
+    folds: Sequence[Fold],
+    heads: list[RelishHead],
+    trainings: list[Training],
+    *,
+    linear_path: bool,
+    ridges_by_fold: bool = False,
+    loss_fn: Loss,
+    random: np.random.RandomState,
+    max_memory: float = math.inf,
+) -> FittedEnsemble:
+    """Make an ensemble of trained heads, and fit the linear path; see `fit_ensemble`.
+
+    Parameters
+    ----------
+    examples, groups
+        As of `fit_ensemble`.
+    folds : sequence of (int64 ndarray, int64 ndarray)
+        For each head, the rows that it was trained on, and its held-out rows.
+    heads : list of RelishHead
+    trainings : list of Training
+        With the predictions for the held-out rows.
+    ridges_by_fold : bool, default=False
+        Whether the ridges' out-of-fold predictions are those of ridges fitted on the training rows
+        of a fold, not leave-one-out. Needed if texts of a fold are related, such as groups.
+    linear_path, loss_fn, random, max_memory
+        As of `fit_ensemble`.
+
+    Returns
+    -------
+    FittedEnsemble
+    """
+    oof_predictions = np.zeros((len(groups), examples.y.shape[1] * loss_fn.n_predictions))
     target_means = np.zeros_like(oof_predictions)  # of the rows that each prediction learned from
-    n_held_out = np.zeros(n_rows)  # how often each row was held out
+    n_held_out = np.zeros(len(groups))  # how often each row was held out
     linear_path = linear_path and loss_fn.allows_linear_path
-    for number, rows in enumerate(held_out):
-        train_rows = np.setdiff1d(np.arange(n_rows), rows)
-        head = make_head(number, random.randint(np.iinfo(np.int32).max))
-        result = train_head(
-            head,
-            examples[train_rows],
-            examples[rows] if len(rows) else None,
-            loss_fn=loss_fn,
-            seed=random.randint(np.iinfo(np.int32).max),
-            device=device,
-            max_memory=max_memory,
-            **training,
-        )
-        if len(rows):
-            oof_predictions[rows] += result.oof_predictions
+    for (train_rows, rows), training in zip(folds, trainings, strict=True):
+        if training.oof_predictions is not None:
+            oof_predictions[rows] += training.oof_predictions
             n_held_out[rows] += 1
             if linear_path:
                 y, weight = examples.y[train_rows].numpy(), examples.weight[train_rows].numpy()
                 target_means[rows] += np.average(y, axis=0, weights=weight)
-        heads.append(head)
-        trainings.append(result)
     oof_predictions[n_held_out == 0] = np.nan
     oof_predictions /= np.maximum(n_held_out, 1)[:, None]
     target_means /= np.maximum(n_held_out, 1)[:, None]
@@ -164,9 +207,24 @@ def fit_ensemble(
             has_oof,
             centred,
             window_size(examples.states.n_bytes, max_memory),
+            _text_folds(folds, groups, chosen) if ridges_by_fold else None,
         )
         oof_predictions = stacked[groups]
     return FittedEnsemble(ensemble.eval(), trainings, oof_predictions)
+
+
+def _text_folds(folds: Sequence[Fold], groups: np.ndarray, chosen: np.ndarray) -> list[Fold]:
+    """Positions in `chosen`, numbers of texts, of the texts of each fold.
+
+    A text with rows in both parts of a fold belongs to the held-out ones.
+    """
+    text_folds = []
+    for train, held_out in folds:
+        tested = np.isin(chosen, groups[held_out])
+        learned = np.isin(chosen, groups[train]) & ~tested
+        if learned.any() and tested.any():
+            text_folds.append((np.flatnonzero(learned), np.flatnonzero(tested)))
+    return text_folds
 
 
 def _fit_linear_path(
@@ -176,6 +234,7 @@ def _fit_linear_path(
     has_oof: np.ndarray,
     oof_predictions: np.ndarray,
     window_bytes: float,
+    folds: Sequence[Fold] | None,
 ) -> np.ndarray:
     """Fit the ridges, and set the weights of heads and ridges; `linear` is the ensemble's path.
 
@@ -184,7 +243,9 @@ def _fit_linear_path(
     weighted predictions of all texts are returned.
     """
     y, weight = texts.y.double().numpy(), texts.weight.double().numpy()
-    ridges = fit_ridges(texts.states, ensemble.state_norm, y, weight, window_bytes)
+    ridges = fit_ridges(texts.states, ensemble.state_norm, y, weight, window_bytes, folds)
+    if folds is not None:
+        has_oof = has_oof & np.isfinite(ridges[0].oof_predictions[:, 0])
     stacked = np.empty_like(oof_predictions)
     for j in range(y.shape[1]):
         predictions = np.column_stack(
@@ -207,8 +268,9 @@ def fit_ridges(
     y: np.ndarray,
     weight: np.ndarray,
     window_bytes: float = math.inf,
-) -> list[Ridge]:
-    """A ridge for each of `LINEAR_POOLINGS`, with the penalty of the best leave-one-out error.
+    folds: Sequence[Fold] | None = None,
+) -> list[RidgeFit]:
+    """A ridge for each of `LINEAR_POOLINGS`, with the penalty of the lowest out-of-fold error.
 
     Parameters
     ----------
@@ -220,16 +282,22 @@ def fit_ridges(
     weight : ndarray of shape (n_texts,)
     window_bytes : float, default=infinity
         Bytes of states that are read from files at once, see `Windows`.
+    folds : sequence of (int64 ndarray, int64 ndarray), default=None
+        Numbers of the training texts and of the held-out texts. None: each text is a fold.
 
     Returns
     -------
-    list of Ridge
+    list of RidgeFit
+        With NaN as prediction of the texts in no fold.
     """
     weighted = weight[:, None] * y
     mean_of_rest = (weighted.sum(axis=0) - weighted) / (weight.sum() - weight)[:, None]
     ridges = []
     for pooling in LINEAR_POOLINGS:
         X = pool_states(states, pooling, state_norm, window_bytes).double().numpy()
+        if folds is not None:
+            ridges.append(_fit_ridge_by_fold(X, y, weight, folds))
+            continue
         scaler = StandardScaler().fit(X, sample_weight=weight)
         ridge = RidgeCV(
             PENALTIES,
@@ -244,8 +312,36 @@ def fit_ridges(
         chosen = np.searchsorted(PENALTIES, np.broadcast_to(ridge.alpha_, y.shape[1]))
         left_out = np.take_along_axis(stored, chosen[None, :, None], axis=2)[:, :, 0]
         intercept = ridge.intercept_ - coef @ scaler.mean_
-        ridges.append(Ridge(coef, intercept, left_out - mean_of_rest))
+        ridges.append(RidgeFit(coef, intercept, left_out - mean_of_rest))
     return ridges
+
+
+def _fit_ridge_by_fold(
+    X: np.ndarray, y: np.ndarray, weight: np.ndarray, folds: Sequence[Fold]
+) -> RidgeFit:
+    """A ridge whose out-of-fold predictions and penalties follow from folds."""
+    predictions = np.zeros((len(PENALTIES), *y.shape))  # minus the mean of the training targets
+    means, n_held_out = np.zeros_like(y), np.zeros(len(y))
+    for train, held_out in folds:
+        scaler = StandardScaler().fit(X[train], sample_weight=weight[train])
+        learned, tested = scaler.transform(X[train]), scaler.transform(X[held_out])
+        mean = np.average(y[train], axis=0, weights=weight[train])
+        means[held_out] += mean
+        n_held_out[held_out] += 1
+        for number, penalty in enumerate(PENALTIES):
+            ridge = Ridge(penalty).fit(learned, y[train], sample_weight=weight[train])
+            predictions[number, held_out] += ridge.predict(tested).reshape(-1, y.shape[1]) - mean
+    is_held_out = n_held_out > 0
+    predictions[:, is_held_out] /= n_held_out[is_held_out, None]
+    means[is_held_out] /= n_held_out[is_held_out, None]
+    predictions[:, ~is_held_out] = np.nan
+    errors = (predictions + means - y)[:, is_held_out] ** 2
+    chosen = np.average(errors, axis=1, weights=weight[is_held_out]).argmin(axis=0)  # (n_outputs,)
+    scaler = StandardScaler().fit(X, sample_weight=weight)
+    ridge = Ridge(PENALTIES[chosen]).fit(scaler.transform(X), y, sample_weight=weight)
+    coef = ridge.coef_.reshape(y.shape[1], -1) / scaler.scale_
+    oof_predictions = predictions[chosen, :, np.arange(y.shape[1])].T
+    return RidgeFit(coef, ridge.intercept_ - coef @ scaler.mean_, oof_predictions)
 
 
 def stack(

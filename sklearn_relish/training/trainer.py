@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
-from tqdm.auto import tqdm
 
 from sklearn_relish.head.head import RelishHead
 from sklearn_relish.head.losses import Loss
@@ -24,6 +25,7 @@ from sklearn_relish.training.batching import BatchLoader, split_batch
 from sklearn_relish.training.inference import predict_batches
 from sklearn_relish.training.windows import window_size
 from sklearn_relish.utils.locks import ForkSafeLock
+from sklearn_relish.utils.progress import ProgressBar
 
 GRADIENT_NORM = 1.0  # longer gradients are scaled down to it
 AUTO_EPOCHS, AUTO_STEPS = 10, 200  # a training has at least that many of both
@@ -78,6 +80,10 @@ class Training(NamedTuple):
     oof_predictions: np.ndarray | None
 
 
+class Stopped(Exception):  # noqa: N818, it is no error
+    """A training was asked to stop."""
+
+
 _init_lock = ForkSafeLock()  # initializers draw from the one global generator
 
 
@@ -113,10 +119,11 @@ def train_head(
     n_iter_no_change: int | None,
     seed: int,
     device: torch.device,
-    progress: bool,
     deep_supervision: bool = False,
     constant_rate: bool = False,
     max_memory: float = math.inf,
+    bar: ProgressBar | None = None,
+    stop: Event | None = None,
 ) -> Training:
     """Train a head in place, starting from its weights.
 
@@ -148,8 +155,6 @@ def train_head(
         Of the order of the texts.
     device : torch.device
         Where the head is trained.
-    progress : bool
-        Whether to show a progress bar of the epochs.
     deep_supervision : bool, default=False
         Whether to minimize the mean of the losses after each iteration [2]_, or only the last one.
     constant_rate : bool, default=False
@@ -158,6 +163,10 @@ def train_head(
         Bytes of states, training and held-out ones together, that may be held in memory. If there
         are more, each epoch reads them from their files in windows, in random order, and shuffles
         the texts of a window, see `Windows`.
+    bar : ProgressBar, default=None
+        Counts the epochs.
+    stop : Event, default=None
+        The training ends with `Stopped` at the next step after it is set.
 
     Returns
     -------
@@ -170,11 +179,110 @@ def train_head(
     ------
     FloatingPointError
         If the loss is no longer finite.
+    Stopped
+        If `stop` was set.
 
     References
     ----------
     .. [1] Smith and Topin, "Super-Convergence", arXiv 1708.07120.
     .. [2] Lee et al., "Deeply-Supervised Nets", arXiv 1409.5185.
+    """
+    (stage,) = _train(
+        head,
+        train,
+        validation,
+        loss_fn=loss_fn,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        batch_size=batch_size,
+        max_epochs=max_epochs,
+        n_iter_no_change=n_iter_no_change,
+        seed=seed,
+        device=device,
+        deep_supervision=deep_supervision,
+        constant_rate=constant_rate,
+        max_memory=max_memory,
+        bar=bar,
+        stop=stop,
+        iterations=[head.n_iterations],
+    )
+    if stage.weights is not None:
+        head.load_state_dict(stage.weights)
+    return stage.training
+
+
+def train_stages(
+    head: RelishHead,
+    train: Examples,
+    validation: Examples,
+    *,
+    iterations: Sequence[int],
+    **options: Any,
+) -> list[tuple[RelishHead, Training]]:
+    """Train a head with deep supervision once, for several numbers of iterations.
+
+    The prediction after each iteration is trained, so a head with fewer iterations is the same head
+    without its last ones. Each number of iterations has an epoch of its own whose weights are kept.
+
+    Parameters
+    ----------
+    head : RelishHead
+        With the largest of the numbers of iterations. Its weights are changed.
+    train, validation : Examples
+    iterations : sequence of int
+        Different numbers of iterations in increasing order.
+    **options
+        Arguments of `train_head`. `n_iter_no_change` refers to the head with all iterations.
+
+    Returns
+    -------
+    list of (RelishHead, Training)
+        For each of `iterations`. The losses of each `history` are those of that head.
+
+    Raises
+    ------
+    FloatingPointError
+        If the loss is no longer finite.
+    """
+    stages = _train(
+        head, train, validation, deep_supervision=True, iterations=iterations, **options
+    )
+    return [
+        (head.truncated(number, stage.weights), stage.training)
+        for number, stage in zip(iterations, stages, strict=True)
+    ]
+
+
+class _Stage(NamedTuple):
+    """The result for one number of iterations; weights are those of the complete head."""
+
+    weights: dict[str, Tensor] | None
+    training: Training
+
+
+def _train(
+    head: RelishHead,
+    train: Examples,
+    validation: Examples | None,
+    *,
+    loss_fn: Loss,
+    learning_rate: float,
+    weight_decay: float,
+    batch_size: int,
+    max_epochs: int,
+    n_iter_no_change: int | None,
+    seed: int,
+    device: torch.device,
+    deep_supervision: bool,
+    iterations: Sequence[int],
+    constant_rate: bool = False,
+    max_memory: float = math.inf,
+    bar: ProgressBar | None = None,
+    stop: Event | None = None,
+) -> list[_Stage]:
+    """Train a head, and find the best epoch for each of `iterations`; see `train_stages`.
+
+    The head is left with the weights of the last epoch.
     """
     # torch accepts neither NumPy's integers nor integers of more than 64 bits.
     max_epochs, batch_size = int(max_epochs), min(int(batch_size), len(train.states))
@@ -188,48 +296,58 @@ def train_head(
     step = _Step(head, train, loss_fn, deep_supervision, device, window_bytes)
     if validation is not None:
         held_out = BatchLoader(validation.states, device, torch.float32, window_bytes)
-    best = _BestEpoch(max_epochs)
+    courses = [_Course(max_epochs) for _ in iterations]
     patience = math.inf if n_iter_no_change is None else n_iter_no_change
-    history: list[dict[str, float]] = []
-    validated: list[Tensor] = []  # raw predictions for the validation examples after each epoch
-    with tqdm(total=max_epochs, desc="Training head", unit="epoch", disable=not progress) as bar:
-        for epoch in range(1, max_epochs + 1):
-            total = torch.zeros((), device=device)
-            for batch in step.loader.training_batches(batch_size, generator):
-                optimizer.zero_grad()
-                for part in split_batch(batch, train.states):
-                    total += step.backward(part, len(batch))
-                nn.utils.clip_grad_norm_(head.parameters(), GRADIENT_NORM)
-                optimizer.step()
-                schedule.step()
-            if not math.isfinite(total):
-                raise FloatingPointError(
-                    f"Training diverged in epoch {epoch}: the loss is not finite any more. Lower"
-                    f" learning_rate={learning_rate}."
-                )
+    for epoch in range(1, max_epochs + 1):
+        total = torch.zeros(len(iterations), device=device)
+        for batch in step.loader.training_batches(batch_size, generator):
+            if stop is not None and stop.is_set():
+                raise Stopped
+            optimizer.zero_grad()
+            for part in split_batch(batch, train.states):
+                total += step.backward(part, len(batch), iterations)
+            nn.utils.clip_grad_norm_(head.parameters(), GRADIENT_NORM)
+            optimizer.step()
+            schedule.step()
+        if not total.isfinite().all():
+            raise FloatingPointError(
+                f"Training diverged in epoch {epoch}: the loss is not finite any more. Lower"
+                f" learning_rate={learning_rate}."
+            )
+        if validation is not None:
+            with torch.inference_mode():
+                validated = _predict_stages(head, held_out, iterations)
+        for number, course in enumerate(courses):
             entry = {
                 "epoch": epoch,
                 "learning_rate": float(schedule.get_last_lr()[0]),
-                "train_loss": float(total) / float(train.weight.sum()),
+                "train_loss": float(total[number]) / float(train.weight.sum()),
             }
             if validation is not None:
-                with torch.inference_mode():
-                    validated.append(predict_batches(head.forward_zero_padded, held_out))
-                entry |= evaluate(validated[-1], validation, loss_fn)
-                bar.set_postfix({"validation R²": f"{entry['validation_r2']:.3f}"})
-                best.update(epoch, entry["validation_loss"], head)
-            history.append(entry)
-            bar.update()
-            if validation is not None and epoch - best.epoch >= patience:
-                break
-    if best.weights is not None:
-        head.load_state_dict(best.weights)
+                entry |= evaluate(validated[number], validation, loss_fn)
+                course.validated.append(validated[number])
+                course.update(epoch, entry["validation_loss"], head)
+            course.history.append(entry)
+        figures = {}
+        if validation is not None:
+            figures["validation R²"] = f"{entry['validation_r2']:.3f}"
+        if bar is not None:
+            bar.update(**figures)
+        if validation is not None and epoch - courses[-1].best_epoch >= patience:
+            break
     head.zero_grad()
     head.to("cpu").eval()
-    oof_predictions = None
-    if validation is not None:
-        oof_predictions = _oof_predictions(torch.stack(validated), validation, loss_fn)
-    return Training(history, best.epoch, oof_predictions)
+    return [course.result(validation, loss_fn) for course in courses]
+
+
+def _predict_stages(
+    head: RelishHead, loader: BatchLoader, iterations: Sequence[int]
+) -> Sequence[Tensor]:
+    """Raw predictions of all texts after each of `iterations`."""
+    if list(iterations) == [head.n_iterations]:
+        return [predict_batches(head.forward_zero_padded, loader)]
+    raw = predict_batches(lambda *batch: head.staged(*batch).transpose(0, 1), loader)
+    return [raw[:, number - 1] for number in iterations]
 
 
 def _schedule(
@@ -258,17 +376,20 @@ class _Step:
         self.loader = BatchLoader(train.states, device, torch.float32, window_bytes)
         self.y, self.weight = train.y.to(device), train.weight.to(device)
 
-    def backward(self, rows: Tensor, n_texts: int) -> Tensor:
+    def backward(self, rows: Tensor, n_texts: int, iterations: Sequence[int]) -> Tensor:
         """Add the gradients of the rows' losses, divided by the batch's number of texts.
 
-        The sum of the losses of the last iteration's predictions is returned.
+        The sum of the losses of the predictions after each of `iterations` is returned; without
+        deep supervision there is the last one alone.
         """
-        minimized, last = self._losses(rows)
-        (minimized.sum() / n_texts).backward()
-        return last.detach().sum()
+        losses = self._losses(rows)
+        (losses.mean(dim=0).sum() / n_texts).backward()
+        losses = losses.detach()
+        numbers = [number - 1 for number in iterations] if self.deep_supervision else [-1]
+        return torch.stack([losses[number].sum() for number in numbers])
 
-    def _losses(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The losses to minimize and those of the last iteration's predictions, each (B,)."""
+    def _losses(self, rows: Tensor) -> Tensor:
+        """The losses of the rows, (n_iterations, B); without deep supervision (1, B)."""
         states, mask = self.loader.load(rows)
         rows = rows.to(self.y.device)
         y, weight = self.y[rows], self.weight[rows]
@@ -276,24 +397,30 @@ class _Step:
             raw = self.head.staged(states, mask)  # (n_iterations, B, n_outputs * n_predictions)
         else:
             raw = self.head.forward_zero_padded(states, mask)[None]
-        losses = torch.stack(
-            [self.loss_fn.loss(stage, y).mean(dim=1) * weight for stage in raw]
-        )  # (n_iterations, B)
-        return losses.mean(dim=0), losses[-1]
+        return torch.stack([self.loss_fn.loss(stage, y).mean(dim=1) * weight for stage in raw])
 
 
-class _BestEpoch:
-    """The epoch with the lowest validation loss so far, and its weights."""
+class _Course:
+    """The course of a training for one number of iterations, and its best epoch so far."""
 
     def __init__(self, max_epochs: int) -> None:
-        self.epoch = max_epochs  # the last one, without validation
-        self.loss = math.inf
+        self.history: list[dict[str, float]] = []
+        self.validated: list[Tensor] = []  # raw predictions for the validation examples, by epoch
+        self.best_epoch = max_epochs  # the last one, without validation
         self.weights: dict[str, Tensor] | None = None
+        self._loss = math.inf
 
     def update(self, epoch: int, loss: float, head: RelishHead) -> None:
-        if loss < self.loss:
-            self.epoch, self.loss = epoch, loss
+        """Keep the weights if this epoch has the lowest validation loss so far."""
+        if loss < self._loss:
+            self.best_epoch, self._loss = epoch, loss
             self.weights = copy.deepcopy(head.state_dict())
+
+    def result(self, validation: Examples | None, loss_fn: Loss) -> _Stage:
+        oof_predictions = None
+        if validation is not None:
+            oof_predictions = _oof_predictions(torch.stack(self.validated), validation, loss_fn)
+        return _Stage(self.weights, Training(self.history, self.best_epoch, oof_predictions))
 
 
 def _oof_predictions(validated: Tensor, examples: Examples, loss_fn: Loss) -> np.ndarray:
@@ -306,7 +433,9 @@ def _oof_predictions(validated: Tensor, examples: Examples, loss_fn: Loss) -> np
     half = torch.arange(validated.shape[1]) % 2 == 0
     raw = torch.empty_like(validated[0])
     for chosen, rest in ((half, ~half), (~half, half)):
-        raw[chosen] = validated[losses[:, rest].sum(dim=1).argmin(), chosen]
+        # A single example leaves no other half: the last epoch has the lowest learning rate.
+        best = int(losses[:, rest].sum(dim=1).argmin()) if rest.any() else -1
+        raw[chosen] = validated[best, chosen]
     return loss_fn.inverse_link(raw).double().numpy()
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import randint
 from sklearn import config_context
+from sklearn.base import clone
 from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
 from sklearn.ensemble import BaggingRegressor, StackingRegressor, VotingRegressor
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401
@@ -88,6 +89,36 @@ def test_searches(regressor, reviews, search):
     found = search(regressor.set_params(max_epochs=2, n_estimators=1)).fit(*reviews)
     assert found.best_params_["n_iterations"] in (1, 2)
     assert np.isfinite(found.predict(reviews[0])).all()
+
+
+class Recorder:
+    """A callback that keeps the names of the estimators whose fits began and ended."""
+
+    def __init__(self):
+        self.begun, self.ended = [], []
+
+    def setup(self, estimator, context):
+        pass
+
+    def teardown(self, estimator, context):
+        pass
+
+    def on_fit_task_begin(self, estimator, context):
+        self.begun.append(context.estimator_name)
+
+    def on_fit_task_end(self, estimator, context):
+        self.ended.append(context.estimator_name)
+
+
+def test_callbacks(regressor, reviews):
+    texts, y = reviews
+    regressor.set_params(max_epochs=1, n_estimators=1)
+    alone, search = Recorder(), Recorder()
+    clone(regressor).set_callbacks(alone).fit(texts, y)
+    assert alone.begun == alone.ended == ["RelishRegressor"]
+    GridSearchCV(regressor, GRID, cv=2).set_callbacks(search).fit(texts, y)
+    assert "GridSearchCV" in search.begun
+    assert sorted(search.ended) == sorted(search.begun)
 
 
 def test_cross_validate_with_several_metrics(regressor, reviews):

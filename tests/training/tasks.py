@@ -34,6 +34,5 @@ def train(examples, validation=None, seed=0, head=None, **changes):
         "n_iter_no_change": 8,
         "seed": seed,
         "device": CPU,
-        "progress": False,
     }
     return head, train_head(head, examples, validation, **(settings | changes))

@@ -79,9 +79,9 @@ def test_regressor(estimator, check):
     [
         RelishRegressorCV(
             NUMBERS,
-            **SMALL | {"latent_size": [16, 32]},
+            **SMALL,
             n_iterations=[1, 2],
-            max_epochs=20,
+            max_epochs=12,
             layer=2,
             cv=2,
         )

@@ -39,6 +39,7 @@ from sklearn_relish.training.stacking import fit_ensemble
 from sklearn_relish.training.trainer import (
     AUTO_EPOCHS,
     Examples,
+    Training,
     auto_epochs,
     new_head,
     train_all,
@@ -398,12 +399,9 @@ class RelishRegressor(
         if continuing:  # the heads may have been trained on the rows that are held out now
             ensemble = self.head_.with_heads(ensemble.heads, loss_fn)
             oof_predictions = np.full_like(oof_predictions, np.nan)
-        history = [
-            {"estimator": number, **epoch}
-            for number, training in enumerate(trainings)
-            for epoch in training.history
-        ]
-        self._set_fitted(ensemble, history, [training.best_epoch for training in trainings])
+        self._set_fitted(
+            ensemble, history_of(trainings), [training.best_epoch for training in trainings]
+        )
         self._set_out_of_fold(oof_predictions, targets, rows.weight, loss_fn)
 
     @_fit_context(prefer_skip_nested_validation=True)
@@ -463,8 +461,7 @@ class RelishRegressor(
             progress=bool(self.verbose),
             **self._training_options(loss_fn),
         )
-        for number, training in enumerate(trainings):
-            history += [{"estimator": number, **epoch} for epoch in training.history]
+        history += history_of(trainings)
         if continuing:
             ensemble = self.head_.with_heads(heads, loss_fn)
         else:
@@ -662,3 +659,12 @@ class RelishRegressor(
             states = self._states(texts, layer)
             examples[layer] = Examples.of(states, targets[pairs], rows.weight[pairs]).merged(groups)
         return choose_layer(examples, self.state_norm)
+
+
+def history_of(trainings: Sequence[Training]) -> list[dict[str, Any]]:
+    """The epochs of all heads, for `history_`."""
+    return [
+        {"estimator": number, **epoch}
+        for number, training in enumerate(trainings)
+        for epoch in training.history
+    ]

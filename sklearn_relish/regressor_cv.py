@@ -26,7 +26,7 @@ from sklearn_relish.head.head import RelishHead, check_head_sizes
 from sklearn_relish.head.losses import Loss
 from sklearn_relish.inputs.training_rows import TrainingRows
 from sklearn_relish.predictor import RelishPredictor
-from sklearn_relish.regressor import RelishRegressor
+from sklearn_relish.regressor import RelishRegressor, history_of
 from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.store import StateStore
 from sklearn_relish.training.search import Candidate, SearchResult, TrainedHead, search_heads
@@ -301,7 +301,6 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
         regressors = [self._regressor(values) for values in grid]
         first = regressors[0]
         splits: list[Fold] | None = None
-
         labels: np.ndarray | None = None
 
         def parts_of(y: np.ndarray) -> np.ndarray | None:
@@ -374,12 +373,9 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
         )
         own = best._get_param_names()
         best.__dict__ |= {name: value for name, value in vars(first).items() if name not in own}
-        history = [
-            {"estimator": number, **epoch}
-            for number, training in enumerate(trainings)
-            for epoch in training.history
-        ]
-        best._set_fitted(ensemble, history, [training.best_epoch for training in trainings])
+        best._set_fitted(
+            ensemble, history_of(trainings), [training.best_epoch for training in trainings]
+        )
         best._set_out_of_fold(oof_predictions, targets, rows.weight, loss_fn)
         self.__dict__.pop("feature_names_in_", None)  # of an earlier fit
         self.__dict__ |= {name: value for name, value in vars(best).items() if name not in own}

@@ -281,10 +281,8 @@ def test_a_bar_counts_the_heads(llm, capfd, monkeypatch):
     assert "fold=3/3" in shown
 
 
-@pytest.mark.parametrize("random_state", [0, None])
-def test_an_interrupted_fit_is_continued(llm, monkeypatch, random_state):
-    texts, y = reviews(40)
-    search = make(llm, max_epochs=2, random_state=random_state)
+def interrupt_third_training(monkeypatch):
+    """Raise KeyboardInterrupt in the third training. The calls are returned."""
     calls, original = [], search_module._train
 
     def interrupted(*args, **options):
@@ -294,6 +292,14 @@ def test_an_interrupted_fit_is_continued(llm, monkeypatch, random_state):
         return original(*args, **options)
 
     monkeypatch.setattr(search_module, "_train", interrupted)
+    return calls
+
+
+@pytest.mark.parametrize("random_state", [0, None])
+def test_an_interrupted_fit_is_continued(llm, monkeypatch, random_state):
+    texts, y = reviews(40)
+    search = make(llm, max_epochs=2, random_state=random_state)
+    calls = interrupt_third_training(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         search.fit(texts, y)
     assert not hasattr(search, "best_params_")
@@ -314,15 +320,8 @@ def test_an_interrupted_fit_is_continued(llm, monkeypatch, random_state):
 )
 def test_another_search_does_not_continue_an_interrupted_one(llm, monkeypatch, change):
     texts, y = reviews(40)
-    search, original, calls = make(llm, max_epochs=1), search_module._train, []
-
-    def interrupted(*args, **options):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*args, **options)
-
-    monkeypatch.setattr(search_module, "_train", interrupted)
+    search = make(llm, max_epochs=1)
+    interrupt_third_training(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         search.fit(texts, y)
     search.set_params(**change).fit(texts, y)

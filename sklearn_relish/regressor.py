@@ -34,6 +34,7 @@ from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.store import StateStore, open_store
 from sklearn_relish.training.conformal import Conformal
 from sklearn_relish.training.layer_search import SHARES, choose_layer, sample_texts
+from sklearn_relish.training.parallel import train_all
 from sklearn_relish.training.splits import held_out_rows
 from sklearn_relish.training.stacking import fit_ensemble
 from sklearn_relish.training.trainer import (
@@ -42,7 +43,6 @@ from sklearn_relish.training.trainer import (
     Training,
     auto_epochs,
     new_head,
-    train_all,
 )
 
 # n_estimators="auto": the number for up to SMALL_SET distinct rows, and for more.

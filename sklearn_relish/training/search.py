@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from threading import Event
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from sklearn_relish.head.head import RelishHead
+from sklearn_relish.training.parallel import max_at_once, run_all
 from sklearn_relish.training.stacking import Fold
 from sklearn_relish.training.trainer import (
     Examples,
@@ -128,7 +132,7 @@ def search_heads(
     progress : bool
         Whether a bar counts the heads.
     **options
-        Further arguments of `train_head`.
+        Further arguments of `train_head`, `device` and `max_memory` among them.
 
     Returns
     -------
@@ -154,26 +158,34 @@ def search_heads(
     trainings = shared_trainings(candidates)
     scores = np.full((len(candidates), len(folds)), np.nan)
     seconds = np.full_like(scores, np.nan)
+    parts = [(examples[train_rows], examples[held_out]) for train_rows, held_out in folds]
+    at_once = max_at_once(parts, options["max_memory"])
     alive = list(range(len(trainings)))
     total = sum(max(1, math.ceil(len(alive) / 2**fold)) for fold in range(len(folds)))
+    diverged: dict[tuple[int, int], FloatingPointError] = {}
+
+    def train(key: tuple[int, int], stop: Event) -> None:
+        fold, number = key
+        members = [candidates[index] for index in trainings[number]]
+        try:
+            trained[key] = _train(members, *parts[fold], *seeds[fold], stop, **options)
+        except FloatingPointError as error:
+            diverged[key] = error
+        bar.update(fold=f"{fold + 1}/{len(folds)}")
+
     with ProgressBar(total, "Training heads", "head", progress) as bar:
-        for fold, (train_rows, held_out) in enumerate(folds):
-            diverged: dict[int, FloatingPointError] = {}
-            for number in alive:
-                members = [candidates[index] for index in trainings[number]]
-                parts = examples[train_rows], examples[held_out]
-                try:
-                    if (fold, number) not in trained:
-                        trained[fold, number] = _train(members, *parts, *seeds[fold], **options)
-                except FloatingPointError as error:
-                    diverged[number] = error
-                bar.update(fold=f"{fold + 1}/{len(folds)}")
-            for number, reason in diverged.items():
-                alive.remove(number)
-                if not alive:
-                    raise reason
-                values = [candidates[index].values for index in trainings[number]]
-                warn(f"{reason} Dropped: {', '.join(map(repr, values))}.")
+        for fold in range(len(folds)):
+            # Once a single training is left, nothing depends on the order of its folds.
+            next_folds = [fold] if len(alive) > 1 else range(fold, len(folds))
+            keys = [key for key in product(next_folds, alive) if key not in trained]
+            run_all([partial(train, key) for key in keys], options["device"], at_once)
+            for (_, number), error in diverged.items():
+                if number in alive:
+                    alive.remove(number)
+                    if not alive:
+                        raise error
+                    values = [candidates[index].values for index in trainings[number]]
+                    warn(f"{error} Dropped: {', '.join(map(repr, values))}.")
             for number in alive:
                 for index, result in zip(trainings[number], trained[fold, number], strict=True):
                     predictions = cast(np.ndarray, result.training.oof_predictions)
@@ -214,12 +226,13 @@ def _train(
     validation: Examples,
     weights_seed: int,
     order_seed: int,
+    stop: Event,
     **options: Any,
 ) -> list[TrainedHead]:
     """Train the one head of candidates that differ in their number of iterations alone."""
     start = time.perf_counter()
     first = candidates[0]
-    options = {**options, **first.training, "seed": order_seed}
+    options = {**options, **first.training, "seed": order_seed, "stop": stop}
     if options["max_epochs"] == "auto":
         options["max_epochs"] = auto_epochs(len(train.states), options["batch_size"])
     iterations = sorted({candidate.sizes["n_iterations"] for candidate in candidates})

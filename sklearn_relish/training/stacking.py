@@ -22,7 +22,8 @@ from sklearn_relish.head.head import RelishHead
 from sklearn_relish.head.losses import Loss
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.inference import pool_states
-from sklearn_relish.training.trainer import Examples, Training, train_all
+from sklearn_relish.training.parallel import train_all
+from sklearn_relish.training.trainer import Examples, Training
 from sklearn_relish.training.windows import window_size
 
 MIN_TEXTS = 10  # held-out texts; with fewer there are no ridges

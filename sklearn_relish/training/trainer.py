@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,6 +80,10 @@ class Training(NamedTuple):
     oof_predictions: np.ndarray | None
 
 
+class Stopped(Exception):  # noqa: N818, it is no error
+    """A training was asked to stop."""
+
+
 _init_lock = ForkSafeLock()  # initializers draw from the one global generator
 
 
@@ -118,6 +123,7 @@ def train_head(
     constant_rate: bool = False,
     max_memory: float = math.inf,
     bar: ProgressBar | None = None,
+    stop: Event | None = None,
 ) -> Training:
     """Train a head in place, starting from its weights.
 
@@ -159,6 +165,8 @@ def train_head(
         the texts of a window, see `Windows`.
     bar : ProgressBar, default=None
         Counts the epochs.
+    stop : Event, default=None
+        The training ends with `Stopped` at the next step after it is set.
 
     Returns
     -------
@@ -171,6 +179,8 @@ def train_head(
     ------
     FloatingPointError
         If the loss is no longer finite.
+    Stopped
+        If `stop` was set.
 
     References
     ----------
@@ -193,47 +203,12 @@ def train_head(
         constant_rate=constant_rate,
         max_memory=max_memory,
         bar=bar,
+        stop=stop,
         iterations=[head.n_iterations],
     )
     if stage.weights is not None:
         head.load_state_dict(stage.weights)
     return stage.training
-
-
-def train_all(
-    heads: Sequence[RelishHead],
-    parts: Sequence[tuple[Examples, Examples | None]],
-    seeds: Sequence[int],
-    *,
-    max_epochs: int,
-    progress: bool,
-    **options: Any,
-) -> list[Training]:
-    """Train several heads in place.
-
-    Parameters
-    ----------
-    heads : sequence of RelishHead
-    parts : sequence of (Examples, Examples or None)
-        For each head, the training examples and the held-out ones.
-    seeds : sequence of int
-        For each head, the seed of the order of the texts.
-    max_epochs : int
-        Of each head.
-    progress : bool
-        Whether a bar counts the epochs of all heads.
-    **options
-        Further arguments of `train_head`.
-
-    Returns
-    -------
-    list of Training
-    """
-    with ProgressBar(len(heads) * max_epochs, "Training heads", "epoch", progress) as bar:
-        return [
-            train_head(head, *part, seed=seed, max_epochs=max_epochs, bar=bar, **options)
-            for head, part, seed in zip(heads, parts, seeds, strict=True)
-        ]
 
 
 def train_stages(
@@ -303,6 +278,7 @@ def _train(
     constant_rate: bool = False,
     max_memory: float = math.inf,
     bar: ProgressBar | None = None,
+    stop: Event | None = None,
 ) -> list[_Stage]:
     """Train a head, and find the best epoch for each of `iterations`; see `train_stages`.
 
@@ -325,6 +301,8 @@ def _train(
     for epoch in range(1, max_epochs + 1):
         total = torch.zeros(len(iterations), device=device)
         for batch in step.loader.training_batches(batch_size, generator):
+            if stop is not None and stop.is_set():
+                raise Stopped
             optimizer.zero_grad()
             for part in split_batch(batch, train.states):
                 total += step.backward(part, len(batch), iterations)

@@ -1,0 +1,155 @@
+"""Independent trainings at the same time, each in a thread of its own.
+
+A training step has hundreds of small operations, which are hardly faster with several threads of
+torch. Several trainings with fewer threads each use the cores better. torch releases the lock of
+the interpreter while it computes.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from sklearn_relish.head.head import RelishHead
+from sklearn_relish.training.trainer import Examples, Stopped, Training, train_head
+from sklearn_relish.training.windows import window_size
+from sklearn_relish.utils.progress import ProgressBar
+
+Result = TypeVar("Result")
+
+MAX_PER_THREAD = 4  # trainings at the same time, for each thread that torch may use
+
+
+def run_all(
+    tasks: Sequence[Callable[[threading.Event], Result]],
+    device: torch.device,
+    max_at_once: int | None = None,
+) -> list[Result]:
+    """Run tasks at the same time on a CPU, and one after another on other devices.
+
+    Parameters
+    ----------
+    tasks : sequence of callable
+        Each gets an event. When it is set, the task raises `Stopped`.
+    device : torch.device
+        Where the tasks compute.
+    max_at_once : int, default=None
+        The most tasks at the same time. None: as many as pay.
+
+    Returns
+    -------
+    list
+        The results, in the order of the tasks.
+
+    Raises
+    ------
+    BaseException
+        The first error of a task, or an interruption. The other tasks are stopped first.
+    """
+    n_threads = torch.get_num_threads()
+    n_workers = min(len(tasks), MAX_PER_THREAD * n_threads, max_at_once or len(tasks))
+    stop = threading.Event()
+    if device.type != "cpu" or n_threads == 1 or n_workers < 2:
+        return [task(stop) for task in tasks]
+    results: dict[int, Result] = {}
+    errors: dict[int, BaseException] = {}
+    numbers = iter(range(len(tasks)))
+    ready = threading.Barrier(n_workers + 1)
+
+    def work() -> None:
+        # A thread takes torch's number for the process when it first asks for it, so ask before.
+        torch.get_num_threads()
+        torch.set_num_threads(max(1, n_threads // n_workers))
+        ready.wait()
+        for number in numbers:
+            try:
+                results[number] = tasks[number](stop)
+            except BaseException as error:  # raised again in the thread that waits
+                errors[number] = error
+                stop.set()
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(n_workers)]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    torch.set_num_threads(n_threads)  # for threads that other code starts
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:  # such as KeyboardInterrupt
+        stop.set()
+        for thread in threads:
+            thread.join()
+        raise
+    for number in sorted(errors):
+        if not isinstance(errors[number], Stopped):
+            raise errors[number]
+    return [results[number] for number in range(len(tasks))]
+
+
+def train_all(
+    heads: Sequence[RelishHead],
+    parts: Sequence[tuple[Examples, Examples | None]],
+    seeds: Sequence[int],
+    *,
+    device: torch.device,
+    max_epochs: int,
+    progress: bool,
+    max_memory: float = math.inf,
+    **options: Any,
+) -> list[Training]:
+    """Train several heads in place.
+
+    Parameters
+    ----------
+    heads : sequence of RelishHead
+    parts : sequence of (Examples, Examples or None)
+        For each head, the training examples and the held-out ones.
+    seeds : sequence of int
+        For each head, the seed of the order of the texts.
+    device : torch.device
+        Where the heads are trained.
+    max_epochs : int
+        Of each head.
+    progress : bool
+        Whether a bar counts the epochs of all heads.
+    max_memory : float, default=infinity
+        As of `train_head`. If the states of a head exceed it, one head is trained at a time.
+    **options
+        Further arguments of `train_head`.
+
+    Returns
+    -------
+    list of Training
+    """
+
+    def train(number: int, stop: threading.Event) -> Training:
+        return train_head(
+            heads[number],
+            *parts[number],
+            seed=seeds[number],
+            device=device,
+            max_epochs=max_epochs,
+            max_memory=max_memory,
+            bar=bar,
+            stop=stop,
+            **options,
+        )
+
+    with ProgressBar(len(heads) * max_epochs, "Training heads", "epoch", progress) as bar:
+        tasks = [partial(train, number) for number in range(len(heads))]
+        return run_all(tasks, device, max_at_once(parts, max_memory))
+
+
+def max_at_once(parts: Sequence[tuple[Examples, Examples | None]], max_memory: float) -> int | None:
+    """The most trainings at the same time: one, if each holds windows of half of the memory."""
+    n_bytes = max(
+        train.states.n_bytes + (0 if validation is None else validation.states.n_bytes)
+        for train, validation in parts
+    )
+    return None if math.isinf(window_size(n_bytes, max_memory)) else 1

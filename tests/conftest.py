@@ -27,6 +27,15 @@ def fresh_process_state(monkeypatch):
     monkeypatch.setattr("sklearn_relish.states.contents._cached", {})
 
 
+@pytest.fixture
+def one_thread():
+    """One thread of torch: heads are trained one after another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def model_cache(tmp_path_factory):
     """An empty folder where this run, with all its xdist workers, keeps converted models.

@@ -296,6 +296,7 @@ def interrupt_third_training(monkeypatch):
 
 
 @pytest.mark.parametrize("random_state", [0, None])
+@pytest.mark.usefixtures("one_thread")
 def test_an_interrupted_fit_is_continued(llm, monkeypatch, random_state):
     texts, y = reviews(40)
     search = make(llm, max_epochs=2, random_state=random_state)
@@ -318,6 +319,7 @@ def test_an_interrupted_fit_is_continued(llm, monkeypatch, random_state):
     [{"learning_rate": 1e-3}, {"cv": 4}, {"cv": KFold(3)}, {"latent_size": [8, 32]}],
     ids=["parameter", "folds", "splitter", "candidates"],
 )
+@pytest.mark.usefixtures("one_thread")
 def test_another_search_does_not_continue_an_interrupted_one(llm, monkeypatch, change):
     texts, y = reviews(40)
     search = make(llm, max_epochs=1)

@@ -19,6 +19,7 @@ from sklearn_relish.head.head import RelishHead
 from sklearn_relish.training.trainer import Examples, Stopped, Training, train_head
 from sklearn_relish.training.windows import window_size
 from sklearn_relish.utils.progress import ProgressBar
+from sklearn_relish.utils.threads import limit_threads
 
 Result = TypeVar("Result")
 
@@ -59,13 +60,9 @@ def run_all(
     results: dict[int, Result] = {}
     errors: dict[int, BaseException] = {}
     numbers = iter(range(len(tasks)))
-    ready = threading.Barrier(n_workers + 1)
 
     def work() -> None:
-        # A thread takes torch's number for the process when it first asks for it, so ask before.
-        torch.get_num_threads()
-        torch.set_num_threads(max(1, n_threads // n_workers))
-        ready.wait()
+        limit_threads(max(1, n_threads // n_workers))
         for number in numbers:
             try:
                 results[number] = tasks[number](stop)
@@ -76,8 +73,6 @@ def run_all(
     threads = [threading.Thread(target=work, daemon=True) for _ in range(n_workers)]
     for thread in threads:
         thread.start()
-    ready.wait()
-    torch.set_num_threads(n_threads)  # for threads that other code starts
     try:
         for thread in threads:
             thread.join()

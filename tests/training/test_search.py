@@ -131,6 +131,7 @@ def test_a_fold_without_a_score_is_an_error():
         run([candidate()], score=lambda fold, predictions: [0.5, np.nan][fold], n_folds=2)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_an_interrupted_search_continues_with_what_it_has_trained(monkeypatch):
     candidates = [candidate(latent_size=size) for size in (4, 8)]
     complete = run(candidates)

@@ -67,7 +67,7 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
         The layer that is read, from 1.
     n_features_in_ : int
         Number of columns of `X`; 1 for one-dimensional `X`.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Column names, if `X` is a data frame whose column names are all strings.
 
     See Also

@@ -98,12 +98,12 @@ class RelishRegressor(
         Number of attention heads.
     share_weights : bool, default=False
         Whether all iterations share the weights of one block.
-    loss : {"huber", "squared_error", "absolute_error", "quantile", "poisson", "gamma"}, \
-            default="huber"
+    loss : str, default="huber"
         Loss on the standardized target. ``"huber"`` is squared up to one standard deviation and
-        linear beyond. ``"absolute_error"`` predicts the median. ``"poisson"``, for counts and
-        amounts of 0 or more, and ``"gamma"``, for amounts above 0, are half the deviances of these
-        distributions with a log link, as in scikit-learn; their predictions are positive.
+        linear beyond. ``"squared_error"`` predicts the mean, ``"absolute_error"`` the median, and
+        ``"quantile"`` what `quantile` says. ``"poisson"``, for counts and amounts of 0 or more, and
+        ``"gamma"``, for amounts above 0, are half the deviances of these distributions with a log
+        link, as in scikit-learn; their predictions are positive.
     quantile : float or list of float, default=0.5
         With ``loss="quantile"``, the quantiles to predict, in increasing order. Several quantiles
         share each head and never cross. `predict` returns the quantile nearest to the median, or
@@ -183,7 +183,7 @@ class RelishRegressor(
         Number of outputs.
     n_features_in_ : int
         Number of columns of `X`; 1 for one-dimensional `X`.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Column names, if `X` is a data frame whose column names are all strings.
     history_ : list of dict
         One entry per epoch: ``estimator``, from 0, ``epoch``, ``learning_rate``, ``train_loss``

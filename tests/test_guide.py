@@ -1,9 +1,9 @@
-"""docs/many_machines.md: its arithmetic and its links. `integrations` runs its other code."""
+"""docs/guide/many_machines.md: its arithmetic and its links. `integrations` runs its other code."""
 
 import re
 from pathlib import Path
 
-GUIDE = Path(__file__).parent.parent / "docs" / "many_machines.md"
+GUIDE = Path(__file__).parent.parent / "docs" / "guide" / "many_machines.md"
 TEXT = GUIDE.read_text("utf-8")
 
 

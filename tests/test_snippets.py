@@ -1,13 +1,11 @@
 """Every block of Python code of the README and of the documentation runs, with a tiny model."""
 
 import re
-import sys
 from pathlib import Path
 
 import joblib
 import pandas as pd
 import pytest
-
 from documented import add_tiny_model, run_as_documented
 
 ROOT = Path(__file__).parent.parent

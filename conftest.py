@@ -20,6 +20,8 @@ def doctest_folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def doctest_environment(request, monkeypatch):
     if isinstance(request.node, pytest.DoctestItem):
+        if request.node.path.name == "display.py":
+            pytest.importorskip("matplotlib.pyplot").switch_backend("agg")
         from documented import run_as_documented
 
         run_as_documented(request.getfixturevalue("doctest_folder"), monkeypatch)

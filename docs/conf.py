@@ -1,5 +1,7 @@
 """The documentation site. ``make docs`` builds it to docs/_build/html, without network."""
 
+import importlib
+import inspect
 import os
 import re
 import shutil
@@ -51,14 +53,17 @@ numpydoc_show_class_members = False
 
 
 def own_members(module: str, name: str, members: list[str]) -> list[str]:
-    """The members of a class that this package defines, in the order of the class."""
-    cls = getattr(__import__(module, fromlist=[name]), name)
+    """The members of a class that this package defines and documents, in the order of the class."""
+    cls = getattr(importlib.import_module(module), name)
     own = [base for base in cls.__mro__ if base.__module__.startswith("sklearn_relish")]
-    ordered = [member for base in own for member in vars(base)]
     return [
         member
-        for member in dict.fromkeys(ordered)
-        if member in members and member != "__init__" and not member.endswith("_request")
+        for member in dict.fromkeys(member for base in own for member in vars(base))
+        if member in members
+        and not member.startswith("_")
+        and not member.endswith("_request")  # scikit-learn's
+        and inspect.getattr_static(cls, member).__doc__
+        and type(inspect.getattr_static(cls, member)).__name__ != "_tuplegetter"
     ]
 
 

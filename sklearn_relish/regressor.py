@@ -223,9 +223,9 @@ class RelishRegressor(
     --------
     >>> from sklearn_relish import RelishRegressor
     >>> regressor = RelishRegressor("HuggingFaceTB/SmolLM2-135M", random_state=0)
-    >>> regressor.fit(["dull", "fine", "splendid"] * 20, [1, 3, 5] * 20)  # doctest: +SKIP
+    >>> regressor.fit(["dull", "fine", "splendid"] * 20, [1, 3, 5] * 20)
     RelishRegressor(random_state=0)
-    >>> regressor.predict(["wonderful", "bad"]).shape  # doctest: +SKIP
+    >>> regressor.predict(["wonderful", "bad"]).shape
     (2,)
     """
 
@@ -354,6 +354,17 @@ class RelishRegressor(
         UserWarning
             If a target is constant; if texts were cut at `max_length`; if kept states were damaged
             and are read again, or could not be written.
+
+        Examples
+        --------
+        A table, with weights of its rows:
+
+        >>> from sklearn_relish import RelishRegressor
+        >>> films = {"title": ["Alien", "Babe"] * 20, "year": [1979, 1995] * 20}
+        >>> regressor = RelishRegressor(random_state=0)
+        >>> regressor = regressor.fit(films, [97, 83] * 20, sample_weight=[2, 1] * 20)
+        >>> regressor.predict({"title": ["Heat"], "year": [1995]}).shape
+        (1,)
         """
         data = {"estimator": self, "X": X, "y": y, "metadata": {"sample_weight": sample_weight}}
         context = self._init_callback_context()
@@ -428,6 +439,13 @@ class RelishRegressor(
         ------
         ValueError, TypeError, OSError
             As `fit`; the previous fit is left unchanged.
+
+        Examples
+        --------
+        >>> from sklearn_relish import RelishRegressor
+        >>> regressor = RelishRegressor(max_epochs=2, random_state=0)
+        >>> for texts, y in [(["dull", "fine"], [1, 3]), (["poor", "splendid"], [2, 5])]:
+        ...     regressor = regressor.partial_fit(texts, y)
         """
         fitted = self._snapshot()
         fitted._partial_fit(X, y, sample_weight)

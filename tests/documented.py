@@ -19,5 +19,5 @@ def run_as_documented(folder, monkeypatch):
     monkeypatch.chdir(folder)
     package = SimpleNamespace(assemble=lambda: folder / MODEL)
     monkeypatch.setitem(sys.modules, PACKAGE, package)
-    monkeypatch.setattr("sklearn_relish.training.trainer.AUTO_EPOCHS", 1)
-    monkeypatch.setattr("sklearn_relish.training.trainer.AUTO_STEPS", 1)
+    for module in ("regressor", "training.search"):
+        monkeypatch.setattr(f"sklearn_relish.{module}.auto_epochs", lambda *_, **__: 1)

@@ -47,6 +47,8 @@ default_role = "literal"
 myst_heading_anchors = 4
 suppress_warnings = ["config.cache"]  # the gallery's configuration can't be pickled
 
+add_module_names = False
+toc_object_entries_show_parents = "hide"
 autodoc_typehints = "none"  # numpydoc sections have the types
 autosummary_generate = True
 numpydoc_show_class_members = False

@@ -1,4 +1,7 @@
-"""How complex is a function? Predict the McCabe complexity of functions of the standard library.
+"""Code: how complex is a function?
+================================
+
+Predict the McCabe complexity of functions of the standard library::
 
     python examples/code_complexity.py
 

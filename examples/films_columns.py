@@ -1,4 +1,7 @@
-"""Which columns of a table are useful? Films as rows of texts, categories and numbers.
+"""Columns: which of a table are useful?
+=====================================
+
+Films as rows of texts, categories and numbers::
 
     python examples/films_columns.py
 

@@ -1,4 +1,7 @@
-"""How large should the head be? A grid search over iterations and latent size, as a heat map.
+"""Grid search: how large should the head be?
+==========================================
+
+A grid search over iterations and latent size, as a heat map::
 
     python examples/grid_search.py
 

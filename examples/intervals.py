@@ -1,4 +1,7 @@
-"""How certain is a prediction? Quantiles from one head, and intervals with a given coverage.
+"""Intervals: how certain is a prediction?
+=======================================
+
+Quantiles from one head, and intervals with a given coverage::
 
     python examples/intervals.py
 

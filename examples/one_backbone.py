@@ -1,4 +1,7 @@
-"""One language model, several targets: the critics' score and the running time of a film.
+"""One language model, several targets
+===================================
+
+The critics' score and the running time of a film::
 
     python examples/one_backbone.py
 

@@ -1,4 +1,7 @@
-"""What do the iterations do? The prediction and the attended tokens at each iteration.
+"""Refinement: what do the iterations do?
+======================================
+
+The prediction and the attended tokens at each iteration::
 
     python examples/plot_refinement.py
 

@@ -1,4 +1,7 @@
-"""How will critics rate a film? Predict its Tomatometer from title, year, makers and cast.
+"""Quickstart: how will critics rate a film?
+=========================================
+
+Predict its Tomatometer from title, year, makers and cast::
 
     python examples/quickstart.py
 

@@ -1,4 +1,7 @@
-"""How do two texts compare? Pairs of films, through a prompt.
+"""Pairs: how do two texts compare?
+================================
+
+Pairs of films, through a prompt::
 
     python examples/sentence_pairs.py
 

@@ -65,8 +65,10 @@ class RefinementDisplay:
 
     Examples
     --------
-    >>> from sklearn_relish import RefinementDisplay
-    >>> RefinementDisplay.from_estimator(regressor, "A dull film.", y=3.1)  # doctest: +SKIP
+    >>> from sklearn_relish import RefinementDisplay, RelishRegressor
+    >>> regressor = RelishRegressor(random_state=0).fit(["dull", "fine"] * 20, [1, 3] * 20)
+    >>> display = RefinementDisplay.from_estimator(regressor, "A dull film.", y=1)
+    >>> display.figure_.savefig("film.svg")
     """
 
     def __init__(
@@ -117,6 +119,15 @@ class RefinementDisplay:
             If the regressor has several outputs, or there are several texts and no `y`.
         ImportError
             If matplotlib is not installed.
+
+        Examples
+        --------
+        The error of several texts by iteration:
+
+        >>> from sklearn_relish import RefinementDisplay, RelishRegressor
+        >>> texts, y = ["dull", "fine", "splendid"] * 20, [1, 3, 5] * 20
+        >>> regressor = RelishRegressor(random_state=0).fit(texts, y)
+        >>> display = RefinementDisplay.from_estimator(regressor, texts, y)
         """
         _pyplot()
         X = [X] if isinstance(X, str) else X
@@ -170,6 +181,17 @@ class RefinementDisplay:
             If `width` or `max_lines` is below 1.
         ImportError
             If matplotlib is not installed.
+
+        Examples
+        --------
+        Predictions of two texts after three iterations, from elsewhere:
+
+        >>> import numpy as np
+        >>> from sklearn_relish import RefinementDisplay
+        >>> stages = np.array([[2.0, 2.5], [1.5, 3.5], [1.1, 4.8]])
+        >>> display = RefinementDisplay(stages, y=np.array([1.0, 5.0])).plot()
+        >>> display.axes_[0].get_xlabel()
+        'iteration'
         """
         pyplot = _pyplot()
         if min(width, max_lines) < 1:

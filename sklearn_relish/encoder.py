@@ -67,7 +67,7 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
         The layer that is read, from 1.
     n_features_in_ : int
         Number of columns of `X`; 1 for one-dimensional `X`.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Column names, if `X` is a data frame whose column names are all strings.
 
     See Also
@@ -80,7 +80,8 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
     >>> from sklearn.pipeline import make_pipeline
     >>> from sklearn_relish import LLMEncoder
     >>> regressor = make_pipeline(LLMEncoder("HuggingFaceTB/SmolLM2-135M"), RidgeCV())
-    >>> regressor.fit(["dull", "fine", "splendid"], [1, 3, 5])  # doctest: +SKIP
+    >>> regressor.fit(["dull", "fine", "splendid"], [1, 3, 5]).predict(["wonderful"]).shape
+    (1,)
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
@@ -138,6 +139,13 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
         Returns
         -------
         self : LLMEncoder
+
+        Examples
+        --------
+        >>> from sklearn_relish import LLMEncoder
+        >>> encoder = LLMEncoder(layer=0.5, pooling="last").fit(["a text"])
+        >>> encoder.transform(["a text", "another one"]).shape[0]
+        2
         """
         fitted = self._snapshot()
         fitted._render(fitted._read_table(X, reset=True))
@@ -158,6 +166,13 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
         Returns
         -------
         X_out : float32 ndarray of shape (n_samples, hidden size of the model)
+
+        Examples
+        --------
+        >>> from sklearn_relish import LLMEncoder
+        >>> states = LLMEncoder().fit(["a text"]).transform(["a text", "another one"])
+        >>> len(states), states.dtype
+        (2, dtype('float32'))
         """
         check_is_fitted(self)
         fitted = self._snapshot()
@@ -180,6 +195,14 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
         Returns
         -------
         X_out : float32 ndarray of shape (n_samples, hidden size of the model)
+
+        Examples
+        --------
+        >>> from sklearn_relish import LLMEncoder, StateStore
+        >>> store = StateStore()
+        >>> states = LLMEncoder(memory=store).fit_transform(["a text", "another one"])
+        >>> len(states)
+        2
         """
         fitted = self.fit(X, y)._snapshot()
         states = fitted._states(fitted._render(fitted._read_table(X, reset=False)), fitted.layer_)

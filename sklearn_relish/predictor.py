@@ -52,6 +52,14 @@ class RelishPredictor(BaseLLMEstimator):
         -------
         y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
             In the units of the `y` of `fit`.
+
+        Examples
+        --------
+        >>> from sklearn_relish import RelishRegressor
+        >>> texts, y = ["dull", "fine", "splendid"] * 20, [1, 3, 5] * 20
+        >>> regressor = RelishRegressor(random_state=0).fit(texts, y)
+        >>> regressor.predict(["wonderful", "bad"]).shape
+        (2,)
         """
         fitted = self._snapshot()
         return fitted._point_prediction(fitted._predict(fitted._texts(X)))
@@ -70,6 +78,17 @@ class RelishPredictor(BaseLLMEstimator):
         ------
         y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
             `n_iterations` arrays; the last one is the result of `predict`.
+
+        Examples
+        --------
+        >>> from sklearn_relish import RelishRegressor
+        >>> texts, y = ["dull", "fine", "splendid"] * 20, [1, 3, 5] * 20
+        >>> regressor = RelishRegressor(random_state=0).fit(texts, y)
+        >>> stages = list(regressor.staged_predict(["wonderful", "bad"]))
+        >>> len(stages)
+        3
+        >>> stages[-1].shape
+        (2,)
         """
         fitted = self._snapshot()
         # (n_samples, n_iterations, n_outputs * n_predictions)
@@ -95,6 +114,17 @@ class RelishPredictor(BaseLLMEstimator):
         ------
         ValueError
             If the tokenizer does not provide the spans of tokens.
+
+        Examples
+        --------
+        >>> from sklearn_relish import RelishRegressor
+        >>> texts, y = ["dull", "fine", "splendid"] * 20, [1, 3, 5] * 20
+        >>> regressor = RelishRegressor(random_state=0).fit(texts, y)
+        >>> attention = regressor.attention(["not bad"])[0]
+        >>> attention.text
+        'not bad'
+        >>> attention.weights.shape == (5, 3, 8, len(attention.tokens))
+        True
         """
         fitted = self._snapshot()
         texts = fitted._texts(X)
@@ -122,6 +152,14 @@ class RelishPredictor(BaseLLMEstimator):
         -------
         ndarray of shape (n_samples, n_quantiles) or (n_samples, n_outputs, n_quantiles)
             In the order of `quantile`, increasing.
+
+        Examples
+        --------
+        >>> from sklearn_relish import RelishRegressor
+        >>> texts, y = ["dull", "fine", "splendid"] * 20, [1, 3, 5] * 20
+        >>> regressor = RelishRegressor(loss="quantile", quantile=[0.1, 0.5, 0.9], random_state=0)
+        >>> regressor.fit(texts, y).predict_quantiles(["wonderful", "bad"]).shape
+        (2, 3)
         """
         fitted = self._snapshot()
         predictions = fitted._predict(fitted._texts(X))
@@ -153,6 +191,14 @@ class RelishPredictor(BaseLLMEstimator):
         ValueError
             If nothing was held out, or too few rows for `coverage`; also after a warm start and
             after `partial_fit`, because the heads may have been trained on any row.
+
+        Examples
+        --------
+        >>> from sklearn_relish import RelishRegressor
+        >>> texts, y = [f"text {i}" for i in range(20)], range(20)
+        >>> regressor = RelishRegressor(random_state=0).fit(texts, y)
+        >>> regressor.predict_interval(["another text"], coverage=0.8).shape
+        (1, 2)
         """
         check_is_fitted(self)
         if not (isinstance(coverage, Real) and 0 < coverage < 1):
@@ -252,6 +298,13 @@ class TextAttention(NamedTuple):
         empty; tokens that form one character together all have its span.
     weights : float64 ndarray of shape (n_estimators, n_iterations, n_heads, n_tokens)
         Attention weights; they sum to 1 over the tokens.
+
+    Examples
+    --------
+    >>> from sklearn_relish import RelishRegressor
+    >>> regressor = RelishRegressor(random_state=0).fit(["dull", "fine"] * 20, [1, 3] * 20)
+    >>> text, tokens, spans, weights = regressor.attention(["not bad"])[0]
+    >>> by_token = dict(zip(tokens, weights.mean(axis=(0, 1, 2))))
     """
 
     text: str

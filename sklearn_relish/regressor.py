@@ -98,12 +98,12 @@ class RelishRegressor(
         Number of attention heads.
     share_weights : bool, default=False
         Whether all iterations share the weights of one block.
-    loss : {"huber", "squared_error", "absolute_error", "quantile", "poisson", "gamma"}, \
-            default="huber"
+    loss : str, default="huber"
         Loss on the standardized target. ``"huber"`` is squared up to one standard deviation and
-        linear beyond. ``"absolute_error"`` predicts the median. ``"poisson"``, for counts and
-        amounts of 0 or more, and ``"gamma"``, for amounts above 0, are half the deviances of these
-        distributions with a log link, as in scikit-learn; their predictions are positive.
+        linear beyond. ``"squared_error"`` predicts the mean, ``"absolute_error"`` the median, and
+        ``"quantile"`` what `quantile` says. ``"poisson"``, for counts and amounts of 0 or more, and
+        ``"gamma"``, for amounts above 0, are half the deviances of these distributions with a log
+        link, as in scikit-learn; their predictions are positive.
     quantile : float or list of float, default=0.5
         With ``loss="quantile"``, the quantiles to predict, in increasing order. Several quantiles
         share each head and never cross. `predict` returns the quantile nearest to the median, or
@@ -183,7 +183,7 @@ class RelishRegressor(
         Number of outputs.
     n_features_in_ : int
         Number of columns of `X`; 1 for one-dimensional `X`.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Column names, if `X` is a data frame whose column names are all strings.
     history_ : list of dict
         One entry per epoch: ``estimator``, from 0, ``epoch``, ``learning_rate``, ``train_loss``
@@ -223,9 +223,9 @@ class RelishRegressor(
     --------
     >>> from sklearn_relish import RelishRegressor
     >>> regressor = RelishRegressor("HuggingFaceTB/SmolLM2-135M", random_state=0)
-    >>> regressor.fit(["dull", "fine", "splendid"] * 20, [1, 3, 5] * 20)  # doctest: +SKIP
+    >>> regressor.fit(["dull", "fine", "splendid"] * 20, [1, 3, 5] * 20)
     RelishRegressor(random_state=0)
-    >>> regressor.predict(["wonderful", "bad"]).shape  # doctest: +SKIP
+    >>> regressor.predict(["wonderful", "bad"]).shape
     (2,)
     """
 
@@ -354,6 +354,17 @@ class RelishRegressor(
         UserWarning
             If a target is constant; if texts were cut at `max_length`; if kept states were damaged
             and are read again, or could not be written.
+
+        Examples
+        --------
+        A table, with weights of its rows:
+
+        >>> from sklearn_relish import RelishRegressor
+        >>> films = {"title": ["Alien", "Babe"] * 20, "year": [1979, 1995] * 20}
+        >>> regressor = RelishRegressor(random_state=0)
+        >>> regressor = regressor.fit(films, [97, 83] * 20, sample_weight=[2, 1] * 20)
+        >>> regressor.predict({"title": ["Heat"], "year": [1995]}).shape
+        (1,)
         """
         data = {"estimator": self, "X": X, "y": y, "metadata": {"sample_weight": sample_weight}}
         context = self._init_callback_context()
@@ -428,6 +439,13 @@ class RelishRegressor(
         ------
         ValueError, TypeError, OSError
             As `fit`; the previous fit is left unchanged.
+
+        Examples
+        --------
+        >>> from sklearn_relish import RelishRegressor
+        >>> regressor = RelishRegressor(max_epochs=2, random_state=0)
+        >>> for texts, y in [(["dull", "fine"], [1, 3]), (["poor", "splendid"], [2, 5])]:
+        ...     regressor = regressor.partial_fit(texts, y)
         """
         fitted = self._snapshot()
         fitted._partial_fit(X, y, sample_weight)

@@ -151,10 +151,10 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
     --------
     >>> from sklearn_relish import RelishRegressorCV
     >>> search = RelishRegressorCV(n_iterations=[1, 3], latent_size=[128, 256], random_state=0)
-    >>> search.fit(["dull", "fine", "splendid"] * 20, [1, 3, 5] * 20)  # doctest: +SKIP
-    RelishRegressorCV(...)
-    >>> search.best_params_  # doctest: +SKIP
-    {'latent_size': 128, 'n_iterations': 1}
+    >>> texts = [f"{word} film {i}" for i in range(20) for word in ("dull", "fine", "splendid")]
+    >>> search = search.fit(texts, [1, 3, 5] * 20)
+    >>> sorted(search.best_params_)
+    ['latent_size', 'n_iterations']
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
@@ -269,6 +269,16 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
         UserWarning
             As `RelishRegressor.fit`; and if the training of a candidate diverged. This candidate is
             dropped.
+
+        Examples
+        --------
+        The texts of one author are in the same fold:
+
+        >>> from sklearn_relish import RelishRegressorCV
+        >>> texts, y = [f"text {i}" for i in range(20)], range(20)
+        >>> search = RelishRegressorCV(n_iterations=[1, 2], latent_size=64, cv=2, random_state=0)
+        >>> search.fit(texts, y, groups=["Ada", "Bob"] * 10).n_splits_
+        2
         """
         data = {
             "estimator": self,
@@ -395,6 +405,15 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
         folder : str or path
         metrics : dict of str to float, default=None
             As in `RelishRegressor.save_pretrained`, which names the errors too.
+
+        Examples
+        --------
+        >>> from sklearn_relish import RelishRegressor, RelishRegressorCV
+        >>> texts, y = [f"text {i}" for i in range(20)], range(20)
+        >>> search = RelishRegressorCV(n_iterations=[1, 2], latent_size=64, cv=2, random_state=0)
+        >>> search.fit(texts, y).save_pretrained("chosen")
+        >>> RelishRegressor.from_pretrained("chosen").latent_size
+        64
         """
         check_is_fitted(self)
         self.best_estimator_.save_pretrained(folder, metrics=metrics)

@@ -41,22 +41,28 @@ def loaded_models():
 
 
 @pytest.fixture
-def run_example(monkeypatch, tmp_path, model_cache, loaded_models, fresh_process_state):
-    """Run an example as ``python examples/NAME.py SIZE`` in an empty folder."""
+def environment(monkeypatch, tmp_path, model_cache, loaded_models, fresh_process_state):
+    """An empty folder, one loaded language model, and short training."""
     shorten_training(monkeypatch)
     monkeypatch.setattr("sklearn_relish.llm.frozen._shared", loaded_models)
     monkeypatch.setenv("XDG_CACHE_HOME", str(model_cache))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(EXAMPLES)
     pyplot.switch_backend("agg")
+    yield
+    pyplot.close("all")
+
+
+@pytest.fixture
+def run_example(environment, monkeypatch):
+    """Run an example as ``python examples/NAME.py SIZE``."""
 
     def run(name):
         path = EXAMPLES / f"{name}.py"
         monkeypatch.setattr(sys, "argv", [str(path), str(SIZE)])
         runpy.run_path(str(path), run_name="__main__")
 
-    yield run
-    pyplot.close("all")
+    return run
 
 
 def test_every_example_is_tested():
@@ -70,3 +76,16 @@ def test_example(name, run_example, tmp_path, capsys):
     assert PRINTED[name] in capsys.readouterr().out
     for picture in re.findall(r'"(\w+\.svg)"', (EXAMPLES / f"{name}.py").read_text("utf-8")):
         assert (tmp_path / picture).stat().st_size > 1000
+
+
+@pytest.mark.real_model
+def test_first_snippet_of_the_readme(environment, capsys):
+    """As printed in the README, the best of the three reviews comes first and the worst last."""
+    readme = (EXAMPLES.parent / "README.md").read_text("utf-8")
+    code, output = re.search(
+        r"```python\n(.*?)```\n\n```text\n(.*?)```", readme, re.DOTALL
+    ).groups()
+    exec(code, {})
+    for printed in (output, capsys.readouterr().out):
+        best, middle, worst = map(float, printed.strip(" []\n").split())
+        assert best > middle > worst

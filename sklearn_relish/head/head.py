@@ -178,7 +178,7 @@ class RelishHead(nn.Module):
     Examples
     --------
     >>> import torch
-    >>> from sklearn_relish.head import RelishHead
+    >>> from sklearn_relish import RelishHead
     >>> head = RelishHead(input_size=4096)
     >>> sum(parameter.numel() for parameter in head.parameters())
     3418625
@@ -239,6 +239,14 @@ class RelishHead(nn.Module):
         ------
         ValueError
             If the mask has no real token for a text.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from sklearn_relish import RelishHead
+        >>> head = RelishHead(input_size=16, latent_size=8, n_heads=2)
+        >>> head(torch.randn(2, 7, 16), torch.ones(2, 7, dtype=torch.bool)).shape
+        torch.Size([2, 1])
         """
         return self.forward_zero_padded(zero_padding(states, mask), mask)
 
@@ -251,11 +259,32 @@ class RelishHead(nn.Module):
         """The prediction after each iteration, (n_iterations, B, n_outputs).
 
         The padding must hold zeros.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from sklearn_relish import RelishHead
+        >>> head = RelishHead(input_size=16, latent_size=8, n_heads=2, n_iterations=3)
+        >>> head.staged(torch.randn(2, 7, 16), torch.ones(2, 7, dtype=torch.bool)).shape
+        torch.Size([3, 2, 1])
         """
         return torch.stack([self.readout(step.latent) for step in self.steps(states, mask)])
 
     def steps(self, states: Tensor, mask: Tensor) -> Iterator[Step]:
-        """The iterations, one by one. The padding must hold zeros."""
+        """The iterations, one by one. The padding must hold zeros.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from sklearn_relish import RelishHead
+        >>> head = RelishHead(input_size=16, latent_size=8, n_heads=2)
+        >>> states, mask = torch.randn(2, 7, 16), torch.ones(2, 7, dtype=torch.bool)
+        >>> for step in head.steps(states, mask):
+        ...     tuple(step.latent.shape), tuple(step.attention.shape)
+        ((2, 8), (2, 2, 7))
+        ((2, 8), (2, 2, 7))
+        ((2, 8), (2, 2, 7))
+        """
         context = self._context(states, mask)
         latent = self.latent[None]  # (1, d): all texts begin with the same state
         for iteration in range(self.n_iterations):
@@ -277,6 +306,12 @@ class RelishHead(nn.Module):
         -------
         RelishHead
             With copies of the weights, on the CPU.
+
+        Examples
+        --------
+        >>> from sklearn_relish import RelishHead
+        >>> RelishHead(input_size=16, latent_size=8, n_heads=2).truncated(1).n_iterations
+        1
         """
         with torch.device("meta"):
             head = RelishHead(**self.sizes | {"n_iterations": n_iterations})

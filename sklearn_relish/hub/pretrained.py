@@ -91,6 +91,15 @@ class PretrainedMixin(RelishPredictor):
             If `model_kwargs` holds values that JSON can't represent.
         ValueError
             If a parameter is invalid or the weights are not finite: it could not be loaded.
+
+        Examples
+        --------
+        >>> from sklearn_relish import RelishRegressor
+        >>> texts, y = ["dull", "fine", "splendid"] * 20, [1, 3, 5] * 20
+        >>> regressor = RelishRegressor(random_state=0).fit(texts, y)
+        >>> regressor.save_pretrained("reviews", metrics={"R² on the test set": 0.42})
+        >>> RelishRegressor.from_pretrained("reviews").predict(["wonderful"]).shape
+        (1,)
         """
         check_is_fitted(self)
         save(self, folder, metrics)
@@ -137,6 +146,15 @@ class PretrainedMixin(RelishPredictor):
         VersionWarning
             If this package, torch, Transformers or scikit-learn had another version when the
             regressor was saved; a subclass of scikit-learn's `InconsistentVersionWarning`.
+
+        Examples
+        --------
+        >>> from sklearn_relish import RelishRegressor
+        >>> regressor = RelishRegressor(random_state=0).fit(["dull", "fine"] * 20, [1, 3] * 20)
+        >>> regressor.save_pretrained("films")
+        >>> loaded = RelishRegressor.from_pretrained("films", memory="states", verbose=1)
+        >>> loaded.memory
+        'states'
         """
         return load(cls, source, revision, token, parameters)
 

@@ -104,6 +104,11 @@ class FrozenLLM(TokenStateReader):
     >>> llm = FrozenLLM("HuggingFaceTB/SmolLM2-135M", device="cpu")
     >>> llm
     FrozenLLM('HuggingFaceTB/SmolLM2-135M', device='cpu')
+
+    Estimators that share it:
+
+    >>> from sklearn_relish import LLMEncoder, RelishRegressor
+    >>> regressor, encoder = RelishRegressor(llm), LLMEncoder(llm)
     """
 
     def __init__(
@@ -306,6 +311,14 @@ class FrozenLLM(TokenStateReader):
         -----
         UserWarning
             If a batch does not fit into a CUDA device's memory. Smaller batches are then made.
+
+        Examples
+        --------
+        >>> from sklearn_relish import FrozenLLM
+        >>> llm = FrozenLLM("HuggingFaceTB/SmolLM2-135M")
+        >>> for rows, [states], lengths in llm.read(["a text"], layers=[2], max_length=512):
+        ...     states.hidden_size == llm.hidden_size, states.lengths.tolist() == lengths.tolist()
+        (True, True)
         """
         chunks = self._text_tokenizer.tokenize_in_chunks(
             texts, chunk_size=batching.CHUNK_TEXTS, max_length=max_length, windows=windows
@@ -341,6 +354,15 @@ class FrozenLLM(TokenStateReader):
         ------
         ValueError
             If the model's tokenizer is not a fast one.
+
+        Examples
+        --------
+        >>> from sklearn_relish import FrozenLLM
+        >>> llm = FrozenLLM("HuggingFaceTB/SmolLM2-135M")
+        >>> (pieces, spans), *_ = llm.tokens(["a text"], max_length=512)
+        >>> start, end = spans[-1]
+        >>> "a text"[start:end] == pieces[-1]
+        True
         """
         return self._text_tokenizer.spans(texts, max_length=max_length, windows=windows)
 

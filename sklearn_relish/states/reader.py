@@ -161,6 +161,13 @@ class TokenStateReader(ABC):
         ------
         ValueError
             If the model has no such layer.
+
+        Examples
+        --------
+        >>> from sklearn_relish import FrozenLLM
+        >>> llm = FrozenLLM("HuggingFaceTB/SmolLM2-135M")
+        >>> llm.resolve_layer(-1) == llm.resolve_layer(1.0) == llm.n_layers
+        True
         """
         if not isinstance(layer, numbers.Integral) and 0 < layer <= 1:
             return max(1, round(float(layer) * self.n_layers))

@@ -187,6 +187,15 @@ class StateStore:
         UserWarning
             If texts were cut, if files of the store could not be used, if states could not be
             written, or if a worker process reads texts into a store that other processes can't use.
+
+        Examples
+        --------
+        >>> from sklearn_relish import FrozenLLM, StateStore
+        >>> llm, store = FrozenLLM("HuggingFaceTB/SmolLM2-135M"), StateStore()
+        >>> texts = ["a text", "another one"]
+        >>> states = store.fetch(texts, llm, layer=2, max_length=512, progress=False)
+        >>> len(states)
+        2
         """
         contents, call = self._contents, Call()
         retention = Retention(contents, self.max_memory, self.max_bytes)
@@ -291,6 +300,14 @@ class StateStore:
         -----
         UserWarning
             If files of the store could not be used; after the last piece, if texts were cut.
+
+        Examples
+        --------
+        >>> from sklearn_relish import FrozenLLM, StateStore
+        >>> llm, store = FrozenLLM("HuggingFaceTB/SmolLM2-135M"), StateStore()
+        >>> for rows, states in store.stream(["a text"], llm, layer=2, max_length=512):
+        ...     rows.tolist(), len(states)
+        ([0], 1)
         """
         contents, call = self._contents, Call()
         reading = Reading(
@@ -336,6 +353,14 @@ class StateStore:
         ------
         OSError
             If the folder can't be read.
+
+        Examples
+        --------
+        >>> from sklearn_relish import LLMEncoder, StateStore
+        >>> store = StateStore("states-of-encoder")
+        >>> _ = LLMEncoder(memory=store).fit_transform(["a text", "another one"])
+        >>> [(row["long_text"], row["n_texts"]) for row in store.info()]
+        [('truncate', 2)]
         """
         rows = []
         contents = self._contents
@@ -369,6 +394,15 @@ class StateStore:
             The name or path by which the model was read, which stands for all its revisions; or
             the reader itself, such as a `FrozenLLM`, which stands for its own revision. None: all
             models.
+
+        Examples
+        --------
+        >>> from sklearn_relish import LLMEncoder, StateStore
+        >>> store = StateStore("states-to-clear")
+        >>> _ = LLMEncoder(memory=store).fit_transform(["a text"])
+        >>> store.clear()
+        >>> store.info()
+        []
         """
         contents = self._contents
         indexes = self._all_indexes(contents)

@@ -38,6 +38,7 @@ class TokenStates:
     Examples
     --------
     >>> import torch
+    >>> from sklearn_relish import TokenStates
     >>> states = TokenStates.from_lengths(torch.arange(10.0).reshape(5, 2), torch.tensor([2, 3]))
     >>> padded, mask = states.batch(torch.tensor([0, 1]))
     >>> padded.shape, mask.tolist()
@@ -52,7 +53,22 @@ class TokenStates:
 
     @classmethod
     def from_lengths(cls, values: Tensor, lengths: Tensor) -> TokenStates:
-        """States of texts that follow each other in one array, without gaps."""
+        """States of texts that follow each other in one array, without gaps.
+
+        Parameters
+        ----------
+        values : Tensor of shape (n_tokens, D)
+            States of all tokens, text after text.
+        lengths : int64 Tensor of shape (n_texts,)
+            Tokens of each text, at least one.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from sklearn_relish import TokenStates
+        >>> len(TokenStates.from_lengths(torch.zeros(5, 2), torch.tensor([2, 3])))
+        2
+        """
         return cls((values,), torch.zeros_like(lengths), lengths.cumsum(0) - lengths, lengths)
 
     @property
@@ -94,6 +110,15 @@ class TokenStates:
         -------
         states : Tensor of shape (B, S, D)
         mask : bool Tensor of shape (B, S)
+
+        Examples
+        --------
+        >>> import torch
+        >>> from sklearn_relish import TokenStates
+        >>> states = TokenStates.from_lengths(torch.ones(5, 2), torch.tensor([2, 3]))
+        >>> padded, mask = states.batch(torch.tensor([0, 1]))
+        >>> padded.shape
+        torch.Size([2, 3, 2])
         """
         texts = self[rows]
         padded = pad_sequence(list(texts._slices()), batch_first=True)

@@ -1,4 +1,4 @@
-"""Runs the code of docs/many_machines.md, with two worker processes on this machine."""
+"""Runs the code of docs/guide/many_machines.md, with two worker processes on this machine."""
 
 import json
 import os
@@ -20,7 +20,7 @@ pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
 ROOT = Path(__file__).parents[2]
-GUIDE = (ROOT / "docs" / "many_machines.md").read_text("utf-8")
+GUIDE = (ROOT / "docs" / "guide" / "many_machines.md").read_text("utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
 needs_sigkill = pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 N_FILES, N_ROWS = 4, 24

@@ -1,4 +1,4 @@
-"""The code of docs/many_machines.md with real Dask: two processes, one of which is killed."""
+"""The code of docs/guide/many_machines.md with real Dask: two processes, one of which is killed."""
 
 from collections import Counter
 

@@ -13,17 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import transformers
 
 from sklearn_relish.llm import batching
 from sklearn_relish.llm.fingerprint import model_files, model_fingerprint
@@ -37,6 +31,9 @@ from sklearn_relish.utils.devices import computes_bfloat16, resolve_device
 from sklearn_relish.utils.files import file_signature
 from sklearn_relish.utils.locks import ForkSafeLock, renew_in_forked_child
 from sklearn_relish.utils.messages import warn
+
+if TYPE_CHECKING:  # importing these classes imports accelerate
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class _LoadedOnce:
@@ -221,12 +218,12 @@ class FrozenLLM(TokenStateReader):
     @_LoadedOnce
     def config(self) -> PretrainedConfig:
         """The model's configuration, loaded on first use."""
-        return self._from_pretrained(AutoConfig, **access_kwargs(self.model_kwargs))
+        return self._from_pretrained(transformers.AutoConfig, **access_kwargs(self.model_kwargs))
 
     @_LoadedOnce
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded on first use."""
-        tokenizer = self._from_pretrained(AutoTokenizer, **self._pinned_kwargs)
+        tokenizer = self._from_pretrained(transformers.AutoTokenizer, **self._pinned_kwargs)
         if tokenizer.is_fast:  # calls would change this state, each for all threads
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()

@@ -7,15 +7,18 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from sklearn_relish.llm.gguf import converted_gguf
 from sklearn_relish.llm.layers import partial_model_class, text_network
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Keyword arguments that find a model; configuration and tokenizer take them too.
 ACCESS_KWARGS = frozenset(
@@ -140,7 +143,7 @@ def load_network(
         if partial is not None:
             text_only = not isinstance(config, partial.config_class)
             kwargs["config"] = config.get_text_config() if text_only else config
-        loaded, info = load(partial or AutoModel, output_loading_info=True, **kwargs)
+        loaded, info = load(partial or transformers.AutoModel, output_loading_info=True, **kwargs)
         # Encoders are often published without their pooler, which is not used here.
         missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
         if missing:  # Transformers would fill them with random numbers

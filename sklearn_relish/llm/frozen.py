@@ -23,7 +23,13 @@ from sklearn_relish.llm import batching
 from sklearn_relish.llm.fingerprint import model_files, model_fingerprint
 from sklearn_relish.llm.forward import ForwardPass
 from sklearn_relish.llm.layers import NotLoadedError, move_layers
-from sklearn_relish.llm.loading import access_kwargs, load_network, load_pretrained, model_source
+from sklearn_relish.llm.loading import (
+    access_kwargs,
+    cached_commit,
+    load_network,
+    load_pretrained,
+    model_source,
+)
 from sklearn_relish.llm.tokenize import TextTokenizer
 from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.token_states import TokenStates
@@ -200,10 +206,13 @@ class FrozenLLM(TokenStateReader):
         self._check_files()
         return model_fingerprint(self.model, self.revision, self.model_kwargs)
 
-    @property
-    def revision(self) -> str | None:  # type: ignore[override]
+    @_LoadedOnce
+    def revision(self) -> str | None:
         """The Hub's commit of the model; None for a local model."""
-        return None if os.path.exists(self.model) else getattr(self.config, "_commit_hash", None)
+        if os.path.exists(self.model):
+            return None
+        _ = self.config  # is in the cache from here on
+        return cached_commit(self.model, self.model_kwargs)
 
     @property
     def files(self) -> list[Path]:

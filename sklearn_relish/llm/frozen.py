@@ -324,6 +324,37 @@ class FrozenLLM(TokenStateReader):
                     for rows, states in batching.join_windows(batches, group):
                         yield rows + start, states, full_lengths[rows]
 
+    def count_tokens(
+        self, texts: list[str], *, max_length: int, windows: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of tokens that `read` reads; only the tokenizer is loaded.
+
+        Parameters
+        ----------
+        texts : list of str
+        max_length : int
+        windows : bool, default=False
+            As in `read`.
+
+        Returns
+        -------
+        n_read : int64 ndarray of shape (n_texts,)
+            Tokens of each text whose states `read` gives.
+        full_lengths : int64 ndarray of shape (n_texts,)
+            Tokens before the text is cut; a lower bound for a very long text that is cut.
+        """
+        tokenizer = self._text_tokenizer
+        chunks = [
+            tokenizer.tokenize(
+                texts[start : start + batching.CHUNK_TEXTS], max_length=max_length, windows=windows
+            )[1]
+            for start in range(0, len(texts), batching.CHUNK_TEXTS)
+        ]
+        full_lengths = np.concatenate(chunks)
+        if windows:
+            return np.maximum(full_lengths, 1), full_lengths
+        return np.clip(full_lengths, 1, tokenizer.token_limit(max_length)), full_lengths
+
     def tokens(
         self, texts: list[str], *, max_length: int, windows: bool = False
     ) -> list[tuple[list[str], np.ndarray]]:

@@ -79,7 +79,10 @@ def test_no_file_is_too_long_to_read():
 
 # Run in a process of its own: what is imported, step by step.
 IMPORTS = """
+import faulthandler
 import sys
+
+faulthandler.dump_traceback_later(200, exit=True)  # shows where a process that hangs is
 
 def imported(*names):
     return sorted(set(names) & set(sys.modules))

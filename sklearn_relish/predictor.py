@@ -216,9 +216,9 @@ class RelishPredictor(BaseLLMEstimator):
     def _texts(self, X: ArrayLike) -> list[str]:
         """The text of each row; the regressor is fitted and has its language model."""
         check_is_fitted(self)
-        texts = self._render(self._read_table(X, reset=False))
+        table = self._read_table(X, reset=False)
         self._check_model()
-        return texts
+        return self._render(table)
 
     def _map_states(
         self, texts: list[str], function: Callable[..., Any]
@@ -264,8 +264,17 @@ class RelishPredictor(BaseLLMEstimator):
         return predictions.reshape(len(predictions), *self._y_shape, -1)
 
     def _check_model(self) -> None:
-        """Raise an error or warn if the language model is not the one of the fit."""
+        """Raise an error or warn if the language model is missing or not the one of the fit."""
         llm = self._llm()
+        try:
+            _ = llm.n_layers  # loads the configuration of a model given by name
+        except OSError as error:
+            raise OSError(
+                f"{type(self).__name__} was fitted with the language model {llm.model!r}, which"
+                " can't be loaded on this machine. If the model is in another place, pass it:"
+                " from_pretrained(..., model=...), or set_params(model=...) after unpickling."
+                f" {error}"
+            ) from error
         input_size = self.head_.heads[0].sizes["input_size"]
         if self.layer_ > llm.n_layers or input_size != llm.hidden_size:
             raise ValueError(

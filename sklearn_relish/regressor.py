@@ -30,6 +30,7 @@ from sklearn_relish.hub.pretrained import PretrainedMixin
 from sklearn_relish.inputs.targets import read_targets
 from sklearn_relish.inputs.training_rows import TargetScaler, TrainingRows
 from sklearn_relish.predictor import RelishPredictor
+from sklearn_relish.preview import FitPreview, preview_fit
 from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.store import StateStore, open_store
 from sklearn_relish.training.conformal import Conformal
@@ -316,6 +317,25 @@ class RelishRegressor(
         self.random_state = random_state
         self.verbose = verbose
         self.warm_start = warm_start
+
+    def preview(self, X: ArrayLike) -> FitPreview:
+        """Show what `fit` will make the language model read, and estimate what the fit will cost.
+
+        A sample of up to 64 texts is read, and the heads are trained on them for a few steps.
+        Nothing is kept, and the regressor does not change.
+
+        Parameters
+        ----------
+        X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
+            As in `fit`.
+
+        Returns
+        -------
+        FitPreview
+            The texts, numbers of tokens, seconds and bytes; `print` shows a summary.
+        """
+        self._validate_params()
+        return preview_fit(self._snapshot(), X)
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(

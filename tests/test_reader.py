@@ -216,3 +216,12 @@ def half(states):
 
 def narrow(states):
     return TokenStates.from_lengths(states.arrays[0][:, 1:].contiguous(), states.lengths)
+
+
+def test_a_preview_of_a_reader_is_scaled_from_a_sample():
+    reader = HashedWords()
+    preview = RelishRegressor(reader, max_length=4, **SMALL).preview(TEXTS)
+    assert reader.n_read < len(TEXTS) + 16  # a sample, and the texts that are read first
+    assert (preview.n_tokens, preview.longest) == (4 * len(TEXTS), 5)
+    assert (preview.n_distinct, preview.n_cut) == (len(TEXTS), len(TEXTS))
+    assert preview.n_bytes == 4 * len(TEXTS) * reader.hidden_size * 4

@@ -25,11 +25,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 from filelock import FileLock
-from huggingface_hub import snapshot_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 from sklearn.utils.validation import check_is_fitted
 
+from sklearn_relish import __version__
 from sklearn_relish.head.ensemble import RelishEnsemble
 from sklearn_relish.hub.card import model_card
 from sklearn_relish.hub.checks import (
@@ -48,6 +49,7 @@ from sklearn_relish.hub.checks import (
     read_config,
     tensor_header,
 )
+from sklearn_relish.hub.model_name import base_name, is_local, with_hub_id
 from sklearn_relish.llm.frozen import FrozenLLM
 from sklearn_relish.predictor import RelishPredictor
 from sklearn_relish.states.reader import TokenStateReader
@@ -61,16 +63,21 @@ ATTEMPTS, PAUSE_SECONDS = 20, 0.01  # to find the weights of a config.json that 
 
 
 class PretrainedMixin(RelishPredictor):
-    """`save_pretrained` and `from_pretrained` of a regressor."""
+    """`save_pretrained`, `push_to_hub` and `from_pretrained` of a regressor."""
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], *, metrics: dict[str, float] | None = None
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        metrics: dict[str, float] | None = None,
+        license: str | None = None,
     ) -> None:
         """Save the fitted regressor to a folder, in the Hugging Face format.
 
         ``config.json`` holds the parameters except `memory`, `device`, `verbose` and
         `random_state`; ``model.safetensors`` the weights; ``README.md`` a model card. Nothing is
-        pickled. The language model is not saved, only its name and revision.
+        pickled. The language model is not saved, only its name and revision: the Hub id of a model
+        of the Hub, also if it was given as a folder of the Hub's cache; the path of another model.
 
         A regressor in the folder is replaced atomically: a process that loads it meanwhile, or
         after this process was killed, gets the old or the new one. Processes that save to the same
@@ -81,7 +88,9 @@ class PretrainedMixin(RelishPredictor):
         folder : str or path
             Created if it does not exist; the files of a regressor in it are replaced.
         metrics : dict of str to float, default=None
-            Figures for the model card, in addition to R² on held-out rows.
+            Figures for the model card, in addition to R² of the out-of-fold predictions.
+        license : str, default=None
+            Licence of the regressor for the model card, as the Hub names it: ``"apache-2.0"``, ...
 
         Raises
         ------
@@ -102,7 +111,71 @@ class PretrainedMixin(RelishPredictor):
         (1,)
         """
         check_is_fitted(self)
-        save(self, folder, metrics)
+        save(self, folder, metrics, license)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        metrics: dict[str, float] | None = None,
+        license: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Save the fitted regressor to a repository of the Hugging Face Hub, in one commit.
+
+        The files are those of `save_pretrained`; other files of the repository are left alone. Of a
+        language model that is not on the Hub only the name of its file or folder is published, not
+        its path. Whoever loads the regressor passes the path as `model` to `from_pretrained`.
+
+        Parameters
+        ----------
+        repo_id : str
+            ``"namespace/name"``, or ``"name"`` in the namespace of the token's owner. The
+            repository is created if it does not exist.
+        metrics : dict of str to float, default=None
+        license : str, default=None
+            For the model card, as in `save_pretrained`.
+        commit_message : str, default=None
+            None: ``"Upload RelishRegressor"``.
+        private : bool, default=None
+            Whether a new repository is private. None: the default of its owner.
+        token : str or bool, default=None
+            Access token. None: the token of ``hf auth login`` or of the variable ``HF_TOKEN``.
+        revision : str, default=None
+            Branch to commit to; it is created if it does not exist. None: ``"main"``.
+        create_pr : bool, default=False
+            Whether to open a pull request with the commit instead.
+
+        Returns
+        -------
+        huggingface_hub.CommitInfo
+            With the address of the commit and of the pull request.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `save_pretrained`; nothing has been created at that point.
+        huggingface_hub.errors.HfHubHTTPError
+            If the Hub refuses the request, for example because of the token.
+        """
+        check_is_fitted(self)
+        contents(self, repo_id, metrics, license, repo_id)  # raises before anything is created
+        api = HfApi(token=token, library_name="sklearn-relish", library_version=__version__)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        files = contents(self, repo_id, metrics, license, repo_id)  # the card has the complete id
+        if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.create_commit(
+            repo_id,
+            [CommitOperationAdd(name, content) for name, content in files.items()],
+            commit_message=commit_message or f"Upload {type(self).__name__}",
+            revision=revision,
+            create_pr=create_pr,
+        )
 
     @classmethod
     def from_pretrained(
@@ -159,21 +232,34 @@ class PretrainedMixin(RelishPredictor):
         return load(cls, source, revision, token, parameters)
 
 
-def save(
-    regressor: PretrainedMixin, folder: str | os.PathLike[str], metrics: dict[str, float] | None
-) -> None:
-    """Save to a folder, see `PretrainedMixin.save_pretrained`."""
+def contents(
+    regressor: PretrainedMixin,
+    folder: str | os.PathLike[str],
+    metrics: dict[str, float] | None,
+    license: str | None,
+    repo_id: str | None = None,
+) -> dict[str, bytes]:
+    """The saved files by name, checked that they can be loaded.
+
+    Errors name the files as in `folder`. If `repo_id` is given, the files are public: they do not
+    contain the path of a local model.
+    """
     folder = Path(folder)
     state = regressor.__getstate__()  # one consistent state, though another thread may fit
-    if isinstance(state["model"], FrozenLLM):
-        llm = state["model"]
-        state |= {"model": llm.model, "dtype": llm.dtype, "model_kwargs": llm.model_kwargs}
-    elif isinstance(state["model"], TokenStateReader):
+    if isinstance(state["model"], TokenStateReader) and not isinstance(state["model"], FrozenLLM):
         state["model"] = state["model"].model
+    else:
+        if isinstance(state["model"], FrozenLLM):
+            llm = state["model"]
+            state |= {"model": llm.model, "dtype": llm.dtype, "model_kwargs": llm.model_kwargs}
+        state = with_hub_id(state)
+    if repo_id is not None and is_local(state["model"]):
+        state["model"] = f"./{base_name(state['model'])}"
     state["dtype"] = str(state["dtype"]).removeprefix("torch.")
     kwargs = state["model_kwargs"]
-    if kwargs:  # a secret is not saved
-        state["model_kwargs"] = {name: kwargs[name] for name in kwargs if name != "token"}
+    if kwargs:  # secrets are not saved
+        secrets = ("proxies", "token")
+        state["model_kwargs"] = {name: kwargs[name] for name in kwargs if name not in secrets}
     names = [name for name in regressor._get_param_names() if name not in UNSAVED_PARAMETERS]
     parameters = {name: state[name] for name in names}
     head = state["head_"].__getstate__()
@@ -202,8 +288,20 @@ def save(
         kept["fitted"], {name: tensor_header(array) for name, array in arrays.items()}, folder
     )
     check_values(arrays, folder)
-    card = model_card(type(regressor), state, parameters, metrics)
+    card = model_card(type(regressor), state, parameters, metrics, license, repo_id)
+    return {WEIGHTS: weights, CONFIG: written.encode(), CARD: f"{card}".encode()}
 
+
+def save(
+    regressor: PretrainedMixin,
+    folder: str | os.PathLike[str],
+    metrics: dict[str, float] | None,
+    license: str | None,
+) -> None:
+    """Save to a folder, see `PretrainedMixin.save_pretrained`."""
+    folder = Path(folder)
+    path = folder / CONFIG
+    files = contents(regressor, folder, metrics, license)
     folder.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(path) and not is_regressor_config(path):
         raise FileExistsError(
@@ -211,11 +309,11 @@ def save(
             " overwritten: choose another folder."
         )
     with _locked(folder):
-        pending = folder / PENDING.format(config[WEIGHTS_DIGEST])
-        _write(pending, weights)
-        _write(path, written.encode())  # from here on the folder holds the new regressor
+        pending = folder / PENDING.format(hashlib.sha256(files[WEIGHTS]).hexdigest())
+        _write(pending, files[WEIGHTS])
+        _write(path, files[CONFIG])  # from here on the folder holds the new regressor
         os.replace(pending, folder / WEIGHTS)
-        _write(folder / CARD, f"{card}".encode())
+        _write(folder / CARD, files[CARD])
         for left_behind in folder.glob(PENDING.format("[0-9a-f]" * 64)):
             left_behind.unlink()
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from sklearn_relish.llm.batch_invariance import JOINT_TOKENS, BatchInvariant
 from sklearn_relish.llm.batching import Packing, make_batch, pack
@@ -21,6 +20,9 @@ from sklearn_relish.llm.layers import NotLoadedError, text_layers
 from sklearn_relish.llm.tokenize import TextTokenizer
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.utils.locks import FairLock, renew_in_forked_child
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class ForwardPass:

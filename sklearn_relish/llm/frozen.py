@@ -13,23 +13,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import transformers
 
 from sklearn_relish.llm import batching
 from sklearn_relish.llm.fingerprint import model_files, model_fingerprint
 from sklearn_relish.llm.forward import ForwardPass
 from sklearn_relish.llm.layers import NotLoadedError, move_layers
-from sklearn_relish.llm.loading import access_kwargs, load_network, load_pretrained, model_source
+from sklearn_relish.llm.loading import (
+    access_kwargs,
+    cached_commit,
+    load_network,
+    load_pretrained,
+    model_source,
+)
 from sklearn_relish.llm.tokenize import TextTokenizer
 from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.token_states import TokenStates
@@ -37,6 +37,9 @@ from sklearn_relish.utils.devices import computes_bfloat16, resolve_device
 from sklearn_relish.utils.files import file_signature
 from sklearn_relish.utils.locks import ForkSafeLock, renew_in_forked_child
 from sklearn_relish.utils.messages import warn
+
+if TYPE_CHECKING:  # importing these classes imports accelerate
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class _LoadedOnce:
@@ -208,10 +211,13 @@ class FrozenLLM(TokenStateReader):
         self._check_files()
         return model_fingerprint(self.model, self.revision, self.model_kwargs)
 
-    @property
-    def revision(self) -> str | None:  # type: ignore[override]
+    @_LoadedOnce
+    def revision(self) -> str | None:
         """The Hub's commit of the model; None for a local model."""
-        return None if os.path.exists(self.model) else getattr(self.config, "_commit_hash", None)
+        if os.path.exists(self.model):
+            return None
+        _ = self.config  # is in the cache from here on
+        return cached_commit(self.model, self.model_kwargs)
 
     @property
     def files(self) -> list[Path]:
@@ -226,12 +232,12 @@ class FrozenLLM(TokenStateReader):
     @_LoadedOnce
     def config(self) -> PretrainedConfig:
         """The model's configuration, loaded on first use."""
-        return self._from_pretrained(AutoConfig, **access_kwargs(self.model_kwargs))
+        return self._from_pretrained(transformers.AutoConfig, **access_kwargs(self.model_kwargs))
 
     @_LoadedOnce
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded on first use."""
-        tokenizer = self._from_pretrained(AutoTokenizer, **self._pinned_kwargs)
+        tokenizer = self._from_pretrained(transformers.AutoTokenizer, **self._pinned_kwargs)
         if tokenizer.is_fast:  # calls would change this state, each for all threads
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
@@ -330,6 +336,37 @@ class FrozenLLM(TokenStateReader):
                     batches = self._read_tokens([piece.ids for piece in group], layers)
                     for rows, states in batching.join_windows(batches, group):
                         yield rows + start, states, full_lengths[rows]
+
+    def count_tokens(
+        self, texts: list[str], *, max_length: int, windows: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of tokens that `read` reads; only the tokenizer is loaded.
+
+        Parameters
+        ----------
+        texts : list of str
+        max_length : int
+        windows : bool, default=False
+            As in `read`.
+
+        Returns
+        -------
+        n_read : int64 ndarray of shape (n_texts,)
+            Tokens of each text whose states `read` gives.
+        full_lengths : int64 ndarray of shape (n_texts,)
+            Tokens before the text is cut; a lower bound for a very long text that is cut.
+        """
+        tokenizer = self._text_tokenizer
+        chunks = [
+            tokenizer.tokenize(
+                texts[start : start + batching.CHUNK_TEXTS], max_length=max_length, windows=windows
+            )[1]
+            for start in range(0, len(texts), batching.CHUNK_TEXTS)
+        ]
+        full_lengths = np.concatenate(chunks)
+        if windows:
+            return np.maximum(full_lengths, 1), full_lengths
+        return np.clip(full_lengths, 1, tokenizer.token_limit(max_length)), full_lengths
 
     def tokens(
         self, texts: list[str], *, max_length: int, windows: bool = False

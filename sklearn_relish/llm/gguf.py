@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import transformers
 from filelock import FileLock
 from platformdirs import user_cache_path
-from transformers import AutoModel, AutoTokenizer
 
 from sklearn_relish.utils.files import file_digest
 
@@ -69,12 +69,14 @@ def converted_gguf(path: Path) -> Path:
 
 def _convert(path: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-    loaded = AutoModel.from_pretrained(**source, dtype=torch.bfloat16)
+    transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    loaded = transformers.AutoModel.from_pretrained(**source, dtype=torch.bfloat16)
     # A model loaded from GGUF can't be saved; one made from its configuration can.
     config = loaded.config.to_dict()
     config.pop("quantization_config", None)
     with torch.device("meta"):
-        model = AutoModel.from_config(type(loaded.config).from_dict(config), dtype=torch.bfloat16)
+        model = transformers.AutoModel.from_config(
+            type(loaded.config).from_dict(config), dtype=torch.bfloat16
+        )
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.save_pretrained(folder)

@@ -7,12 +7,15 @@ loaded, placeholders replace the layers that nobody reads: their weights are not
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file, is_peft_available
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Keyword arguments of `from_pretrained` that don't change which modules and weights there are.
 NEUTRAL_KWARGS = frozenset(
@@ -103,7 +106,7 @@ def partial_model_class(
     ):
         return None
     with torch.device("meta"):  # no memory is used
-        model = AutoModel.from_config(copy.deepcopy(config))  # it changes the dtype
+        model = transformers.AutoModel.from_config(copy.deepcopy(config))  # it changes the dtype
     network = text_network(model, config)
     found = text_layers(network, n_layers)
     names = [name for name, module in model.named_modules() if module is found]

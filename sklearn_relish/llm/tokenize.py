@@ -9,12 +9,14 @@ import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from sklearn_relish.utils.locks import FairLock, renew_in_forked_child
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKENIZE_TEXTS = 256  # texts in one call of the tokenizer, which takes 100 bytes for each token
 # Of a long text that is cut, only a part is tokenized: so many characters for each token wanted,

@@ -9,9 +9,9 @@ import torch
 import transformers
 from sklearn.exceptions import InconsistentVersionWarning
 
+from sklearn_relish import __version__
 from sklearn_relish.utils.messages import warn
 
-__version__ = "0.1.0"  # of this package; the build reads it here
 FORMAT = 1  # of pickles and folders; raised when their content changes its meaning
 STAMP = "sklearn_relish"  # the stamp's key in a pickled state and in config.json
 

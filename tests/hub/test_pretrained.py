@@ -168,6 +168,15 @@ def test_the_language_model_is_opened_at_the_revision_that_was_read(tmp_path):
     assert RelishRegressor.from_pretrained(tmp_path, model="other").model_kwargs is None
 
 
+def test_a_language_model_that_is_missing_here_can_be_passed(three, saved):
+    rewritten(saved, parameters={"model": "/elsewhere/llm.gguf"})
+    opened = RelishRegressor.from_pretrained(saved)  # its attributes can be read without the model
+    with pytest.raises(OSError, match=r"'/elsewhere/llm\.gguf'.*from_pretrained\(\.\.\., model="):
+        opened.predict(FRAME)
+    opened = RelishRegressor.from_pretrained(saved, model=tiny_model())
+    np.testing.assert_array_equal(opened.predict(FRAME), three[0].predict(FRAME))
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     regressor = RelishRegressor(tiny_model(), **SMALL).fit(FRAME, Y)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')

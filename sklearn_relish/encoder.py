@@ -40,8 +40,8 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
         The layer whose states are read, as in :class:`RelishRegressor`.
     state_norm : {"rms", None}, default="rms"
         ``"rms"`` divides each token's state by its root mean square before pooling.
-    pooling : {"mean", "last"}, default="mean"
-        The mean of a text's token states, or the last token's.
+    pooling : {"mean", "last", "std"}, default="mean"
+        The mean of a text's token states, the last token's, or the standard deviation.
     prompt : str, default=None
         Template of a row's text, as in :class:`RelishRegressor`.
     chat_template : bool, default=False

@@ -134,8 +134,9 @@ class RelishRegressor(
         ``"auto"`` is 5 for up to 1,000 distinct rows and 3 for more, and in `partial_fit`. 1 is the
         published choice, and the fastest.
     linear_path : bool or "auto", default="auto"
-        If true, ridge models on the mean and the last token state are added, weighted together with
-        the heads by out-of-fold error. For small or noisy sets they make up most of the prediction.
+        If true, ridge models on the mean, the standard deviation and the last one of the token
+        states are added, weighted together with the heads by out-of-fold error. For small or noisy
+        sets they make up most of the prediction.
         They need a loss whose prediction is a mean, ``"huber"`` or ``"squared_error"``: ``"auto"``
         adds them with these losses, and True raises an error with others. They are left out if
         fewer than 10 texts are held out.

@@ -14,15 +14,15 @@ from sklearn_relish.head.losses import HuberLoss, Loss, make_loss
 from sklearn_relish.head.pooling import pool
 from sklearn_relish.utils.versions import FORMAT, check_format
 
-LINEAR_POOLINGS = ("mean", "last")  # what the linear path reads, in the order of its weights
+LINEAR_POOLINGS = ("mean", "last", "std")  # what the linear path reads, in the order of its weights
 HUBER = HuberLoss()
 
 
 class RelishEnsemble(nn.Module):
     """The mean of several heads' predictions, plus a linear function of pooled states.
 
-    A prediction is ``head_weight * mean of the heads + V [mean state; last state] + b`` if there is
-    a linear path, and the mean of the heads if there is none.
+    A prediction is ``head_weight * mean of the heads + V [mean; last; standard deviation] + b`` if
+    there is a linear path, and the mean of the heads if there is none.
 
     Parameters
     ----------

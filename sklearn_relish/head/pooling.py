@@ -30,7 +30,21 @@ def last(states: Tensor, mask: Tensor, state_norm: str | None) -> Tensor:
     return states * rms_scale(states)[:, None] if state_norm == "rms" else states
 
 
-POOLINGS: dict[str, Callable[[Tensor, Tensor, str | None], Tensor]] = {"mean": mean, "last": last}
+def std(states: Tensor, mask: Tensor, state_norm: str | None) -> Tensor:
+    """The standard deviation of each text's normalized token states, 0 for a single token."""
+    if state_norm == "rms":
+        states = states * rms_scale(states)[..., None]
+    weights = mask.to(states.dtype)[..., None]  # (B, S, 1)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    deviations = states - (weights * states).sum(dim=1, keepdim=True)  # (B, S, D)
+    return (weights * deviations**2).sum(dim=1).sqrt()  # (B, D)
+
+
+POOLINGS: dict[str, Callable[[Tensor, Tensor, str | None], Tensor]] = {
+    "mean": mean,
+    "last": last,
+    "std": std,
+}
 
 
 def pool(states: Tensor, mask: Tensor, pooling: str, state_norm: str | None) -> Tensor:

@@ -30,7 +30,7 @@ MIN_TEXTS = 10  # held-out texts; with fewer there are no ridges
 MAX_RIDGE_TEXTS = 10_000  # that the ridges are fitted on
 PENALTIES = np.logspace(0, 6, 19)  # of the ridges, on standardized features and targets
 # Weights without any rows to estimate them from: of the heads, and of the ridge of each pooling.
-PRIOR_WEIGHTS = (0.5, 0.3, 0.2)
+PRIOR_WEIGHTS = (0.5, 0.2, 0.15, 0.15)
 PRIOR_ROWS = 100.0  # rows that the prior weights count for
 # How large the weighted sum is, relative to its least squares fit: prior, its rows, and minimum.
 PRIOR_SCALE, PRIOR_SCALE_ROWS, MIN_SCALE = 0.6, 30.0, 0.1

@@ -22,15 +22,18 @@ def ragged(dtype, n_texts=40):
 
 @pytest.mark.parametrize("state_norm", ["rms", None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_pooled_states_are_the_mean_and_the_last_of_the_normalized_states(dtype, state_norm):
+def test_poolings_of_the_normalized_states(dtype, state_norm):
     states = ragged(dtype)
-    mean, last = (pool_states(states, pooling, state_norm) for pooling in ("mean", "last"))
+    mean, last, std = (
+        pool_states(states, pooling, state_norm) for pooling in ("mean", "last", "std")
+    )
     for row, text in enumerate(states):
         text = text.float()
         if state_norm == "rms":
             text = rms_norm(text, (SIZE,), eps=RMS_EPSILON)
         torch.testing.assert_close(mean[row], text.mean(dim=0))
         torch.testing.assert_close(last[row], text[-1])
+        torch.testing.assert_close(std[row], text.std(dim=0, correction=0))
 
 
 @pytest.mark.parametrize("state_norm", ["rms", None])
@@ -60,5 +63,5 @@ def test_a_new_pooling_does_not_change_the_linear_path(monkeypatch):
     states, mask = ragged(torch.float32).batch(torch.arange(40))
     assert torch.equal(pool(states, mask, "max", None), states.amax(dim=1))
     ensemble = RelishEnsemble([RelishHead(SIZE, latent_size=8, n_heads=2)], linear_path=True)
-    assert ensemble.linear.in_features == 2 * SIZE
+    assert ensemble.linear.in_features == 3 * SIZE
     assert ensemble(states, mask).shape == (40, 1)

@@ -73,13 +73,11 @@ def test_a_prediction_is_the_weighted_mean_of_the_heads_plus_the_linear_path():
     torch.testing.assert_close(ensemble(states, mask), mean)
 
     ensemble.head_weight.fill_(0.5)
-    ensemble.linear.weight.copy_(torch.arange(12.0)[None])
+    ensemble.linear.weight.copy_(torch.arange(18.0)[None])
     ensemble.linear.bias.fill_(2.0)
     texts = TokenStates.from_lengths(states[mask], mask.sum(1))
-    pooled = torch.cat(
-        [pool_states(texts, "mean", "rms"), pool_states(texts, "last", "rms")], dim=1
-    )
-    expected = 0.5 * mean + pooled @ torch.arange(12.0)[:, None] + 2
+    pooled = torch.cat([pool_states(texts, name, "rms") for name in ("mean", "last", "std")], dim=1)
+    expected = 0.5 * mean + pooled @ torch.arange(18.0)[:, None] + 2
     torch.testing.assert_close(ensemble(states, mask), expected)
     states[~mask] = 0
     torch.testing.assert_close(ensemble.staged(states, mask)[-1], expected)
@@ -90,7 +88,7 @@ def test_a_prediction_is_the_weighted_mean_of_the_heads_plus_the_linear_path():
 def test_a_ridge_predicts_each_row_without_it():
     examples = linear_examples(40, n_outputs=2, noise=1.0)
     X, y = pool_states(examples.states, "mean", "rms"), examples.y.double().numpy()
-    (coef, intercept, predicted), _ = fit_ridges(examples.states, "rms", y, np.ones(40))
+    coef, intercept, predicted = fit_ridges(examples.states, "rms", y, np.ones(40))[0]
     Z = StandardScaler().fit_transform(X.double().numpy())
     ridge = RidgeCV(PENALTIES, alpha_per_target=True).fit(Z, y)
     np.testing.assert_allclose(X.double().numpy() @ coef.T + intercept, ridge.predict(Z))
@@ -176,7 +174,7 @@ def test_a_ridge_that_predicts_little_more_than_the_mean_keeps_its_weight():
         y = examples.y.double().numpy()
         ridges = fit_ridges(examples.states, "rms", y, np.ones(60))
         predictions = np.column_stack([ridge.oof_predictions[:, 0] for ridge in ridges])
-        sums.append(stack(predictions, y[:, 0], np.ones(60), [0.5, 0.5]).sum())
+        sums.append(stack(predictions, y[:, 0], np.ones(60), [1 / 3] * 3).sum())
     assert np.mean(sums) > 0.5
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from sklearn_relish.llm.frozen import FrozenLLM
 from sklearn_relish.states.quantization import QUANTIZERS
@@ -16,7 +17,8 @@ from sklearn_relish.states.reader import read_batches
 from sklearn_relish.states.store import open_store
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.layer_search import SHARES
-from sklearn_relish.training.trainer import Examples, auto_epochs, new_head, train_all
+from sklearn_relish.training.parallel import train_all
+from sklearn_relish.training.trainer import Examples, auto_epochs, new_head
 
 SAMPLE_TEXTS = 64  # that are read
 WARM_UP_TEXTS = 16  # read before them, because the first texts of a process take longer
@@ -73,7 +75,38 @@ class FitPreview:
         )
 
 
-def preview_fit(regressor: Any, X: Any) -> FitPreview:
+class PreviewMixin:
+    """The method `preview` of a regressor."""
+
+    def preview(self, X: ArrayLike) -> FitPreview:
+        """Show what `fit` will make the language model read, and estimate what the fit will cost.
+
+        A sample of up to 64 texts is read, and the heads are trained on them for a few steps.
+        Nothing is kept, and the regressor does not change.
+
+        Parameters
+        ----------
+        X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
+            As in `fit`.
+
+        Returns
+        -------
+        FitPreview
+            The texts, numbers of tokens, seconds and bytes; `print` shows a summary.
+
+        Examples
+        --------
+        >>> from sklearn_relish import RelishRegressor
+        >>> preview = RelishRegressor().preview(["dull", "fine", "splendid"] * 20)
+        >>> len(preview.texts), preview.n_distinct, preview.n_cut
+        (60, 3, 0)
+        """
+        regressor: Any = self
+        regressor._validate_params()
+        return _preview(regressor._snapshot(), X)
+
+
+def _preview(regressor: Any, X: Any) -> FitPreview:
     """The preview of a fit; `regressor` is a snapshot whose columns are set."""
     texts = regressor._render(regressor._read_table(X, reset=True))
     distinct = list(dict.fromkeys(texts))

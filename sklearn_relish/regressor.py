@@ -30,7 +30,7 @@ from sklearn_relish.hub.pretrained import PretrainedMixin
 from sklearn_relish.inputs.targets import read_targets
 from sklearn_relish.inputs.training_rows import TargetScaler, TrainingRows
 from sklearn_relish.predictor import RelishPredictor
-from sklearn_relish.preview import FitPreview, preview_fit
+from sklearn_relish.preview import PreviewMixin
 from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.store import StateStore, open_store
 from sklearn_relish.training.conformal import Conformal
@@ -51,7 +51,12 @@ SMALL_SET, SMALL_SET_ESTIMATORS, ESTIMATORS = 1_000, 5, 3
 
 
 class RelishRegressor(
-    PretrainedMixin, MultiOutputMixin, RegressorMixin, CallbackSupportMixin, RelishPredictor
+    PretrainedMixin,
+    PreviewMixin,
+    MultiOutputMixin,
+    RegressorMixin,
+    CallbackSupportMixin,
+    RelishPredictor,
 ):
     r"""Regression on texts with a frozen language model and a latent iterative state head.
 
@@ -136,10 +141,9 @@ class RelishRegressor(
     linear_path : bool or "auto", default="auto"
         If true, ridge models on the mean, the standard deviation and the last one of the token
         states are added, weighted together with the heads by out-of-fold error. For small or noisy
-        sets they make up most of the prediction.
-        They need a loss whose prediction is a mean, ``"huber"`` or ``"squared_error"``: ``"auto"``
-        adds them with these losses, and True raises an error with others. They are left out if
-        fewer than 10 texts are held out.
+        sets they make up most of the prediction. They need a loss whose prediction is a mean,
+        ``"huber"`` or ``"squared_error"``: ``"auto"`` adds them with these losses, and True raises
+        an error with others. They are left out if fewer than 10 texts are held out.
     n_iter_no_change : int, default=None
         Stop training after this many epochs without a lower validation loss. None runs the schedule
         to its end, where the learning rate is low and most is gained.
@@ -318,25 +322,6 @@ class RelishRegressor(
         self.random_state = random_state
         self.verbose = verbose
         self.warm_start = warm_start
-
-    def preview(self, X: ArrayLike) -> FitPreview:
-        """Show what `fit` will make the language model read, and estimate what the fit will cost.
-
-        A sample of up to 64 texts is read, and the heads are trained on them for a few steps.
-        Nothing is kept, and the regressor does not change.
-
-        Parameters
-        ----------
-        X : array-like of str of shape (n_samples,), or table of shape (n_samples, n_columns)
-            As in `fit`.
-
-        Returns
-        -------
-        FitPreview
-            The texts, numbers of tokens, seconds and bytes; `print` shows a summary.
-        """
-        self._validate_params()
-        return preview_fit(self._snapshot(), X)
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(

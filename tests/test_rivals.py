@@ -146,15 +146,15 @@ def line_of(results, method):
 @pytest.mark.parametrize("method", evaluation.METHODS)
 def test_a_line_is_found_again(tmp_path, method):
     path = tmp_path / "lines.jsonl"
-    results = evaluation.Results(path)
+    results = evaluation.Cells(path)
     results.add(**line_of(results, evaluation.OURS))
     results.add(**line_of(results, method))
-    found = evaluation.Results(path).find(**CELL, method=method)
+    found = evaluation.Cells(path).find(**CELL, method=method)
     assert found[-1] == json.loads(path.read_text().splitlines()[-1])
 
 
 def test_a_line_with_other_versions_or_settings_is_not_found(tmp_path):
-    results = evaluation.Results(tmp_path / "lines.jsonl")
+    results = evaluation.Cells(tmp_path / "lines.jsonl")
     line = line_of(results, "cross-encoder")
     old = {name: value for name, value in line.items() if name not in ("versions", "settings")}
     results.add(**old)
@@ -167,7 +167,7 @@ def test_a_line_with_other_versions_or_settings_is_not_found(tmp_path):
 
 
 def test_settings_name_what_decides_and_no_place():
-    results = evaluation.Results(Path("none"))
+    results = evaluation.Cells(Path("none"))
     counted = line_of(results, evaluation.COUNTED)["settings"]
     assert counted["estimator__functiontransformer__kw_args"] == {
         "template": evaluation.TASKS["stsb"].prompt
@@ -178,7 +178,7 @@ def test_settings_name_what_decides_and_no_place():
 
 
 def test_a_timed_line_depends_on_the_time_of_relish(tmp_path):
-    results = evaluation.Results(tmp_path / "lines.jsonl")
+    results = evaluation.Cells(tmp_path / "lines.jsonl")
     results.add(**line_of(results, evaluation.OURS))
     line = line_of(results, "LoRA, as long as RELISH")
     assert line["settings"]["max_seconds"] == 3.0
@@ -188,7 +188,7 @@ def test_a_timed_line_depends_on_the_time_of_relish(tmp_path):
 
 
 def test_methods_with_another_number_of_epochs():
-    results = evaluation.Results(Path("none"))
+    results = evaluation.Cells(Path("none"))
     for name in ("LoRA", "RAFT", "cross-encoder"):
         settings = line_of(results, name)["settings"]
         more = line_of(results, f"{name}, 20 epochs")["settings"]

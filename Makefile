@@ -1,4 +1,4 @@
-.PHONY: install fix check test docs
+.PHONY: install fix check test docs release
 
 GALLERY = .*
 
@@ -20,3 +20,13 @@ test:  ## all tests, with branch coverage
 
 docs:  ## the site in docs/_build/html; `make docs GALLERY=none` does not run the examples
 	GALLERY=$(GALLERY) sphinx-build -W --keep-going -q docs docs/_build/html
+
+release:  ## wheel and sdist in dist, the wheel tried in a new environment; TORCH=... pins torch there
+	rm -rf dist build/release
+	python -m build
+	twine check --strict dist/*
+	python -m venv build/release
+	build/release/bin/python -m pip install --quiet $(or $(TORCH),torch)
+	build/release/bin/python -m pip install --quiet dist/*.whl
+	cd build/release && bin/python -c "from sklearn_relish import RelishRegressor; RelishRegressor()"
+	cd build/release && bin/python -m sklearn_relish --version

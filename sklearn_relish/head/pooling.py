@@ -13,6 +13,8 @@ from torch import Tensor
 
 from sklearn_relish.head.head import rms_scale
 
+STD_DIMENSIONS = 64  # dimensions whose standard deviation is computed at once
+
 
 def mean(states: Tensor, mask: Tensor, state_norm: str | None) -> Tensor:
     """The mean of each text's normalized token states."""
@@ -32,12 +34,17 @@ def last(states: Tensor, mask: Tensor, state_norm: str | None) -> Tensor:
 
 def std(states: Tensor, mask: Tensor, state_norm: str | None) -> Tensor:
     """The standard deviation of each text's normalized token states, 0 for a single token."""
-    if state_norm == "rms":
-        states = states * rms_scale(states)[..., None]
-    weights = mask.to(states.dtype)[..., None]  # (B, S, 1)
-    weights = weights / weights.sum(dim=1, keepdim=True)
-    deviations = states - (weights * states).sum(dim=1, keepdim=True)  # (B, S, D)
-    return (weights * deviations**2).sum(dim=1).sqrt()  # (B, D)
+    centers = mean(states, mask, state_norm)[:, None]  # (B, 1, D)
+    weights = mask.to(states.dtype)  # (B, S)
+    weights = (weights / weights.sum(dim=1, keepdim=True))[:, None]  # (B, 1, S)
+    scale = rms_scale(states)[..., None] if state_norm == "rms" else 1.0
+    variances = [  # of a few dimensions at a time, since a copy of all states would be large
+        weights @ (part * scale).sub_(center).square_()
+        for part, center in zip(
+            states.split(STD_DIMENSIONS, dim=-1), centers.split(STD_DIMENSIONS, dim=-1), strict=True
+        )
+    ]
+    return torch.cat(variances, dim=-1)[:, 0].sqrt()  # (B, D)
 
 
 POOLINGS: dict[str, Callable[[Tensor, Tensor, str | None], Tensor]] = {

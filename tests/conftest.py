@@ -28,12 +28,23 @@ def fresh_process_state(monkeypatch):
 
 
 @pytest.fixture
-def one_thread():
-    """One thread of torch: heads are trained one after another."""
+def set_threads():
+    """Sets torch's number of threads for one test."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
+    yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(set_threads):
+    """One thread of torch: heads are trained one after another."""
+    set_threads(1)
+
+
+@pytest.fixture
+def four_threads(set_threads):
+    """Four threads of torch, as on a machine with four cores."""
+    set_threads(4)
 
 
 @pytest.fixture(scope="session")

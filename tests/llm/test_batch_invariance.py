@@ -20,14 +20,6 @@ LENGTHS = [1, 1, 2, 3, 5, 8, 9, 15, 16, 17, 23, 31, 33, 40, 47, 55, 60]
 TEXTS = ["".join(np.random.default_rng(n).choice(list("abcdef "), size=n)) for n in LENGTHS]
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def read(llm, texts, layer=2):
     states = [None] * len(texts)
     for rows, (batch,), _ in llm.read(texts, layers=[layer], max_length=512):
@@ -47,14 +39,14 @@ def assert_equal_in_any_batch(llm, texts=TEXTS):
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["llama", "bert", "gpt2", "t5"])
-def test_a_text_has_the_same_states_in_any_batch(kind, dtype, n_threads, threads):
-    threads(n_threads)
+def test_a_text_has_the_same_states_in_any_batch(kind, dtype, n_threads, set_threads):
+    set_threads(n_threads)
     llm = FrozenLLM(tiny_model(kind), device="cpu", dtype=dtype)
     assert_equal_in_any_batch(llm)
     assert llm._forward_pass.packing(2)
 
 
-def test_a_long_text_in_windows_has_the_same_states_in_any_batch(threads):
+def test_a_long_text_in_windows_has_the_same_states_in_any_batch(set_threads):
     texts = [letter * n for letter, n in zip("abcde", (10, 100, 333, 200, 64), strict=True)]
 
     def windows(texts):
@@ -197,7 +189,7 @@ def test_a_measured_mask_is_kept_so_that_no_other_gets_its_id():
         assert measured() is not None
 
 
-def test_packing_is_measured_for_each_number_of_threads(threads, monkeypatch):
+def test_packing_is_measured_for_each_number_of_threads(set_threads, monkeypatch):
     llm = FrozenLLM(tiny_model(), device="cpu", dtype="bfloat16")
     monkeypatch.setattr(
         llm._forward_pass,
@@ -205,15 +197,15 @@ def test_packing_is_measured_for_each_number_of_threads(threads, monkeypatch):
         lambda way, layer: torch.get_num_threads() == 1 or way == "separate",
     )
     for n_threads, way in ((1, "joint"), (2, "separate"), (1, "joint")):
-        threads(n_threads)
+        set_threads(n_threads)
         assert llm._forward_pass.packing(2) == way
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_numbers_of_rows_that_seem_equal_are_equal_for_many_rows(dtype, n_threads, threads):
+def test_numbers_of_rows_that_seem_equal_are_equal_for_many_rows(dtype, n_threads, set_threads):
     """Also where a difference is rare: bfloat16 hides all but one of some ten thousand."""
-    threads(n_threads)
+    set_threads(n_threads)
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(32, 64, generator=generator).to(dtype)
     rows = torch.randn(2**15, 64, generator=generator).to(dtype)

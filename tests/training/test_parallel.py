@@ -16,16 +16,7 @@ from sklearn_relish.training.trainer import Stopped
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def threads():
-    """Four threads of torch in the process, as on a machine with four cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield 4
-    torch.set_num_threads(before)
-
-
-def test_heads_are_the_same_as_one_after_another(threads, monkeypatch):
+def test_heads_are_the_same_as_one_after_another(four_threads, monkeypatch):
     examples = linear_examples(80)
     folds = np.array_split(np.arange(80), 5)
     at_once, _ = fit(examples, folds)
@@ -36,7 +27,7 @@ def test_heads_are_the_same_as_one_after_another(threads, monkeypatch):
         assert torch.equal(weight, expected)
 
 
-def test_tasks_share_the_threads_of_torch(threads):
+def test_tasks_share_the_threads_of_torch(four_threads):
     seen, others = {}, []
 
     def task(name, stop):
@@ -54,12 +45,12 @@ def test_tasks_share_the_threads_of_torch(threads):
         tasks = [partial(task, name) for name in range(n_tasks)]
         assert run_all(tasks, CPU) == list(range(n_tasks))
         assert set(seen.values()) == {expected}
-        assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == 4
     assert len(others) == 11
-    assert set(others) == {threads}  # threads of other code keep the number of the process
+    assert set(others) == {4}  # threads of other code keep the number of the process
 
 
-def test_one_thread_or_one_task_runs_in_the_calling_thread(threads):
+def test_one_thread_or_one_task_runs_in_the_calling_thread(four_threads):
     def where(stop):
         return threading.current_thread()
 
@@ -78,7 +69,7 @@ def until_stopped(stop):
     raise Stopped
 
 
-def test_an_error_stops_the_other_tasks(threads):
+def test_an_error_stops_the_other_tasks(four_threads):
     def fails(stop):
         raise ValueError("this one")
 
@@ -86,7 +77,7 @@ def test_an_error_stops_the_other_tasks(threads):
         run_all([until_stopped, fails, until_stopped], CPU)
 
 
-def test_an_interruption_stops_all_tasks(threads, monkeypatch):
+def test_an_interruption_stops_all_tasks(four_threads, monkeypatch):
     begun, ended = threading.Event(), []
 
     def task(stop):

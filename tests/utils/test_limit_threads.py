@@ -21,14 +21,6 @@ def mkl_threads():
     return threads._torch_library().MKL_Get_Max_Threads()
 
 
-@pytest.fixture
-def four_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_the_calling_thread_alone_is_limited(four_threads):
     def limited():
         limit_threads(1)

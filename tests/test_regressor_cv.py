@@ -276,14 +276,14 @@ def test_a_bar_counts_the_heads(llm, capfd, monkeypatch):
     monkeypatch.setattr("sklearn_relish.utils.progress.DELAY_SECONDS", 0.0)
     make(llm, max_epochs=1, verbose=1).fit(*reviews(40))
     shown = capfd.readouterr().err
-    assert "Training heads: 100%" in shown
-    assert "4/4" in shown
-    assert "fold=3/3" in shown
+    assert "Training, head 2 of 4: " in shown
+    assert "fold=1/3" in shown
+    assert "\rFit: 100%" in shown
 
 
 def interrupt_third_training(monkeypatch):
     """Raise KeyboardInterrupt in the third training. The calls are returned."""
-    calls, original = [], search_module._train
+    calls, original = [], search_module.train_candidates
 
     def interrupted(*args, **options):
         calls.append(args)
@@ -291,7 +291,7 @@ def interrupt_third_training(monkeypatch):
             raise KeyboardInterrupt
         return original(*args, **options)
 
-    monkeypatch.setattr(search_module, "_train", interrupted)
+    monkeypatch.setattr(search_module, "train_candidates", interrupted)
     return calls
 
 

@@ -149,7 +149,7 @@ def test_out_of_fold_predictions_are_the_mean_of_the_heads_that_did_not_see_the_
     groups, random = np.arange(40), np.random.RandomState(0)
     settings = TRAINING | {"linear_path": False, "random": random, "max_epochs": 1}
     settings["make_head"] = lambda number, seed: new_head(seed, **SIZES)
-    _, trainings, found = fit_ensemble(examples, groups, held_out, **settings)
+    _, trainings, found, _ = fit_ensemble(examples, groups, held_out, **settings)
     first, second = (training.oof_predictions for training in trainings)
     np.testing.assert_array_equal(found[:10], first[:10])
     np.testing.assert_array_equal(found[10:20], (first[10:] + second[:10]) / 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +136,7 @@ class PreviewMixin:
             try:
                 return training_seconds(self._plan(n_texts), states)
             except (RuntimeError, FloatingPointError):  # no memory is left, or it diverges
-                return 0.0
+                return math.nan
 
         return FitProgress(bool(regressor.verbose), estimate)
 

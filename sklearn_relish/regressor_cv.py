@@ -168,6 +168,7 @@ class RelishRegressorCV(
     ['latent_size', 'n_iterations']
     """
 
+    _guide_page = "searching.md"
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **{
             name: [*allowed, list, tuple, np.ndarray] if name in SEARCHED else allowed

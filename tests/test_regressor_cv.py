@@ -273,7 +273,8 @@ def test_each_text_is_read_once(monkeypatch):
 
 
 def test_a_bar_counts_the_heads(llm, capfd, monkeypatch):
-    monkeypatch.setattr("sklearn_relish.utils.progress.DELAY_SECONDS", 0.0)
+    for seconds in ("DELAY_SECONDS", "REFRESH_SECONDS"):
+        monkeypatch.setattr(f"sklearn_relish.utils.progress.{seconds}", 0.0)
     make(llm, max_epochs=1, verbose=1).fit(*reviews(40))
     shown = capfd.readouterr().err
     assert "Training, head 2 of 4: " in shown

@@ -157,7 +157,8 @@ def train_all(
         _log_training(f"{number + 1} of {n_heads}", training, parts[number], began)
         return training
 
-    with ProgressBar(n_heads * max_epochs, f"Training {n_heads} heads", "epoch", progress) as bar:
+    what = f"Training head 1 of {n_heads}" if one_by_one else f"Training {n_heads} heads"
+    with ProgressBar(n_heads * max_epochs, what, "epoch", progress) as bar:
         return run_all([partial(train, number) for number in range(n_heads)], device, at_once)
 
 

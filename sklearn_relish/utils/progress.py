@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import threading
 import time
@@ -15,13 +16,14 @@ from weakref import WeakSet
 from tqdm.auto import tqdm
 
 DELAY_SECONDS = 1.0  # until a bar appears: the predictions of a service take less
+REFRESH_SECONDS = 0.1  # a bar is drawn again after this time
 
 _bars: WeakSet[Any] = WeakSet()  # tqdm's bars of this process
 _fit: ContextVar[FitProgress | None] = ContextVar("fit", default=None)
 
 
 def _new_bar(**options: Any) -> tqdm[Any]:
-    bar = tqdm(delay=DELAY_SECONDS, **options)
+    bar = tqdm(delay=DELAY_SECONDS, mininterval=REFRESH_SECONDS, **options)
     _bars.add(bar)
     return bar
 
@@ -114,14 +116,15 @@ class FitProgress:
     shown : bool
         Whether a bar is wanted.
     training_seconds : callable
-        Estimates the time to train the heads, given the mean number of tokens of a text. It is
-        called once, while texts are read, and only if the bar is on the screen.
+        Estimates the time to train the heads, given the mean number of tokens of a text; NaN if it
+        can't. It is called once, while texts are read, and only if the bar is on the screen.
     """
 
     def __init__(self, shown: bool, training_seconds: Callable[[float], float]) -> None:
         self.lock = threading.Lock()  # heads are trained in several threads
         self._training_seconds = training_seconds
-        self._later: float | None = None  # estimated seconds of the parts after the reading
+        self._later = math.nan  # estimated seconds of the parts after the reading
+        self._is_estimated = False
         self._bar: tqdm[Any] | None = None
         self._shown = _is_wanted(shown)
 
@@ -157,18 +160,20 @@ class FitProgress:
             return
         now = time.monotonic()
         elapsed = now - self._began
-        left = None
+        left = math.nan
         if part.cost_done > 0:
             left = (now - part.began) * max(0.0, part.cost / part.cost_done - 1)
             if part.unit == "text":  # the heads are trained later
-                if self._later is None and part.n_tokens and elapsed >= DELAY_SECONDS:
+                if part.n_tokens and elapsed >= DELAY_SECONDS and not self._is_estimated:
+                    self._is_estimated = True
                     mean_length = part.n_tokens / part.cost_done * part.cost / part.total
                     self._later = self._training_seconds(mean_length)
-                left = None if self._later is None else left + self._later
+                left += self._later
         if figures:
             self._bar.set_postfix(figures, refresh=False)
         self._bar.set_description_str(str(part), refresh=False)
-        fraction = self._bar.n if left is None else elapsed / max(elapsed + left, 1e-9)
+        # Until the time left is known, the bar stays where it is.
+        fraction = self._bar.n if math.isnan(left) else elapsed / max(elapsed + left, 1e-9)
         self._bar.update(fraction - self._bar.n)
 
 

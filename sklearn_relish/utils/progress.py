@@ -152,6 +152,8 @@ class FitProgress:
     def begin(self, part: ProgressBar) -> None:
         """A part begins; its time left is not known yet."""
         with self.lock:
+            if self._bar is not None:
+                self._bar.postfix = None  # a figure of the last part
             self.show(part)
 
     def show(self, part: ProgressBar, figures: dict[str, str] | None = None) -> None:

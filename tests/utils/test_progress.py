@@ -104,6 +104,7 @@ def test_one_bar_shows_head_by_head(llm, capfd):
     ]
     assert "Reading, text 60 of 60" in told
     assert "validation R²=" in shown
+    assert "R²" not in shown.partition("Fitting, ridge 0 of 3")[2]
     assert lines(shown)[-1].startswith("Fit: 100%")
 
 

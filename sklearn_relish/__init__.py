@@ -3,6 +3,7 @@
 The public names are imported on first use (SPEC 1): `import sklearn_relish` alone takes no time.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from sklearn_relish.states.reader import TokenStateReader
     from sklearn_relish.states.store import StateStore
     from sklearn_relish.states.token_states import TokenStates
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __version__ = "0.1.0"  # the build reads it here
 

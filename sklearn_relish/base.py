@@ -53,6 +53,16 @@ class BaseLLMEstimator(BaseEstimator):
         "verbose": ["verbose"],
     }
 
+    # Of the link in the HTML representation.
+    _doc_link_module = "sklearn_relish"
+    _doc_link_template = (
+        "https://github.com/sklearn-relish/sklearn-relish/blob/main/docs/guide/{page}"
+    )
+    _guide_page: ClassVar[str] = "training.md"
+
+    def _doc_link_url_param_generator(self) -> dict[str, str]:
+        return {"page": self._guide_page}
+
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.input_tags.string = True

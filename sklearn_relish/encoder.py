@@ -84,6 +84,7 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
     (1,)
     """
 
+    _guide_page = "training.md#other-regressors-on-the-same-states"
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **BaseLLMEstimator._parameter_constraints,
         "pooling": [StrOptions(set(POOLINGS))],

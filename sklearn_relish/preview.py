@@ -16,13 +16,15 @@ from sklearn_relish.states.quantization import QUANTIZERS
 from sklearn_relish.states.reader import read_batches
 from sklearn_relish.states.store import open_store
 from sklearn_relish.states.token_states import TokenStates
+from sklearn_relish.training.estimate import Plan, training_seconds, typical_states
 from sklearn_relish.training.layer_search import SHARES
-from sklearn_relish.training.parallel import train_all
-from sklearn_relish.training.trainer import Examples, auto_epochs, new_head
+from sklearn_relish.training.search import Candidate
+from sklearn_relish.utils.progress import FitProgress
 
 SAMPLE_TEXTS = 64  # that are read
 WARM_UP_TEXTS = 16  # read before them, because the first texts of a process take longer
-TIMED_EPOCHS = 2
+# The parameters of a training.
+TRAINING = ("deep_supervision", "learning_rate", "weight_decay", "batch_size", "max_epochs")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class FitPreview:
 
 
 class PreviewMixin:
-    """The method `preview` of a regressor."""
+    """The method `preview` of a regressor, and the progress of its fits."""
 
     def preview(self, X: ArrayLike) -> FitPreview:
         """Show what `fit` will make the language model read, and estimate what the fit will cost.
@@ -104,6 +106,39 @@ class PreviewMixin:
         regressor: Any = self
         regressor._validate_params()
         return _preview(regressor._snapshot(), X)
+
+    def _plan(self, n_texts: int) -> Plan:
+        """The trainings of a fit on a number of different texts with one output."""
+        regressor: Any = self
+        loss_fn = regressor._loss_fn(np.ones(1))
+        fraction = regressor.validation_fraction if regressor.early_stopping else 0.0
+        n_held_out = round(fraction * n_texts)
+        candidate = Candidate(
+            {},
+            regressor._head_sizes(regressor._llm().hidden_size, 1, loss_fn),
+            {name: getattr(regressor, name) for name in TRAINING},
+        )
+        n_heads = regressor._n_estimators(n_texts, continuing=False)
+        return Plan(
+            [[candidate]] * n_heads,
+            n_heads,
+            n_texts - n_held_out,
+            n_held_out,
+            regressor._training_options(loss_fn),
+        )
+
+    def _fit_progress(self, n_texts: int) -> FitProgress:
+        """The bar of a fit on a number of different texts."""
+        regressor: Any = self
+
+        def estimate(mean_length: float) -> float:
+            states = typical_states(n_texts, mean_length, regressor._llm().hidden_size)
+            try:
+                return training_seconds(self._plan(n_texts), states)
+            except (RuntimeError, FloatingPointError):  # no memory is left, or it diverges
+                return math.nan
+
+        return FitProgress(bool(regressor.verbose), estimate)
 
 
 def _preview(regressor: Any, X: Any) -> FitPreview:
@@ -147,44 +182,8 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
         n_cut=n_cut,
         n_bytes=round(states.n_bytes / sample_tokens * n_tokens),
         read_seconds=seconds / sample_tokens * n_tokens,
-        train_seconds=_train_seconds(regressor, states, n_texts),
+        train_seconds=training_seconds(regressor._plan(n_texts), states),
     )
-
-
-def _train_seconds(regressor: Any, states: TokenStates, n_texts: int) -> float:
-    """Estimated time to train the heads of a fit on texts like those of the sample."""
-    n_sample = len(states)
-    y = np.linspace(0.5, 1.5, n_sample)
-    loss_fn = regressor._loss_fn(y)
-    examples = Examples.of(states, y[:, None], np.ones(n_sample))
-    fraction = regressor.validation_fraction if regressor.early_stopping else 0.0
-    held_out = np.arange(round(fraction * n_sample))
-    validation = examples[held_out] if len(held_out) else None
-    sizes = regressor._head_sizes(states.hidden_size, 1, loss_fn)
-    n_heads = regressor._n_estimators(n_texts, continuing=False)
-    options = regressor._training_options(loss_fn)
-
-    def seconds(max_epochs: int) -> float:
-        start = time.perf_counter()
-        train_all(
-            [new_head(seed, **sizes) for seed in range(n_heads)],
-            [(examples, validation)] * n_heads,
-            list(range(n_heads)),
-            max_epochs=max_epochs,
-            n_iter_no_change=None,
-            progress=False,
-            **options,
-        )
-        return time.perf_counter() - start
-
-    seconds(1)  # the first steps of a process are slower
-    epoch_seconds = max(0.0, seconds(1 + TIMED_EPOCHS) - seconds(1)) / TIMED_EPOCHS
-    n_train = n_texts - round(fraction * n_texts)
-    epochs = regressor.max_epochs
-    if epochs == "auto":
-        epochs = auto_epochs(n_train, regressor.batch_size)
-    n_steps, n_timed = (math.ceil(n / regressor.batch_size) for n in (n_train, n_sample))
-    return epoch_seconds * epochs * n_steps / n_timed
 
 
 def _duration(seconds: float) -> str:

@@ -34,14 +34,14 @@ from sklearn_relish.preview import PreviewMixin
 from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.store import StateStore, open_store
 from sklearn_relish.training.conformal import Conformal
-from sklearn_relish.training.layer_search import SHARES, choose_layer, sample_texts
+from sklearn_relish.training.layer_search import SHARES, search_layer
 from sklearn_relish.training.parallel import train_all
 from sklearn_relish.training.splits import held_out_rows
 from sklearn_relish.training.stacking import fit_ensemble
+from sklearn_relish.training.summary import continue_summary, history_of, summarize_heads
 from sklearn_relish.training.trainer import (
     AUTO_EPOCHS,
     Examples,
-    Training,
     auto_epochs,
     new_head,
 )
@@ -166,7 +166,7 @@ class RelishRegressor(
         by ``layer="auto"``. With an int, a fit on a CPU on the same token states is reproducible to
         the last bit. None is random; NumPy's global random state is neither used nor changed.
     verbose : int, default=0
-        If above 0, show progress bars for texts read and epochs.
+        If above 0, show a progress bar for each fit and prediction that takes more than a second.
     warm_start : bool, default=False
         If True, `fit` continues with the heads of the previous fit, in the same units, at the same
         layer and with the same columns. The linear path is kept unchanged. There are no intervals
@@ -199,6 +199,13 @@ class RelishRegressor(
         Total number of epochs over all estimators.
     best_epoch_ : list of int
         For each estimator, the epoch whose weights it has.
+    ensemble_summary_ : list of dict
+        What each head and each ridge contributes: ``part`` (``"head 1"``, ``"ridge mean"``, ...),
+        ``layer``, ``best_epoch``, ``n_rows`` and ``n_held_out``, the numbers of different rows that
+        it was fitted on and scored on, ``validation_r2``, R² of its predictions for them,
+        ``weight``, its factor in the prediction, and ``contribution``, the fraction of the
+        prediction's size, without the mean, that comes from it. Weights and contributions are the
+        mean of the outputs.
 
     See Also
     --------
@@ -384,6 +391,12 @@ class RelishRegressor(
     def _fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
         continuing = self.warm_start and hasattr(self, "head_")
         rows, targets, loss_fn = self._check_rows(X, y, sample_weight, continuing)
+        with self._fit_progress(rows.n_texts):
+            self._fit_rows(rows, targets, loss_fn, continuing)
+
+    def _fit_rows(
+        self, rows: TrainingRows, targets: np.ndarray, loss_fn: Loss, continuing: bool
+    ) -> None:
         n_estimators = self._n_estimators(len(rows.texts), continuing)
         random = self._random()
         fraction = self.validation_fraction if self.early_stopping else 0.0
@@ -401,7 +414,7 @@ class RelishRegressor(
         max_epochs = self.max_epochs
         if max_epochs == "auto":
             max_epochs = auto_epochs(len(rows.groups) - len(held_out[0]), self.batch_size)
-        ensemble, trainings, oof_predictions = fit_ensemble(
+        ensemble, trainings, oof_predictions, summary = fit_ensemble(
             Examples.of(states, targets, rows.weight),
             rows.groups,
             held_out,
@@ -416,9 +429,8 @@ class RelishRegressor(
         if continuing:  # the heads may have been trained on the rows that are held out now
             ensemble = self.head_.with_heads(ensemble.heads, loss_fn)
             oof_predictions = np.full_like(oof_predictions, np.nan)
-        self._set_fitted(
-            ensemble, history_of(trainings), [training.best_epoch for training in trainings]
-        )
+            summary = continue_summary(self.ensemble_summary_, summary)
+        self._set_fitted(ensemble, history_of(trainings), summary)
         self._set_out_of_fold(oof_predictions, targets, rows.weight, loss_fn)
 
     @_fit_context(prefer_skip_nested_validation=True)
@@ -461,8 +473,13 @@ class RelishRegressor(
     def _partial_fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
         continuing = hasattr(self, "head_")
         rows, targets, loss_fn = self._check_rows(X, y, sample_weight, continuing)
-        n_estimators = self._n_estimators(None, continuing)
-        random = self._random()
+        with self._fit_progress(rows.n_texts):
+            self._partial_fit_rows(rows, targets, loss_fn, continuing)
+
+    def _partial_fit_rows(
+        self, rows: TrainingRows, targets: np.ndarray, loss_fn: Loss, continuing: bool
+    ) -> None:
+        n_estimators, random = self._n_estimators(None, continuing), self._random()
         if not continuing:
             self.layer_, self.layer_scores_ = self._find_layer(rows, targets, random)
         states = self._states(rows.texts, self.layer_)
@@ -486,11 +503,14 @@ class RelishRegressor(
             **self._training_options(loss_fn),
         )
         history += history_of(trainings)
+        all_rows, none = np.arange(len(targets)), np.arange(0)
+        summary = summarize_heads(examples, [(all_rows, none)] * len(heads), trainings, loss_fn)
         if continuing:
             ensemble = self.head_.with_heads(heads, loss_fn)
+            summary = continue_summary(self.ensemble_summary_, summary)
         else:
             ensemble = RelishEnsemble(heads, linear_path=False, loss_fn=loss_fn).eval()
-        self._set_fitted(ensemble, history, [n_epochs] * len(heads))
+        self._set_fitted(ensemble, history, summary)
 
     def _check_rows(
         self,
@@ -637,11 +657,17 @@ class RelishRegressor(
         }
 
     def _set_fitted(
-        self, ensemble: RelishEnsemble, history: list[dict[str, Any]], best_epoch: list[int]
+        self,
+        ensemble: RelishEnsemble,
+        history: list[dict[str, Any]],
+        summary: list[dict[str, Any]],
     ) -> None:
         """Set the fitted attributes, without out-of-fold predictions."""
-        self.head_, self.history_, self.best_epoch_ = ensemble, history, best_epoch
-        self.n_epochs_ = len(history)
+        self.head_, self.history_, self.n_epochs_ = ensemble, history, len(history)
+        self.ensemble_summary_ = [
+            {"part": row["part"], "layer": self.layer_, **row} for row in summary
+        ]
+        self.best_epoch_ = [row["best_epoch"] for row in summary[: len(ensemble.heads)]]
         self._llm_fingerprint, self._llm_revision = self._llm().fingerprint, self._llm().revision
         self.validation_score_, self._conformal = None, None
 
@@ -670,25 +696,5 @@ class RelishRegressor(
         if not isinstance(self.layer, str):
             return llm.resolve_layer(self.layer), None
         layers = list(dict.fromkeys(llm.resolve_layer(fraction) for fraction in SHARES))
-        sample = sample_texts(rows.groups.max() + 1, random)
-        if len(sample) == 0:
-            return layers[0], None
-        pairs = np.flatnonzero(np.isin(rows.groups, sample))
-        _, groups = np.unique(rows.groups[pairs], return_inverse=True)
-        texts = [rows.texts[pair] for pair in pairs]
-        deepest = max(layers)  # one pass to the deepest layer gives the states of all
-        self._states(texts, deepest, also=[layer for layer in layers if layer != deepest])
-        examples = {}
-        for layer in layers:
-            states = self._states(texts, layer)
-            examples[layer] = Examples.of(states, targets[pairs], rows.weight[pairs]).merged(groups)
-        return choose_layer(examples, self.state_norm)
-
-
-def history_of(trainings: Sequence[Training]) -> list[dict[str, Any]]:
-    """The epochs of all heads, for `history_`."""
-    return [
-        {"estimator": number, **epoch}
-        for number, training in enumerate(trainings)
-        for epoch in training.history
-    ]
+        data = rows.texts, rows.groups, targets, rows.weight
+        return search_layer(layers, *data, self._states, self.state_norm, random)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from inspect import signature
 from numbers import Integral
 from typing import Any, ClassVar, cast
@@ -20,27 +20,38 @@ from sklearn.metrics import check_scoring, get_scorer_names
 from sklearn.model_selection import BaseCrossValidator, ParameterGrid, check_cv
 from sklearn.utils import check_consistent_length
 from sklearn.utils._param_validation import StrOptions
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted
+from sklearn.utils.validation import _check_sample_weight
 
 from sklearn_relish.head.head import RelishHead, check_head_sizes
 from sklearn_relish.head.losses import Loss
+from sklearn_relish.hub.pretrained import SavingMixin
 from sklearn_relish.inputs.training_rows import TrainingRows
-from sklearn_relish.predictor import RelishPredictor
-from sklearn_relish.regressor import RelishRegressor, history_of
+from sklearn_relish.preview import TRAINING, PreviewMixin
+from sklearn_relish.regressor import RelishRegressor
 from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.store import StateStore
-from sklearn_relish.training.search import Candidate, SearchResult, TrainedHead, search_heads
+from sklearn_relish.training.estimate import Plan
+from sklearn_relish.training.search import (
+    Candidate,
+    SearchResult,
+    TrainedHead,
+    number_of_trainings,
+    search_heads,
+    shared_trainings,
+)
 from sklearn_relish.training.stacking import Fold, combine
+from sklearn_relish.training.summary import history_of
 from sklearn_relish.training.trainer import Examples
 
 SIZES = ("state_norm", "latent_size", "n_iterations", "n_heads", "share_weights")
-TRAINING = ("deep_supervision", "learning_rate", "weight_decay", "batch_size", "max_epochs")
 SEARCHED = SIZES + TRAINING
 FOLDS = 5
 _constraints = RelishRegressor._parameter_constraints
 
 
-class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, RelishPredictor):
+class RelishRegressorCV(
+    PreviewMixin, MultiOutputMixin, RegressorMixin, CallbackSupportMixin, SavingMixin
+):
     r"""`RelishRegressor` with built-in cross-validation of the parameters of head and training.
 
     Each combination of the listed values is a candidate. For each fold, a head of the candidate is
@@ -98,7 +109,7 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
         Determines the folds, the initial weights and the order of the texts. All candidates of a
         fold have the same.
     verbose : int, default=0
-        If above 0, show progress bars for texts read and heads trained.
+        If above 0, show a progress bar for each fit and prediction that takes more than a second.
 
     Attributes
     ----------
@@ -125,7 +136,7 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
         R² of the out-of-fold predictions of heads and ridges.
     layer_, layer_scores_, n_outputs_, n_features_in_, feature_names_in_
         As in `RelishRegressor`.
-    history_, n_epochs_, best_epoch_
+    history_, n_epochs_, best_epoch_, ensemble_summary_
         As in `RelishRegressor`, of the heads of the best candidate.
 
     See Also
@@ -157,6 +168,7 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
     ['latent_size', 'n_iterations']
     """
 
+    _guide_page = "searching.md"
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **{
             name: [*allowed, list, tuple, np.ndarray] if name in SEARCHED else allowed
@@ -307,8 +319,7 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
         groups: ArrayLike | None,
         unfinished: Unfinished,
     ) -> None:
-        grid = list(ParameterGrid(self._lists()))
-        regressors = [self._regressor(values) for values in grid]
+        grid, regressors = self._grid()
         first = regressors[0]
         splits: list[Fold] | None = None
         labels: np.ndarray | None = None
@@ -338,54 +349,48 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
             folds = random_folds(of_pair, self._n_folds(), "groups", random)
         else:
             folds = random_folds(rows.groups, self._n_folds(), "different texts", random)
-        first.layer_, first.layer_scores_ = first._find_layer(rows, targets, random)
-        states = first._states(rows.texts, first.layer_)
-        examples = Examples.of(states, targets, rows.weight)
-        options = first._training_options(loss_fn)
-        n_outputs = targets.shape[1]
-        candidates = [
-            Candidate(
-                values,
-                regressor._head_sizes(states.hidden_size, n_outputs, loss_fn),
-                {name: getattr(regressor, name) for name in TRAINING},
+        with self._fit_progress(rows.n_texts):
+            first.layer_, first.layer_scores_ = first._find_layer(rows, targets, random)
+            states = first._states(rows.texts, first.layer_)
+            examples = Examples.of(states, targets, rows.weight)
+            options = first._training_options(loss_fn)
+            n_outputs = targets.shape[1]
+            candidates = self._candidates(states.hidden_size, n_outputs, loss_fn)
+            seeds = random.randint(np.iinfo(np.int32).max, size=(len(folds), 2)).tolist()
+            weight = None
+            if sample_weight is not None:
+                weight = _check_sample_weight(sample_weight, np.empty(len(rows.pairs)))
+            scorer = Scorer(
+                self.scoring, first, loss_fn, np.asarray(y), weight, rows, folds, splits
             )
-            for values, regressor in zip(grid, regressors, strict=True)
-        ]
-        seeds = random.randint(np.iinfo(np.int32).max, size=(len(folds), 2)).tolist()
-        weight = None
-        if sample_weight is not None:
-            weight = _check_sample_weight(sample_weight, np.empty(len(rows.pairs)))
-        scorer = Scorer(self.scoring, first, loss_fn, np.asarray(y), weight, rows, folds, splits)
-        result = search_heads(
-            examples,
-            folds,
-            candidates,
-            scorer,
-            seeds=seeds,
-            trained=unfinished.trained,
-            progress=bool(self.verbose),
-            n_iter_no_change=self.n_iter_no_change,
-            **options,
-        )
-        best = regressors[result.best_index]
-        trainings = [head.training for head in result.heads]
-        ensemble, _, oof_predictions = combine(
-            examples,
-            rows.groups,
-            folds,
-            [cast(RelishHead, head.head) for head in result.heads],
-            trainings,
-            linear_path=bool(self.linear_path),
-            ridges_by_fold=splits is not None or labels is not None,
-            loss_fn=loss_fn,
-            random=random,
-            max_memory=options["max_memory"],
-        )
+            result = search_heads(
+                examples,
+                folds,
+                candidates,
+                scorer,
+                seeds=seeds,
+                trained=unfinished.trained,
+                progress=bool(self.verbose),
+                n_iter_no_change=self.n_iter_no_change,
+                **options,
+            )
+            best = regressors[result.best_index]
+            trainings = [head.training for head in result.heads]
+            ensemble, _, oof_predictions, summary = combine(
+                examples,
+                rows.groups,
+                folds,
+                [cast(RelishHead, head.head) for head in result.heads],
+                trainings,
+                linear_path=bool(self.linear_path),
+                ridges_by_fold=splits is not None or labels is not None,
+                loss_fn=loss_fn,
+                random=random,
+                max_memory=options["max_memory"],
+            )
         own = best._get_param_names()
         best.__dict__ |= {name: value for name, value in vars(first).items() if name not in own}
-        best._set_fitted(
-            ensemble, history_of(trainings), [training.best_epoch for training in trainings]
-        )
+        best._set_fitted(ensemble, history_of(trainings), summary)
         best._set_out_of_fold(oof_predictions, targets, rows.weight, loss_fn)
         self.__dict__.pop("feature_names_in_", None)  # of an earlier fit
         self.__dict__ |= {name: value for name, value in vars(best).items() if name not in own}
@@ -395,28 +400,39 @@ class RelishRegressorCV(MultiOutputMixin, RegressorMixin, CallbackSupportMixin, 
         self.cv_results_ = cv_results(grid, result)
         self.best_score_ = float(self.cv_results_["mean_test_score"][result.best_index])
 
-    def save_pretrained(
-        self, folder: str | os.PathLike[str], *, metrics: dict[str, float] | None = None
-    ) -> None:
-        """Save `best_estimator_`; `RelishRegressor.from_pretrained` loads it.
+    def _to_save(self) -> RelishRegressor:
+        return self.best_estimator_
 
-        Parameters
-        ----------
-        folder : str or path
-        metrics : dict of str to float, default=None
-            As in `RelishRegressor.save_pretrained`, which names the errors too.
+    def _plan(self, n_texts: int) -> Plan:
+        regressor, n_folds = self._grid()[1][0], getattr(self.cv, "n_splits", self._n_folds())
+        if isinstance(self.cv, Sized):
+            n_folds = len(self.cv)
+        loss_fn = regressor._loss_fn(np.ones(1))
+        candidates = self._candidates(regressor._llm().hidden_size, 1, loss_fn)
+        shared = shared_trainings(candidates)
+        n_held_out = round(n_texts / n_folds)
+        return Plan(
+            [[candidates[index] for index in members] for members in shared],
+            number_of_trainings(len(shared), n_folds),
+            n_texts - n_held_out,
+            n_held_out,
+            regressor._training_options(loss_fn),
+        )
 
-        Examples
-        --------
-        >>> from sklearn_relish import RelishRegressor, RelishRegressorCV
-        >>> texts, y = [f"text {i}" for i in range(20)], range(20)
-        >>> search = RelishRegressorCV(n_iterations=[1, 2], latent_size=64, cv=2, random_state=0)
-        >>> search.fit(texts, y).save_pretrained("chosen")
-        >>> RelishRegressor.from_pretrained("chosen").latent_size
-        64
-        """
-        check_is_fitted(self)
-        self.best_estimator_.save_pretrained(folder, metrics=metrics)
+    def _grid(self) -> tuple[list[dict[str, Any]], list[RelishRegressor]]:
+        """The values of each candidate, and a regressor with them, whose parameters are checked."""
+        grid = list(ParameterGrid(self._lists()))
+        return grid, [self._regressor(values) for values in grid]
+
+    def _candidates(self, input_size: int, n_outputs: int, loss_fn: Loss) -> list[Candidate]:
+        return [
+            Candidate(
+                values,
+                regressor._head_sizes(input_size, n_outputs, loss_fn),
+                {name: getattr(regressor, name) for name in TRAINING},
+            )
+            for values, regressor in zip(*self._grid(), strict=True)
+        ]
 
     def _lists(self) -> dict[str, list[Any]]:
         """The values of each parameter that is a list."""

@@ -2,6 +2,7 @@
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 
 import numpy as np
 import pandas as pd
@@ -82,11 +83,58 @@ def test_it_has_the_methods_of_a_regressor(fitted, tmp_path):
     RefinementDisplay.from_estimator(fitted, texts[0])
     again = pickle.loads(pickle.dumps(fitted))
     np.testing.assert_array_equal(again.predict(texts), fitted.predict(texts))
-    fitted.save_pretrained(tmp_path / "saved")
+    fitted.save_pretrained(tmp_path / "saved", metrics={"r": 0.5}, license="mit")
+    assert "license: mit" in (tmp_path / "saved" / "README.md").read_text("utf-8")
     loaded = RelishRegressor.from_pretrained(tmp_path / "saved")
     np.testing.assert_array_equal(loaded.predict(texts), fitted.predict(texts))
     continued = pickle.loads(pickle.dumps(fitted)).best_estimator_.partial_fit(texts, range(5))
     assert len(continued.head_.heads) == 3
+
+
+def public_methods(cls):
+    return {name: getattr(cls, name) for name in dir(cls) if not name.startswith("_")}
+
+
+def test_it_has_every_method_of_a_fitted_regressor():
+    of_regressor, of_search = public_methods(RelishRegressor), public_methods(RelishRegressorCV)
+    # `best_estimator_` is trained further, and it is what is loaded.
+    assert of_regressor.keys() - of_search == {
+        "partial_fit", "set_partial_fit_request", "from_pretrained",
+    }  # fmt: skip
+    for name in of_regressor.keys() & of_search - {"fit"}:
+        assert signature(of_search[name]) == signature(of_regressor[name]), name
+
+
+def test_the_preview_of_a_search(llm):
+    texts, _ = reviews(60)
+    preview = make(llm).preview(texts)
+    assert (preview.n_distinct, preview.layer) == (60, 2)
+    assert preview.train_seconds >= 0
+    plans = {
+        "default": (make(llm)._plan(60), 2, 2 + 1 + 1, 40),  # iterations share trainings
+        "separate": (make(llm, deep_supervision=False)._plan(60), 4, 4 + 2 + 1, 40),
+        "splitter": (make(llm, cv=KFold(4))._plan(60), 2, 2 + 1 + 1 + 1, 45),
+        "folds": (make(llm, cv=[([0], [1])] * 2)._plan(60), 2, 2 + 1, 30),
+        "no list": (make(llm, latent_size=8, n_iterations=1)._plan(60), 1, 3, 40),
+    }
+    for plan, *expected in plans.values():
+        assert [len(plan.trainings), plan.n_trainings, plan.n_rows] == expected
+        assert plan.n_rows + plan.n_held_out == 60
+    with pytest.raises(ValueError, match="The 'latent_size' parameter"):
+        make(llm, latent_size=[8, 0]).preview(texts)
+
+
+def test_the_plan_is_what_a_search_trains(llm, monkeypatch):
+    calls, original = [], search_module.train_candidates
+
+    def counted(*arguments, **options):
+        calls.append(len(arguments[1].states))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(search_module, "train_candidates", counted)
+    search = make(llm, max_epochs=1).fit(*reviews(60))
+    plan = search._plan(60)
+    assert calls == [plan.n_rows] * plan.n_trainings
 
 
 def test_in_a_pipeline_nested_and_cloned(llm):
@@ -273,17 +321,18 @@ def test_each_text_is_read_once(monkeypatch):
 
 
 def test_a_bar_counts_the_heads(llm, capfd, monkeypatch):
-    monkeypatch.setattr("sklearn_relish.utils.progress.DELAY_SECONDS", 0.0)
+    for seconds in ("DELAY_SECONDS", "REFRESH_SECONDS"):
+        monkeypatch.setattr(f"sklearn_relish.utils.progress.{seconds}", 0.0)
     make(llm, max_epochs=1, verbose=1).fit(*reviews(40))
     shown = capfd.readouterr().err
-    assert "Training heads: 100%" in shown
-    assert "4/4" in shown
-    assert "fold=3/3" in shown
+    assert "Training, head 2 of 4: " in shown
+    assert "fold=1/3" in shown
+    assert "\rFit: 100%" in shown
 
 
 def interrupt_third_training(monkeypatch):
     """Raise KeyboardInterrupt in the third training. The calls are returned."""
-    calls, original = [], search_module._train
+    calls, original = [], search_module.train_candidates
 
     def interrupted(*args, **options):
         calls.append(args)
@@ -291,7 +340,7 @@ def interrupt_third_training(monkeypatch):
             raise KeyboardInterrupt
         return original(*args, **options)
 
-    monkeypatch.setattr(search_module, "_train", interrupted)
+    monkeypatch.setattr(search_module, "train_candidates", interrupted)
     return calls
 
 

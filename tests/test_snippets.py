@@ -1,5 +1,6 @@
 """Every block of Python code of the README and of the documentation runs, with a tiny model."""
 
+import logging
 import re
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def namespace(tmp_path, monkeypatch):
     titles = [f"Film {i}" for i in range(N_TEXTS)]
     films = pd.DataFrame({"title": titles, "review": texts, "score": y})
     films.to_csv("films.csv", index=False)
-    return {"texts": texts, "y": y, "new_texts": ["a good film", "a poor film"]}
+    yield {"texts": texts, "y": y, "new_texts": ["a good film", "a poor film"]}
+    logging.getLogger("sklearn_relish").setLevel(logging.NOTSET)
 
 
 def test_the_pages_with_code_are_found():

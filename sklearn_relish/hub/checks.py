@@ -49,6 +49,7 @@ FITTED: dict[str, list[Any]] = {
     "feature_names_in_": [list, None],
     "history_": [list],
     "best_epoch_": [list],
+    "ensemble_summary_": [list],
     "n_epochs_": [Interval(Integral, 0, None, closed="left")],
     "validation_score_": [Interval(Real, None, None, closed="neither"), None],
     "_column_names": [list],
@@ -216,6 +217,16 @@ def _check_fitted(fitted: dict[str, Any], path: Path) -> None:
         and all(type(epoch) is int and epoch >= 0 for epoch in fitted["best_epoch_"]),
         "best_epoch_",
         f"must hold a whole number for each of {head['n_heads']} heads",
+    )
+    check(
+        all(
+            isinstance(row, dict)
+            and isinstance(row.get("part"), str)
+            and all(_is_number(value) for name, value in row.items() if name != "part")
+            for row in fitted["ensemble_summary_"]
+        ),
+        "ensemble_summary_",
+        "must hold a dict of numbers for each part, with its name as part",
     )
     for name in ("_column_names", "_column_kinds", "feature_names_in_"):
         if fitted[name] is not None:

@@ -62,8 +62,12 @@ LOCK, PARTIAL = ".save.lock", ".save.partial"
 ATTEMPTS, PAUSE_SECONDS = 20, 0.01  # to find the weights of a config.json that stays the same
 
 
-class PretrainedMixin(RelishPredictor):
-    """`save_pretrained`, `push_to_hub` and `from_pretrained` of a regressor."""
+class SavingMixin(RelishPredictor):
+    """`save_pretrained` and `push_to_hub` of a regressor."""
+
+    def _to_save(self) -> RelishPredictor:
+        """The regressor that is saved."""
+        return self
 
     def save_pretrained(
         self,
@@ -76,8 +80,10 @@ class PretrainedMixin(RelishPredictor):
 
         ``config.json`` holds the parameters except `memory`, `device`, `verbose` and
         `random_state`; ``model.safetensors`` the weights; ``README.md`` a model card. Nothing is
-        pickled. The language model is not saved, only its name and revision: the Hub id of a model
-        of the Hub, also if it was given as a folder of the Hub's cache; the path of another model.
+        pickled. Of a `RelishRegressorCV`, its `best_estimator_` is saved.
+
+        The language model is not saved, only its name and revision: the Hub id of a model of the
+        Hub, also if it was given as a folder of the Hub's cache; the path of another model.
 
         A regressor in the folder is replaced atomically: a process that loads it meanwhile, or
         after this process was killed, gets the old or the new one. Processes that save to the same
@@ -111,7 +117,7 @@ class PretrainedMixin(RelishPredictor):
         (1,)
         """
         check_is_fitted(self)
-        save(self, folder, metrics, license)
+        save(self._to_save(), folder, metrics, license)
 
     def push_to_hub(
         self,
@@ -163,19 +169,25 @@ class PretrainedMixin(RelishPredictor):
             If the Hub refuses the request, for example because of the token.
         """
         check_is_fitted(self)
-        contents(self, repo_id, metrics, license, repo_id)  # raises before anything is created
+        regressor = self._to_save()
+        contents(regressor, repo_id, metrics, license, repo_id)  # raises before anything is created
         api = HfApi(token=token, library_name="sklearn-relish", library_version=__version__)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        files = contents(self, repo_id, metrics, license, repo_id)  # the card has the complete id
+        # The card has the complete id.
+        files = contents(regressor, repo_id, metrics, license, repo_id)
         if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.create_commit(
             repo_id,
             [CommitOperationAdd(name, content) for name, content in files.items()],
-            commit_message=commit_message or f"Upload {type(self).__name__}",
+            commit_message=commit_message or f"Upload {type(regressor).__name__}",
             revision=revision,
             create_pr=create_pr,
         )
+
+
+class PretrainedMixin(SavingMixin):
+    """`save_pretrained`, `push_to_hub` and `from_pretrained` of a regressor."""
 
     @classmethod
     def from_pretrained(
@@ -233,7 +245,7 @@ class PretrainedMixin(RelishPredictor):
 
 
 def contents(
-    regressor: PretrainedMixin,
+    regressor: RelishPredictor,
     folder: str | os.PathLike[str],
     metrics: dict[str, float] | None,
     license: str | None,
@@ -293,7 +305,7 @@ def contents(
 
 
 def save(
-    regressor: PretrainedMixin,
+    regressor: RelishPredictor,
     folder: str | os.PathLike[str],
     metrics: dict[str, float] | None,
     license: str | None,

@@ -36,6 +36,11 @@ class TrainingRows(NamedTuple):
     weight: np.ndarray
     pairs: np.ndarray
 
+    @property
+    def n_texts(self) -> int:
+        """Number of distinct texts."""
+        return int(self.groups.max()) + 1
+
     @classmethod
     def from_rows(
         cls,

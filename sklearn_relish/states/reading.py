@@ -49,6 +49,11 @@ class Reading:
         A number quantizes the states that are read, see `quantization`.
     progress : bool
         Whether a bar counts the texts.
+
+    Attributes
+    ----------
+    n_read, n_tokens : int
+        Number of texts that this thread had to read, and of their tokens.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class Reading:
         self.windows = windows
         self.bits = bits
         self.progress = progress
+        self.n_read = self.n_tokens = 0
 
     @property
     def dtype_name(self) -> str:
@@ -100,7 +106,7 @@ class Reading:
                 warn(unreadable(location, error))
         warn_unusable(problems + index.verify(wanted))
 
-    def read(self, missing: dict[bytes, str], layers: list[int]) -> int:
+    def read(self, missing: dict[bytes, str], layers: list[int]) -> None:
         """Wait until all missing texts are kept, and read those that no other thread reads.
 
         Parameters
@@ -109,11 +115,6 @@ class Reading:
             Texts by their keys in the collection of the first layer.
         layers : list of int
             The first is the one that the call wants; the others are kept too.
-
-        Returns
-        -------
-        int
-            Number of texts that this thread had to read.
         """
         if (
             self.contents.backend.in_memory
@@ -126,28 +127,32 @@ class Reading:
         contents, held = self.contents, self.call.held
         index = contents.index(self.collection(layers[0]))
         missing = _longest_first(missing)
-        n_read, n_piece, wait = 0, PIECE_TEXTS, _Wait()
-        with ProgressBar(len(missing), "Reading texts", "text", self.progress) as bar:
+        n_piece, wait = PIECE_TEXTS, _Wait()
+        n_characters = sum(map(len, missing.values()))
+        counted: set[bytes] = set()
+        with ProgressBar(len(missing), "Reading", "text", self.progress, n_characters) as bar:
             while True:
                 wait.begin()
-                n_before = len(missing)
+                before = missing
                 self.refresh(index, missing)
                 with contents.lock:
                     found = index.entries.keys() | held.keys() if held else index.entries
-                    missing = {k: text for k, text in missing.items() if k not in found}
-                bar.update(n_before - len(missing))
+                    missing = {k: text for k, text in before.items() if k not in found}
+                kept = [before[key] for key in before.keys() - missing.keys() - counted]
+                bar.update(len(kept), cost=sum(map(len, kept)))
                 if not missing:
-                    return n_read
+                    return
                 with ExitStack() as stack:
                     mine = self._take(index, missing, n_piece, stack)
                     took = bool(mine)  # `mine` shrinks as texts are read
                     if took:
                         began = time.monotonic()
                         piece = {key: text for key, text in missing.items() if key in mine}
-                        n_read += self._read_piece(piece, mine, layers)
+                        counted |= piece.keys()
+                        self._read_piece(piece, mine, layers, bar)
                         if time.monotonic() - began < PIECE_SECONDS:
                             n_piece *= 2
-                if took or len(missing) < n_before:
+                if took or len(missing) < len(before):
                     wait.progressed()
                 else:
                     wait.wait(contents, len(missing))
@@ -240,11 +245,12 @@ class Reading:
         except OSError:  # no writing or no locks here: each process reads for itself
             return take(())
 
-    def _read_piece(self, piece: dict[bytes, str], mine: set[bytes], layers: list[int]) -> int:
+    def _read_piece(
+        self, piece: dict[bytes, str], mine: set[bytes], layers: list[int], bar: ProgressBar
+    ) -> None:
         """Read texts and keep their states, shard by shard. If interrupted, keep what was read.
 
-        States of recently predicted texts are taken from memory. Return the number of texts that
-        were read.
+        States of recently predicted texts are taken from memory.
         """
         contents = self.contents
         names = {layer: self.collection(layer) for layer in layers}
@@ -269,6 +275,7 @@ class Reading:
                         recent = contents.recent.pop(key)
                         if recent is not None:
                             gathered.add(layer, _batch_of_one(key, recent))
+                bar.update(cost=len(text))
                 if gathered.n_bytes >= self.retention.shard_bytes:
                     self._keep(gathered, mine)
             keys_of = {layer: [text_key(names[layer], text) for text in unread] for layer in layers}
@@ -279,11 +286,20 @@ class Reading:
                     keys = [keys_of[layer][row] for row in rows]
                     batch = _Batch(keys, self._kept_values(states), states.lengths, full_lengths)
                     gathered.add(layer, batch)
+                n_tokens = self._count(states_of_layers[0])
+                n_characters = sum(len(unread[row]) for row in rows)
+                bar.update(len(rows), cost=n_characters, n_tokens=n_tokens)
                 if gathered.n_bytes >= self.retention.shard_bytes:
                     self._keep(gathered, mine)
         finally:
             self._keep(gathered, mine)
-        return len(unread)
+
+    def _count(self, states: TokenStates) -> int:
+        """Count texts that were read. The number of their tokens is returned."""
+        n_tokens = int(states.lengths.sum())
+        self.n_read += len(states)
+        self.n_tokens += n_tokens
+        return n_tokens
 
     def _keep(self, gathered: _Gathered, mine: set[bytes]) -> None:
         """Keep the gathered states of each layer as a shard, and release their texts."""
@@ -341,6 +357,7 @@ class Reading:
         for rows, (states,), full_lengths in read_batches(
             self.llm, texts, layers=[layer], max_length=self.max_length, windows=self.windows
         ):
+            self._count(states)
             values = self._kept_values(states)
             read = [keys[row] for row in rows]
             batch = MemoryStates(values)

@@ -7,7 +7,9 @@ folder that other processes share.
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from numbers import Real
@@ -26,7 +28,9 @@ from sklearn_relish.states.retention import Retention
 from sklearn_relish.states.shard import Shard
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.utils.messages import warn
-from sklearn_relish.utils.progress import ProgressBar
+from sklearn_relish.utils.progress import ProgressBar, log
+
+logger = logging.getLogger(__name__)
 
 MAX_MEMORY = 2 * 2**30
 BLOCK_TEXTS = 2**16  # texts of a stream whose keys are in memory together
@@ -212,7 +216,7 @@ class StateStore:
         collection = reading.collection(layer)
         keys = [text_key(collection, text) for text in texts]
         call.wanted = wanted = dict(zip(keys, texts, strict=True))
-        n_read, complete = 0, True
+        complete, began = True, time.monotonic()
         with contents.calling(call):
             index = reading.index(layer)
             while True:
@@ -225,10 +229,10 @@ class StateStore:
                     break
                 complete = False
                 missing = {key: text for key, text in wanted.items() if key not in found}
-                n_read += reading.read(missing, [layer, *also])
+                reading.read(missing, [layer, *also])
             with contents.lock:
-                contents.hits += max(0, len(wanted) - n_read)
-                contents.misses += n_read
+                contents.hits += max(0, len(wanted) - reading.n_read)
+                contents.misses += reading.n_read
             entries = [found[key] for key in keys]
             used = {entry.holder for entry in entries}
             for other_layer in also:
@@ -242,6 +246,7 @@ class StateStore:
                         self._all_indexes(contents)
                 retention.evict(used)
         states = gather(entries)
+        _log_reading(reading, len(wanted), layer, began)
         full_lengths = np.array([entry.full_length for entry in entries])
         n_cut = int((full_lengths > states.lengths.numpy()).sum())
         _warn_cut(n_cut, len(texts), max_length, full_lengths.max(initial=0))
@@ -321,16 +326,17 @@ class StateStore:
             progress=progress,
         )
         collection = reading.collection(layer)
-        n_cut, longest = 0, 0
+        n_cut, longest, n_distinct, began = 0, 0, 0, time.monotonic()
         with (
             contents.calling(call),
-            ProgressBar(len(texts), "Reading texts", "text", progress) as bar,
+            ProgressBar(len(texts), "Reading", "text", progress) as bar,
         ):
             for block in _blocks(texts):
                 rows_of: dict[bytes, list[int]] = {}
                 for row in block:
                     rows_of.setdefault(text_key(collection, texts[row]), []).append(row)
                 distinct = {key: texts[rows[0]] for key, rows in rows_of.items()}
+                n_distinct += len(distinct)
                 for entries in reading.stream(distinct, layer):
                     rows = [row for key in entries for row in rows_of[key]]
                     repeated = [entry for key, entry in entries.items() for _ in rows_of[key]]
@@ -338,6 +344,7 @@ class StateStore:
                     longest = max(longest, *(entry.full_length for entry in repeated))
                     bar.update(len(rows))
                     yield np.array(rows), gather(repeated)
+        _log_reading(reading, n_distinct, layer, began, logging.DEBUG)
         _warn_cut(n_cut, len(texts), max_length, longest)
 
     def info(self) -> list[dict[str, Any]]:
@@ -465,6 +472,19 @@ def _equal_texts_together(texts: list[str]) -> np.ndarray | None:
         return None
     first_rows = by_hash[is_first][is_first.cumsum() - 1]
     return by_hash[first_rows.argsort(kind="stable")]
+
+
+def _log_reading(
+    reading: Reading, n_texts: int, layer: int, began: float, level: int = logging.INFO
+) -> None:
+    """Log what was read, and how many texts had kept states."""
+    seconds, n_read = time.monotonic() - began, reading.n_read
+    log(
+        logger,
+        level if n_read else logging.DEBUG,
+        "Read %d texts, %d tokens, up to layer %d in %.1f s; the states of %d texts were kept",
+        *(n_read, reading.n_tokens, layer, seconds, max(0, n_texts - n_read)),
+    )
 
 
 def _check_bytes(name: str, value: float) -> float:

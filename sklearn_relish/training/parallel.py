@@ -7,8 +7,10 @@ the interpreter while it computes.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -18,10 +20,12 @@ import torch
 from sklearn_relish.head.head import RelishHead
 from sklearn_relish.training.trainer import Examples, Stopped, Training, train_head
 from sklearn_relish.training.windows import window_size
-from sklearn_relish.utils.progress import ProgressBar
+from sklearn_relish.utils.progress import ProgressBar, log
 from sklearn_relish.utils.threads import limit_threads
 
 Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
 
 MAX_PER_THREAD = 4  # trainings at the same time, for each thread that torch may use
 
@@ -53,9 +57,9 @@ def run_all(
         The first error of a task, or an interruption. The other tasks are stopped first.
     """
     n_threads = torch.get_num_threads()
-    n_workers = min(len(tasks), MAX_PER_THREAD * n_threads, max_at_once or len(tasks))
+    n_workers = number_at_once(len(tasks), device, max_at_once)
     stop = threading.Event()
-    if device.type != "cpu" or n_threads == 1 or n_workers < 2:
+    if n_workers < 2:
         return [task(stop) for task in tasks]
     results: dict[int, Result] = {}
     errors: dict[int, BaseException] = {}
@@ -85,6 +89,14 @@ def run_all(
         if not isinstance(errors[number], Stopped):
             raise errors[number]
     return [results[number] for number in range(len(tasks))]
+
+
+def number_at_once(n_tasks: int, device: torch.device, max_at_once: int | None = None) -> int:
+    """How many of several tasks `run_all` runs at the same time."""
+    n_threads = torch.get_num_threads()
+    if device.type != "cpu" or n_threads == 1:
+        return 1
+    return min(n_tasks, MAX_PER_THREAD * n_threads, max_at_once or n_tasks)
 
 
 def train_all(
@@ -122,9 +134,14 @@ def train_all(
     -------
     list of Training
     """
+    n_heads, at_once = len(heads), max_at_once(parts, max_memory)
+    one_by_one = number_at_once(n_heads, device, at_once) == 1
 
     def train(number: int, stop: threading.Event) -> Training:
-        return train_head(
+        if one_by_one:
+            bar.description = f"Training head {number + 1} of {n_heads}"
+        began = time.monotonic()
+        training = train_head(
             heads[number],
             *parts[number],
             seed=seeds[number],
@@ -135,10 +152,29 @@ def train_all(
             stop=stop,
             **options,
         )
+        if len(training.history) < max_epochs:  # it stopped early
+            bar.update(max_epochs - len(training.history))
+        _log_training(f"{number + 1} of {n_heads}", training, parts[number], began)
+        return training
 
-    with ProgressBar(len(heads) * max_epochs, "Training heads", "epoch", progress) as bar:
-        tasks = [partial(train, number) for number in range(len(heads))]
-        return run_all(tasks, device, max_at_once(parts, max_memory))
+    what = f"Training head 1 of {n_heads}" if one_by_one else f"Training {n_heads} heads"
+    with ProgressBar(n_heads * max_epochs, what, "epoch", progress) as bar:
+        return run_all([partial(train, number) for number in range(n_heads)], device, at_once)
+
+
+def _log_training(
+    name: str, training: Training, part: tuple[Examples, Examples | None], began: float
+) -> None:
+    train, validation = part
+    seconds, n_epochs = time.monotonic() - began, len(training.history)
+    message = "Trained head %s on %d rows for %d epochs in %.1f s"
+    values = [name, len(train.states), n_epochs, seconds]
+    if validation is not None:
+        best = training.history[training.best_epoch - 1]
+        message += "; kept epoch %d: loss %.4f and R² %.4f on %d held-out rows"
+        values += [training.best_epoch, best["validation_loss"], best["validation_r2"]]
+        values.append(len(validation.states))
+    log(logger, logging.INFO, message, *values)
 
 
 def max_at_once(parts: Sequence[tuple[Examples, Examples | None]], max_memory: float) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,9 @@ from sklearn_relish.training.trainer import (
     train_stages,
 )
 from sklearn_relish.utils.messages import warn
-from sklearn_relish.utils.progress import ProgressBar
+from sklearn_relish.utils.progress import ProgressBar, log
+
+logger = logging.getLogger(__name__)
 
 
 class Candidate(NamedTuple):
@@ -99,6 +102,17 @@ def shared_trainings(candidates: Sequence[Candidate]) -> list[list[int]]:
     return list(members.values())
 
 
+def number_of_trainings(n_shared: int, n_folds: int) -> int:
+    """The trainings of a search that begins with `n_shared` of them on the first fold.
+
+    Examples
+    --------
+    >>> number_of_trainings(3, n_folds=5)  # 3 + 2 + 1 + 1 + 1
+    8
+    """
+    return sum(max(1, math.ceil(n_shared / 2**fold)) for fold in range(n_folds))
+
+
 def search_heads(
     examples: Examples,
     folds: Sequence[Fold],
@@ -161,19 +175,21 @@ def search_heads(
     parts = [(examples[train_rows], examples[held_out]) for train_rows, held_out in folds]
     at_once = max_at_once(parts, options["max_memory"])
     alive = list(range(len(trainings)))
-    total = sum(max(1, math.ceil(len(alive) / 2**fold)) for fold in range(len(folds)))
+    total = number_of_trainings(len(alive), len(folds))
     diverged: dict[tuple[int, int], FloatingPointError] = {}
 
     def train(key: tuple[int, int], stop: Event) -> None:
         fold, number = key
         members = [candidates[index] for index in trainings[number]]
         try:
-            trained[key] = _train(members, *parts[fold], *seeds[fold], stop, **options)
+            trained[key] = train_candidates(members, *parts[fold], *seeds[fold], stop, **options)
         except FloatingPointError as error:
             diverged[key] = error
-        bar.update(fold=f"{fold + 1}/{len(folds)}")
+        else:
+            _log_training(f"{fold + 1} of {len(folds)}", members, trained[key])
+        bar.update(figures={"fold": f"{fold + 1}/{len(folds)}"})
 
-    with ProgressBar(total, "Training heads", "head", progress) as bar:
+    with ProgressBar(total, "Training", "head", progress) as bar:
         for fold in range(len(folds)):
             # Once a single training is left, nothing depends on the order of its folds.
             next_folds = [fold] if len(alive) > 1 else range(fold, len(folds))
@@ -191,15 +207,39 @@ def search_heads(
                     predictions = cast(np.ndarray, result.training.oof_predictions)
                     scores[index, fold] = score(fold, predictions)
                     seconds[index, fold] = result.seconds
+            n_before = len(alive)
             alive = _better_half(alive, trainings, scores[:, : fold + 1])
+            log(
+                logger,
+                logging.INFO,
+                "Fold %d of %d: kept %d of %d trainings",
+                *(fold + 1, len(folds), len(alive), n_before),
+            )
             for key, results in trained.items():  # the heads of large searches need the memory
                 if key[1] not in alive:
                     trained[key] = [result._replace(head=None) for result in results]
     best_index = int(np.nanargmax(_mean(scores)))
+    chosen = candidates[best_index].values
+    log(logger, logging.INFO, "Chose %r, mean score %.4f", chosen, np.mean(scores[best_index]))
     (number,) = [number for number, members in enumerate(trainings) if best_index in members]
     member = trainings[number].index(best_index)
     heads = [trained[fold, number][member] for fold in range(len(folds))]
     return SearchResult(best_index, heads, scores, seconds)
+
+
+def _log_training(
+    fold: str, candidates: Sequence[Candidate], results: Sequence[TrainedHead]
+) -> None:
+    """Log the training that some candidates share."""
+    for candidate, (_, training, seconds) in zip(candidates, results, strict=True):
+        best = training.history[training.best_epoch - 1]
+        log(
+            logger,
+            logging.INFO,
+            "Fold %s, %r: %d epochs in %.1f s; kept epoch %d: R² %.4f on the held-out rows",
+            *(fold, candidate.values, len(training.history), seconds),
+            *(training.best_epoch, best["validation_r2"]),
+        )
 
 
 def _mean(scores: np.ndarray) -> np.ndarray:
@@ -220,16 +260,19 @@ def _better_half(alive: list[int], trainings: list[list[int]], scores: np.ndarra
     return sorted(kept)
 
 
-def _train(
-    candidates: list[Candidate],
+def train_candidates(
+    candidates: Sequence[Candidate],
     train: Examples,
-    validation: Examples,
+    validation: Examples | None,
     weights_seed: int,
     order_seed: int,
     stop: Event,
     **options: Any,
 ) -> list[TrainedHead]:
-    """Train the one head of candidates that differ in their number of iterations alone."""
+    """Train the one head of candidates that differ in their number of iterations alone.
+
+    There must be validation examples if there are several numbers of iterations.
+    """
     start = time.perf_counter()
     first = candidates[0]
     options = {**options, **first.training, "seed": order_seed, "stop": stop}
@@ -241,7 +284,8 @@ def _train(
         results = [(head, train_head(head, train, validation, **options))]
     else:
         del options["deep_supervision"]
-        results = train_stages(head, train, validation, iterations=iterations, **options)
+        held_out = cast(Examples, validation)
+        results = train_stages(head, train, held_out, iterations=iterations, **options)
     seconds = time.perf_counter() - start
     trained = [TrainedHead(head, training, seconds) for head, training in results]
     return [trained[iterations.index(candidate.sizes["n_iterations"])] for candidate in candidates]

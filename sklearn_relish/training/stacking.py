@@ -5,6 +5,7 @@ The ridges are linear models on pooled states. They make the linear path of a `R
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,8 +24,12 @@ from sklearn_relish.head.losses import Loss
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.inference import pool_states
 from sklearn_relish.training.parallel import train_all
+from sklearn_relish.training.summary import add_ridges, summarize_heads, weighted_r2
 from sklearn_relish.training.trainer import Examples, Training
 from sklearn_relish.training.windows import window_size
+from sklearn_relish.utils.progress import ProgressBar, log
+
+logger = logging.getLogger(__name__)
 
 MIN_TEXTS = 10  # held-out texts; with fewer there are no ridges
 MAX_RIDGE_TEXTS = 10_000  # that the ridges are fitted on
@@ -50,11 +55,14 @@ class FittedEnsemble(NamedTuple):
     oof_predictions : ndarray of shape (n, n_outputs * n_predictions)
         The ensemble's prediction for each row by heads and ridges that were fitted without it. NaN
         if there are none.
+    summary : list of dict
+        A row for each head and ridge, see `RelishRegressor.ensemble_summary_`.
     """
 
     ensemble: RelishEnsemble
     trainings: list[Training]
     oof_predictions: np.ndarray
+    summary: list[dict[str, Any]]
 
 
 class RidgeFit(NamedTuple):
@@ -67,11 +75,14 @@ class RidgeFit(NamedTuple):
     oof_predictions : ndarray of shape (n_texts, n_outputs)
         Prediction for each training row by the ridge without that row, minus the mean of the
         targets of the other rows.
+    target_means : ndarray of shape (n_texts, n_outputs)
+        These means.
     """
 
     coef: np.ndarray
     intercept: np.ndarray
     oof_predictions: np.ndarray
+    target_means: np.ndarray
 
 
 def fit_ensemble(
@@ -197,12 +208,14 @@ def combine(
     has_oof = n_held_out[first[chosen]] > 0
     linear_path = linear_path and bool(np.count_nonzero(has_oof) >= MIN_TEXTS)
     ensemble = RelishEnsemble(heads, linear_path, loss_fn)
+    summary = summarize_heads(examples, folds, trainings, loss_fn)
     if ensemble.linear is not None:
         centred = (oof_predictions - target_means)[first[chosen]]
         stacked = np.full((len(first), oof_predictions.shape[1]), np.nan)
-        stacked[chosen] = _fit_linear_path(
+        stacked[chosen], summary = _fit_linear_path(
             ensemble,
             ensemble.linear,
+            summary,
             examples.merged(groups)[chosen],
             has_oof,
             centred,
@@ -210,7 +223,9 @@ def combine(
             _text_folds(folds, groups, chosen) if ridges_by_fold else None,
         )
         oof_predictions = stacked[groups]
-    return FittedEnsemble(ensemble.eval(), trainings, oof_predictions)
+    parts = ", ".join(f"{row['part']} {row['contribution']:.2f}" for row in summary)
+    log(logger, logging.INFO, "Contributions to the predictions: %s", parts)
+    return FittedEnsemble(ensemble.eval(), trainings, oof_predictions, summary)
 
 
 def _text_folds(folds: Sequence[Fold], groups: np.ndarray, chosen: np.ndarray) -> list[Fold]:
@@ -230,36 +245,61 @@ def _text_folds(folds: Sequence[Fold], groups: np.ndarray, chosen: np.ndarray) -
 def _fit_linear_path(
     ensemble: RelishEnsemble,
     linear: nn.Linear,
+    summary: list[dict[str, Any]],
     texts: Examples,
     has_oof: np.ndarray,
     oof_predictions: np.ndarray,
     window_bytes: float,
     folds: Sequence[Fold] | None,
-) -> np.ndarray:
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Fit the ridges, and set the weights of heads and ridges; `linear` is the ensemble's path.
 
     The weights come from the texts that are `has_oof`, a bool array: those with an out-of-fold
     prediction of the heads. These predictions are minus the mean of their training targets. The
-    weighted predictions of all texts are returned.
+    weighted predictions of all texts are returned, and the summary of the heads with the ridges.
     """
     y, weight = texts.y.double().numpy(), texts.weight.double().numpy()
     ridges = fit_ridges(texts.states, ensemble.state_norm, y, weight, window_bytes, folds)
     if folds is not None:
         has_oof = has_oof & np.isfinite(ridges[0].oof_predictions[:, 0])
     stacked = np.empty_like(oof_predictions)
+    sizes, all_weights = np.empty((2, y.shape[1], 1 + len(ridges)))
     for j in range(y.shape[1]):
         predictions = np.column_stack(
             [oof_predictions[:, j], *(ridge.oof_predictions[:, j] for ridge in ridges)]
         )
         weights = stack(predictions[has_oof], y[has_oof, j], weight[has_oof], PRIOR_WEIGHTS)
         stacked[:, j] = predictions @ weights
+        sizes[j], all_weights[j] = _sizes(predictions[has_oof], weight[has_oof]), weights
         head_weight, *ridge_weights = weights
         ensemble.head_weight[j] = head_weight
         weighted = list(zip(ridge_weights, ridges, strict=True))
         coef = np.concatenate([part * ridge.coef[j] for part, ridge in weighted])
         linear.weight[j] = torch.from_numpy(coef)
         linear.bias[j] = sum(part * ridge.intercept[j] for part, ridge in weighted)
-    return stacked
+    rows = [
+        _ridge_row(pooling, ridge, y, weight)
+        for pooling, ridge in zip(LINEAR_POOLINGS, ridges, strict=True)
+    ]
+    return stacked, add_ridges(summary, rows, all_weights, sizes)
+
+
+def _ridge_row(pooling: str, ridge: RidgeFit, y: np.ndarray, weight: np.ndarray) -> dict[str, Any]:
+    """The row of a ridge in the summary of the ensemble, without its weight."""
+    held_out = np.isfinite(ridge.oof_predictions[:, 0])
+    predictions = (ridge.oof_predictions + ridge.target_means)[held_out]
+    return {
+        "part": f"ridge {pooling}",
+        "best_epoch": None,
+        "n_rows": len(y),
+        "n_held_out": int(np.count_nonzero(held_out)),
+        "validation_r2": weighted_r2(y[held_out], predictions, weight[held_out]),
+    }
+
+
+def _sizes(predictions: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Root mean square of each model's predictions."""
+    return np.sqrt(np.average(predictions**2, axis=0, weights=weight))
 
 
 def fit_ridges(
@@ -290,30 +330,37 @@ def fit_ridges(
     list of RidgeFit
         With NaN as prediction of the texts in no fold.
     """
+    ridges = []
+    with ProgressBar(len(LINEAR_POOLINGS), "Fitting", "ridge", shown=False) as bar:
+        for pooling in LINEAR_POOLINGS:
+            X = pool_states(states, pooling, state_norm, window_bytes).double().numpy()
+            if folds is None:
+                ridges.append(_fit_ridge(X, y, weight))
+            else:
+                ridges.append(_fit_ridge_by_fold(X, y, weight, folds))
+            bar.update()
+    return ridges
+
+
+def _fit_ridge(X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> RidgeFit:
+    """A ridge with leave-one-out predictions."""
     weighted = weight[:, None] * y
     mean_of_rest = (weighted.sum(axis=0) - weighted) / (weight.sum() - weight)[:, None]
-    ridges = []
-    for pooling in LINEAR_POOLINGS:
-        X = pool_states(states, pooling, state_norm, window_bytes).double().numpy()
-        if folds is not None:
-            ridges.append(_fit_ridge_by_fold(X, y, weight, folds))
-            continue
-        scaler = StandardScaler().fit(X, sample_weight=weight)
-        ridge = RidgeCV(
-            PENALTIES,
-            scoring="neg_mean_squared_error",  # with a scorer, predictions are what is stored
-            store_cv_results=True,
-            alpha_per_target=True,
-        )
-        with config_context(enable_metadata_routing=False):  # otherwise the scorer needs requests
-            ridge.fit(scaler.transform(X), y, sample_weight=weight)
-        coef = ridge.coef_.reshape(y.shape[1], -1) / scaler.scale_
-        stored = ridge.cv_results_.reshape(len(y), y.shape[1], len(PENALTIES))
-        chosen = np.searchsorted(PENALTIES, np.broadcast_to(ridge.alpha_, y.shape[1]))
-        left_out = np.take_along_axis(stored, chosen[None, :, None], axis=2)[:, :, 0]
-        intercept = ridge.intercept_ - coef @ scaler.mean_
-        ridges.append(RidgeFit(coef, intercept, left_out - mean_of_rest))
-    return ridges
+    scaler = StandardScaler().fit(X, sample_weight=weight)
+    ridge = RidgeCV(
+        PENALTIES,
+        scoring="neg_mean_squared_error",  # with a scorer, predictions are what is stored
+        store_cv_results=True,
+        alpha_per_target=True,
+    )
+    with config_context(enable_metadata_routing=False):  # otherwise the scorer needs requests
+        ridge.fit(scaler.transform(X), y, sample_weight=weight)
+    coef = ridge.coef_.reshape(y.shape[1], -1) / scaler.scale_
+    stored = ridge.cv_results_.reshape(len(y), y.shape[1], len(PENALTIES))
+    chosen = np.searchsorted(PENALTIES, np.broadcast_to(ridge.alpha_, y.shape[1]))
+    left_out = np.take_along_axis(stored, chosen[None, :, None], axis=2)[:, :, 0]
+    intercept = ridge.intercept_ - coef @ scaler.mean_
+    return RidgeFit(coef, intercept, left_out - mean_of_rest, mean_of_rest)
 
 
 def _fit_ridge_by_fold(
@@ -341,7 +388,7 @@ def _fit_ridge_by_fold(
     ridge = Ridge(PENALTIES[chosen]).fit(scaler.transform(X), y, sample_weight=weight)
     coef = ridge.coef_.reshape(y.shape[1], -1) / scaler.scale_
     oof_predictions = predictions[chosen, :, np.arange(y.shape[1])].T
-    return RidgeFit(coef, ridge.intercept_ - coef @ scaler.mean_, oof_predictions)
+    return RidgeFit(coef, ridge.intercept_ - coef @ scaler.mean_, oof_predictions, means)
 
 
 def stack(
@@ -382,7 +429,7 @@ def stack(
     >>> stack(predictions, y, np.ones(10_000), [0.5, 0.5]).round(1)
     array([ 0.5, 49.9])
     """
-    size = np.sqrt(np.average(oof_predictions**2, axis=0, weights=weight))
+    size = _sizes(oof_predictions, weight)
     size = np.where(size > 0, size, np.inf)
     scaled, root, prior_root = oof_predictions / size, np.sqrt(weight), np.sqrt(PRIOR_ROWS)
     weights, _ = nnls(

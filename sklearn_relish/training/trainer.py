@@ -328,11 +328,9 @@ def _train(
                 course.validated.append(validated[number])
                 course.update(epoch, entry["validation_loss"], head)
             course.history.append(entry)
-        figures = {}
-        if validation is not None:
-            figures["validation R²"] = f"{entry['validation_r2']:.3f}"
         if bar is not None:
-            bar.update(**figures)
+            r2 = entry.get("validation_r2")
+            bar.update(figures=None if r2 is None else {"validation R²": f"{r2:.3f}"})
         if validation is not None and epoch - courses[-1].best_epoch >= patience:
             break
     head.zero_grad()

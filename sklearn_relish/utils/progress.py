@@ -1,47 +1,200 @@
-"""Progress bars."""
+"""Progress: bars on standard error, and log records that do not break them."""
 
 from __future__ import annotations
 
+import logging
+import math
 import multiprocessing
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
+from weakref import WeakSet
 
 from tqdm.auto import tqdm
 
 DELAY_SECONDS = 1.0  # until a bar appears: the predictions of a service take less
+REFRESH_SECONDS = 0.1  # a bar is drawn again after this time
+
+_bars: WeakSet[Any] = WeakSet()  # tqdm's bars of this process
+_fit: ContextVar[FitProgress | None] = ContextVar("fit", default=None)
+
+
+def _new_bar(**options: Any) -> tqdm[Any]:
+    bar = tqdm(delay=DELAY_SECONDS, mininterval=REFRESH_SECONDS, **options)
+    _bars.add(bar)
+    return bar
+
+
+def _is_wanted(verbose: bool) -> bool:
+    """Whether bars are shown: in worker processes they would overwrite each other."""
+    return verbose and multiprocessing.current_process().name == "MainProcess"
 
 
 class ProgressBar:
-    """A progress bar on standard error, or none.
+    """The progress of one piece of work, on standard error.
 
-    Worker processes show none, since the bars of several processes would overwrite each other.
-    Work that takes less than `DELAY_SECONDS` has none either.
+    During a fit it is a part of the bar of that fit, see `FitProgress`. Otherwise it has a bar of
+    its own, which begins with the first result and appears a second later: work in one step, such
+    as the prediction of a service, has none, even if the language model is loaded first.
 
     Parameters
     ----------
     total : int
     description : str
+        What is done, such as ``"Reading"``.
     unit : str
         What is counted.
     shown : bool
         Whether a bar is wanted.
+    cost : float, default=None
+        The cost of all units, in the unit of `update`. None: each unit costs the same.
     """
 
-    def __init__(self, total: int, description: str, unit: str, shown: bool) -> None:
+    def __init__(
+        self, total: int, description: str, unit: str, shown: bool, cost: float | None = None
+    ) -> None:
+        self.total, self.description, self.unit = total, description, unit
+        self.cost = total if cost is None else cost
+        self.done, self.cost_done, self.n_tokens = 0, 0.0, 0
+        self.began = time.monotonic()
+        self._fit = _fit.get()
+        self._shown = self._fit is None and _is_wanted(shown)
         self._bar: tqdm[Any] | None = None
-        # tqdm takes a lock even for a bar that is disabled.
-        if shown and multiprocessing.current_process().name == "MainProcess":
-            self._bar = tqdm(total=total, desc=description, unit=unit, delay=DELAY_SECONDS)
 
     def __enter__(self) -> ProgressBar:
+        if self._fit is not None:
+            self._fit.begin(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
-    def update(self, n: int = 1, /, **figures: str) -> None:
+    def update(
+        self,
+        n: int = 1,
+        /,
+        *,
+        cost: float | None = None,
+        n_tokens: int = 0,
+        figures: dict[str, str] | None = None,
+    ) -> None:
         """Count `n` more units, and show named figures after the bar."""
-        if self._bar is not None:
+        if self._fit is not None:
+            with self._fit.lock:
+                self.done += n
+                self.cost_done += n if cost is None else cost
+                self.n_tokens += n_tokens
+                self._fit.show(self, figures)
+        elif self._shown:
+            # tqdm takes a lock even for a bar that is disabled.
+            if self._bar is None:
+                if n >= self.total:
+                    return
+                names = {"desc": self.description, "unit": self.unit}
+                self._bar = _new_bar(total=self.total, initial=n, **names)
+                return
             if figures:
                 self._bar.set_postfix(figures, refresh=False)
             self._bar.update(n)
+
+    def __str__(self) -> str:
+        return f"{self.description}, {self.unit} {self.done:,} of {self.total:,}"
+
+
+class FitProgress:
+    """One bar for all parts of a fit, with the time that is left of all of them.
+
+    In the thread that enters it, each `ProgressBar` becomes a part of the bar. It counts time: its
+    length is the time so far, relative to the time so far and the estimate of the time left.
+
+    Parameters
+    ----------
+    shown : bool
+        Whether a bar is wanted.
+    training_seconds : callable
+        Estimates the time to train the heads, given the mean number of tokens of a text; NaN if it
+        can't. It is called once, while texts are read, and only if the bar is on the screen.
+    """
+
+    def __init__(self, shown: bool, training_seconds: Callable[[float], float]) -> None:
+        self.lock = threading.Lock()  # heads are trained in several threads
+        self._training_seconds = training_seconds
+        self._later = math.nan  # estimated seconds of the parts after the reading
+        self._is_estimated = False
+        self._bar: tqdm[Any] | None = None
+        self._shown = _is_wanted(shown)
+
+    def __enter__(self) -> FitProgress:
+        self._outer = _fit.set(self)
+        if self._shown:
+            self._began = time.monotonic()
+            self._bar = _new_bar(
+                total=1.0,
+                desc="Fit",
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+                miniters=0,
+                smoothing=0,  # the time left is that of the mean rate: it is set by `show`
+            )
+        return self
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        _fit.reset(self._outer)
+        if self._bar is not None:
+            if kind is None:
+                self._bar.n, self._bar.postfix = 1.0, None
+                self._bar.set_description_str("Fit", refresh=False)
+            self._bar.close()
+
+    def begin(self, part: ProgressBar) -> None:
+        """A part begins; its time left is not known yet."""
+        with self.lock:
+            if self._bar is not None:
+                self._bar.postfix = None  # a figure of the last part
+            self.show(part)
+
+    def show(self, part: ProgressBar, figures: dict[str, str] | None = None) -> None:
+        """Show how far a part is, and the time left; the caller holds the lock."""
+        if self._bar is None:
+            return
+        now = time.monotonic()
+        elapsed = now - self._began
+        left = math.nan
+        if part.cost_done > 0:
+            left = (now - part.began) * max(0.0, part.cost / part.cost_done - 1)
+            if part.unit == "text":  # the heads are trained later
+                if part.n_tokens and elapsed >= DELAY_SECONDS and not self._is_estimated:
+                    self._is_estimated = True
+                    mean_length = part.n_tokens / part.cost_done * part.cost / part.total
+                    self._later = self._training_seconds(mean_length)
+                left += self._later
+        if figures:
+            self._bar.set_postfix(figures, refresh=False)
+        self._bar.set_description_str(str(part), refresh=False)
+        # Until the time left is known, the bar stays where it is.
+        fraction = self._bar.n if math.isnan(left) else elapsed / max(elapsed + left, 1e-9)
+        self._bar.update(fraction - self._bar.n)
+
+
+def log(logger: logging.Logger, level: int, message: str, *args: object) -> None:
+    """Log a message. Bars are taken from the screen before it, and come back after it."""
+    if logger.isEnabledFor(level):
+        with _without_bars():
+            logger.log(level, message, *args, stacklevel=2)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    bars = [bar for bar in list(_bars) if bar.last_print_t >= bar.start_t + bar.delay]
+    if not bars:
+        yield
+        return
+    with tqdm.get_lock():
+        for bar in bars:
+            bar.clear(nolock=True)
+        yield
+        for bar in bars:
+            bar.refresh(nolock=True)

@@ -19,7 +19,7 @@ import json, sys, warnings
 import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from sklearn_relish import RelishRegressor
+from sklearn_relish import RelishRegressor, RelishRegressorCV
 
 warnings.simplefilter("error", UserWarning)
 folder, local_model = sys.argv[1:]
@@ -52,6 +52,13 @@ in_cache = snapshot_download("tiny/llm")
 RelishRegressor(in_cache, **small).fit(X, y).save_pretrained(folder)
 out["saved"] = json.load(open(f"{folder}/config.json"))["parameters"]["model"]
 check(folder)
+
+searched = small | {"n_iterations": [1, 2], "cv": 2}
+del searched["n_estimators"]
+search = RelishRegressorCV("tiny/llm", **searched).fit(X, y)
+search.push_to_hub("owner/search", license="mit")
+loaded = RelishRegressor.from_pretrained("owner/search")
+np.testing.assert_array_equal(loaded.predict(X), search.predict(X))
 
 local = RelishRegressor(local_model, **small).fit(X, y)
 local.push_to_hub("owner/local", license="mit")
@@ -95,7 +102,7 @@ def pushed(tmp_path_factory):
 def test_a_pushed_regressor_is_loaded_from_the_hub(pushed):
     hub, out = pushed
     assert set(hub.files("owner/films")) == {"README.md", "config.json", "model.safetensors"}
-    assert hub.private == {"owner/films": True, "owner/local": False}
+    assert hub.private == {"owner/films": True, "owner/search": False, "owner/local": False}
     assert out["commit"] == f"{hub.url}/owner/films/commit/{hub.branches['owner/films']['main']}"
     assert out["revision"] == hub.branches["tiny/llm"]["main"]
     assert out["message"] == "Second"

@@ -80,7 +80,10 @@ def test_what_is_opened_is_what_was_saved(tmp_path, changes):
     if regressor.early_stopping:
         intervals = [some.predict_interval(FRAME, 0.6) for some in (opened, regressor)]
         np.testing.assert_array_equal(*intervals)
-    for name in ("layer_", "layer_scores_", "history_", "best_epoch_", "validation_score_"):
+    for name in (
+        "layer_", "layer_scores_", "history_", "best_epoch_", "validation_score_",
+        "ensemble_summary_",
+    ):  # fmt: skip
         assert getattr(opened, name) == getattr(regressor, name)
     assert list(opened.feature_names_in_) == ["title", "year"]
     with pytest.raises(ValueError, match="feature names"):
@@ -416,6 +419,8 @@ def test_what_can_not_work_is_refused(three, saved, monkeypatch):
         ("fitted.n_outputs_", 2),
         ("fitted.history_", [1]),
         ("fitted.best_epoch_", [1]),
+        ("fitted.ensemble_summary_", [{"part": "head 1", "weight": "all"}]),
+        ("fitted.ensemble_summary_", [{"weight": 1.0}]),
         ("fitted.validation_score_", "high"),
         ("fitted._column_names", ["title"]),
         ("fitted._column_names", [1, 2]),

@@ -5,6 +5,7 @@ import pytest
 from scipy.stats import randint
 from sklearn import config_context
 from sklearn.base import clone
+from sklearn.callback import ProgressBar
 from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
 from sklearn.ensemble import BaggingRegressor, StackingRegressor, VotingRegressor
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401
@@ -14,6 +15,7 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import (
     GridSearchCV,
     HalvingGridSearchCV,
+    KFold,
     RandomizedSearchCV,
     cross_val_predict,
     cross_validate,
@@ -119,6 +121,43 @@ def test_callbacks(regressor, reviews):
     GridSearchCV(regressor, GRID, cv=2).set_callbacks(search).fit(texts, y)
     assert "GridSearchCV" in search.begun
     assert sorted(search.ended) == sorted(search.begun)
+
+
+class Propagated(Recorder):
+    """Keeps the number, the values and the texts of each fit of a search."""
+
+    max_propagation_depth = 1
+
+    def __init__(self):
+        super().__init__()
+        self.fits = {}
+
+    def on_fit_task_begin(self, estimator, context, *, X=None):
+        if context.source_task_name == "candidate-split-evaluation":
+            values = {name: getattr(estimator, name) for name in GRID}
+            self.fits[context.task_id] = values, list(X)
+
+
+def test_the_number_of_a_fit_says_its_candidate_and_fold(regressor, reviews):
+    texts, y = reviews
+    seen, folds = Propagated(), KFold(3)
+    regressor.set_params(max_epochs=1, n_estimators=1, linear_path=False)
+    search = GridSearchCV(regressor, GRID, cv=folds).set_callbacks(seen).fit(texts, y)
+    training_rows = [train for train, _ in folds.split(texts)]
+    assert sorted(seen.fits) == list(range(12))
+    for number, (values, fitted) in seen.fits.items():
+        assert values == search.cv_results_["params"][number // 3]
+        assert fitted == [texts[row] for row in training_rows[number % 3]]
+
+
+def test_the_bar_of_scikit_learn_has_a_line_for_each_fit(regressor, reviews, capfd):
+    pytest.importorskip("rich")
+    regressor.set_params(max_epochs=1, n_estimators=1, linear_path=False)
+    search = GridSearchCV(regressor, {"n_iterations": [1, 2]}, cv=2)
+    search.set_callbacks(ProgressBar()).fit(*reviews)
+    shown = capfd.readouterr().out
+    assert "GridSearchCV - search" in shown
+    assert all(f"RelishRegressor - fit #{number}" in shown for number in range(4))
 
 
 def test_cross_validate_with_several_metrics(regressor, reviews):

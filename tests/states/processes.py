@@ -1,6 +1,9 @@
 """Code of the other processes: a model that logs what it loads and reads, and users of a store."""
 
+import json
+import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -14,9 +17,11 @@ import sklearn_relish.states.contents
 import sklearn_relish.states.index
 import sklearn_relish.states.reading
 import sklearn_relish.states.retention
-from sklearn_relish import FrozenLLM, RelishRegressor, StateStore
+from sklearn_relish import FrozenLLM, RelishRegressor, RelishRegressorCV, StateStore
 from sklearn_relish.llm.batching import TOKEN_BUDGET
 from sklearn_relish.states.temporary import temporary_folder
+from sklearn_relish.training import search
+from sklearn_relish.utils import progress
 
 torch.set_num_threads(1)
 
@@ -71,14 +76,100 @@ class StoppingLLM(LoggedLLM):
                 threading.Event().wait()
 
 
-def fetch_in_small_pieces(folder, texts, model, log, stop_at=0):
-    """Read texts into a store, with many small leases, files and merges."""
+class MortalLLM(LoggedLLM):
+    """Logs the texts of each pass, and is killed with its worker process.
+
+    While there is a file `kill`, the first process to complete its third pass is killed, before it
+    has kept the states of that pass. Worker processes read in small pieces.
+    """
+
+    n_passes = 0
+
+    def __init__(self, model, log):
+        super().__init__(model, log)
+        if multiprocessing.current_process().name != "MainProcess":
+            read_in_small_pieces()
+
+    def _read_batch(self, tokens, layers):
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+        self.write(json.dumps(texts))
+        self.n_passes += 1
+        if self.n_passes == 3:
+            try:
+                Path(self.log).with_name("kill").unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            except FileNotFoundError:  # it is not asked for, or another process was killed
+                pass
+        return super()._read_batch(tokens, layers)
+
+    def write(self, line):
+        if line.startswith("["):
+            super().write(line)
+
+
+def passes(log):
+    """The texts of each pass of a `MortalLLM`, by process."""
+    found = {}
+    for line in Path(log).read_text().splitlines():
+        pid, _, texts = line.partition(" ")
+        found.setdefault(pid, []).append(set(json.loads(texts)))
+    return found
+
+
+def fit_with_bars(model):
+    """A fit whose bar would be shown at once in the main process."""
+    progress.DELAY_SECONDS = progress.REFRESH_SECONDS = 0.0
+    llm = FrozenLLM(model, device="cpu", dtype="float32")
+    RelishRegressor(llm, max_epochs=1, latent_size=16, verbose=1).fit(list("abcd"), range(4))
+    return multiprocessing.current_process().name
+
+
+def search_until_stopped(folder, texts, y, model, log, part):
+    """A `RelishRegressorCV` that waits, reading or training, until it is killed."""
+    read_in_small_pieces()
+    llm = StoppingLLM(model, log)
+    if part == "reading":
+        llm.n_passes = 12
+    else:
+        trained, original = [], search.train_candidates
+
+        def train_candidates(*arguments, **options):
+            if trained:
+                llm.write("stopped")
+                threading.Event().wait()
+            trained.append(original(*arguments, **options))
+            return trained[0]
+
+        search.train_candidates = train_candidates
+    small_search(llm, folder).fit(texts, y)
+
+
+def small_search(llm, memory):
+    return RelishRegressorCV(
+        llm,
+        memory=memory,
+        layer=2,
+        latent_size=[8, 16],
+        n_iterations=1,
+        max_epochs=1,
+        cv=2,
+        random_state=0,
+    )
+
+
+def read_in_small_pieces():
+    """Many small leases, files and merges."""
     sklearn_relish.states.reading.PIECE_TEXTS = 8
     sklearn_relish.states.reading.PIECE_SECONDS = 0.0
     sklearn_relish.states.retention.SHARD_BYTES = 1
     sklearn_relish.states.reading.POLL_SECONDS = 0.01
     sklearn_relish.states.index.MERGE_SHARDS = 4
     TOKEN_BUDGET["cpu"] = 64
+
+
+def fetch_in_small_pieces(folder, texts, model, log, stop_at=0):
+    """Read texts into a store in small pieces."""
+    read_in_small_pieces()
     llm = StoppingLLM(model, log)
     llm.n_passes = stop_at
     for i in range(0, len(texts), 30):

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,11 +18,16 @@ import numpy as np
 import processes
 import pytest
 import torch
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from processes import (
     LoggedLLM,
+    MortalLLM,
     fetch_in_small_pieces,
     fetch_on_a_full_disk,
+    passes,
     read_log,
+    search_until_stopped,
+    small_search,
     spill,
 )
 from sklearn.model_selection import GridSearchCV, cross_val_score, learning_curve
@@ -106,6 +112,62 @@ def test_processes_share_what_they_read_and_load_nothing_when_all_is_read(log, t
         Path(log).write_text("")
         search(log, memory, n_jobs=2)
     assert Path(log).read_text() == ""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
+def test_a_killed_worker_of_a_search(log, tmp_path):
+    texts, y = TEXTS[:48], Y[:48]
+    memory, kill = str(tmp_path / "states"), tmp_path / "kill"
+    kill.touch()
+    regressor = make(log, memory).set_params(model=MortalLLM(tiny_model(), log), n_estimators=1)
+    search = GridSearchCV(regressor, {"n_iterations": [1, 2]}, cv=2, n_jobs=2)
+    with pytest.raises(TerminatedWorkerError, match="SIGKILL"):
+        search.fit(texts, y)
+    assert not kill.exists()
+    first = passes(log)
+    Path(log).write_text("")
+    search.set_params(n_jobs=None).fit(texts, y)  # workers would be started again
+    again = {text for process in passes(log).values() for batch in process for text in batch}
+    lost = set().union(*(process[-1] for process in first.values()))  # each was in a pass
+    kept = set().union(*(batch for process in first.values() for batch in process)) - lost
+    assert kept
+    assert not again & kept
+    assert again | kept == set(texts)
+    whole = GridSearchCV(regressor.set_params(memory=None), search.param_grid, cv=2).fit(texts, y)
+    np.testing.assert_array_equal(search.predict(texts), whole.predict(texts))
+
+
+@pytest.mark.parametrize("part", ["reading", "training"])
+def test_a_killed_search_is_started_again(context, log, tmp_path, part):
+    memory = tmp_path / "states"
+    process = context.Process(
+        target=search_until_stopped, args=(memory, TEXTS, Y, tiny_model(), log, part)
+    )
+    process.start()
+    while "stopped" not in Path(log).read_text() and process.is_alive():
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    (held,) = StateStore(memory).info()
+    assert held["n_texts"] == len(TEXTS) if part == "training" else held["n_texts"] > 8
+    Path(log).write_text("")
+    store = StateStore(memory)
+    found = small_search(LoggedLLM(tiny_model(), log), store).fit(TEXTS, Y)
+    assert store.misses == len(TEXTS) - held["n_texts"]
+    assert ("read" in Path(log).read_text()) == (part == "reading")
+    whole = small_search(LoggedLLM(tiny_model(), log), None).fit(TEXTS, Y)
+    np.testing.assert_array_equal(found.predict(TEXTS), whole.predict(TEXTS))
+
+
+def test_bars_of_worker_processes_do_not_overwrite_each_other(capfd):
+    job = joblib.delayed(processes.fit_with_bars)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        names = joblib.Parallel(n_jobs=2)(job(tiny_model()) for _ in range(2))
+    assert "MainProcess" not in names
+    shown = capfd.readouterr().err
+    assert "Fit" not in shown
+    assert "epoch" not in shown
 
 
 def test_worker_processes_without_a_folder_warn(log):

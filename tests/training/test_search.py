@@ -135,7 +135,7 @@ def test_a_fold_without_a_score_is_an_error():
 def test_an_interrupted_search_continues_with_what_it_has_trained(monkeypatch):
     candidates = [candidate(latent_size=size) for size in (4, 8)]
     complete = run(candidates)
-    original, trained, calls = search._train, {}, []
+    original, trained, calls = search.train_candidates, {}, []
 
     def interrupted(*args, **options):
         calls.append(args)
@@ -143,7 +143,7 @@ def test_an_interrupted_search_continues_with_what_it_has_trained(monkeypatch):
             raise KeyboardInterrupt
         return original(*args, **options)
 
-    monkeypatch.setattr(search, "_train", interrupted)
+    monkeypatch.setattr(search, "train_candidates", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(candidates, trained=trained)
     assert len(trained) == 3

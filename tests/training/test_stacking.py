@@ -88,7 +88,7 @@ def test_a_prediction_is_the_weighted_mean_of_the_heads_plus_the_linear_path():
 def test_a_ridge_predicts_each_row_without_it():
     examples = linear_examples(40, n_outputs=2, noise=1.0)
     X, y = pool_states(examples.states, "mean", "rms"), examples.y.double().numpy()
-    coef, intercept, predicted = fit_ridges(examples.states, "rms", y, np.ones(40))[0]
+    coef, intercept, predicted, means = fit_ridges(examples.states, "rms", y, np.ones(40))[0]
     Z = StandardScaler().fit_transform(X.double().numpy())
     ridge = RidgeCV(PENALTIES, alpha_per_target=True).fit(Z, y)
     np.testing.assert_allclose(X.double().numpy() @ coef.T + intercept, ridge.predict(Z))
@@ -96,6 +96,7 @@ def test_a_ridge_predicts_each_row_without_it():
         rest = np.arange(40) != row
         for j in range(2):
             one = RidgeCV([ridge.alpha_[j]]).fit(Z[rest], y[rest, j])
+            np.testing.assert_allclose(means[row, j], y[rest, j].mean(), atol=1e-12)
             expected = one.predict(Z[[row]])[0] - y[rest, j].mean()
             np.testing.assert_allclose(predicted[row, j], expected, atol=1e-6)
 
@@ -149,7 +150,7 @@ def test_out_of_fold_predictions_are_the_mean_of_the_heads_that_did_not_see_the_
     groups, random = np.arange(40), np.random.RandomState(0)
     settings = TRAINING | {"linear_path": False, "random": random, "max_epochs": 1}
     settings["make_head"] = lambda number, seed: new_head(seed, **SIZES)
-    _, trainings, found = fit_ensemble(examples, groups, held_out, **settings)
+    _, trainings, found, _ = fit_ensemble(examples, groups, held_out, **settings)
     first, second = (training.oof_predictions for training in trainings)
     np.testing.assert_array_equal(found[:10], first[:10])
     np.testing.assert_array_equal(found[10:20], (first[10:] + second[:10]) / 2)

@@ -225,8 +225,10 @@ def server(gate):
 def test_a_server_that_is_stopped_answers_accepted_requests(gate, server):
     gate.is_open.clear()
     with ThreadPoolExecutor() as pool:
-        answers = [pool.submit(post, server.url, [f"film {i}"]) for i in range(3)]
-        wait_until(lambda: gate.calls and waiting(server.url) == 2)
+        answers = [pool.submit(post, server.url, ["first"])]
+        wait_until(lambda: gate.calls)
+        answers += [pool.submit(post, server.url, [f"film {i}"]) for i in range(2)]
+        wait_until(lambda: waiting(server.url) == 2)
         server.should_exit = True  # as after SIGTERM
         wait_until(lambda: not any(each.is_serving() for each in server.servers))
         gate.is_open.set()

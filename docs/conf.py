@@ -75,7 +75,7 @@ sphinx_gallery_conf = {
     "examples_dirs": str(EXAMPLES),
     "gallery_dirs": "gallery",
     # those that are run; a server would not end
-    "filename_pattern": rf"^(?!.*/serve_).*(?:{os.environ.get('GALLERY', '.*')})",
+    "filename_pattern": rf"^(?!.*[\\/]serve_).*(?:{os.environ.get('GALLERY', '.*')})",
     "example_extensions": {".py"},
     "within_subsection_order": "FileNameSortKey",
     "show_memory": False,

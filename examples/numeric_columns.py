@@ -6,10 +6,10 @@ Oscars)::
 
     python examples/numeric_columns.py
 
-A language model can read numbers as text. Gradient boosting needs no language model for them. Here
-are two ways to give it the texts too: principal components of the pooled states, or the predictions
-of a `RelishRegressor` that reads only the texts. For the training films these are out-of-fold
-predictions, because a prediction for a film of its own fit would be too good.
+A language model can read numbers as text. Gradient boosting uses them as numbers, and there are two
+ways to give it the texts too: principal components of the pooled states, or the predictions of a
+`RelishRegressor` that reads only the texts. For the training films these are out-of-fold
+predictions, because the prediction for a film of the fit itself would be too good.
 """
 
 import sqlite3

@@ -74,7 +74,8 @@ autosummary_context = {"own_members": own_members}
 sphinx_gallery_conf = {
     "examples_dirs": str(EXAMPLES),
     "gallery_dirs": "gallery",
-    "filename_pattern": os.environ.get("GALLERY", r".*\.py"),  # those that are run
+    # those that are run; a server would not end
+    "filename_pattern": rf"^(?!.*[\\/]serve_).*(?:{os.environ.get('GALLERY', '.*')})",
     "example_extensions": {".py"},
     "within_subsection_order": "FileNameSortKey",
     "show_memory": False,

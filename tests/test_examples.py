@@ -22,6 +22,7 @@ PRINTED = {
     "films_columns": "R² of all columns",
     "grid_search": "32 films, 32 of them read",
     "intervals": "width by film",
+    "numeric_columns": "boosting: numbers, predictions",
     "one_backbone": "minutes",
     "plot_refinement": "after iteration 3",
     "sentence_pairs": "the better film is predicted for",
@@ -66,7 +67,11 @@ def run_example(environment, monkeypatch):
 
 
 def test_every_example_is_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*PRINTED, "quickstart"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        *PRINTED,
+        "quickstart",
+        "serve_fastapi",
+    }
 
 
 @pytest.mark.real_model

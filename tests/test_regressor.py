@@ -126,8 +126,11 @@ def test_columns_are_rendered_and_named_as_in_fit(llm):
     expected = regressor.predict(frame)
     with pytest.warns(UserWarning, match="does not have valid feature names"):
         assert (regressor.predict(frame.to_numpy()) == expected).all()
-    with pytest.raises(ValueError, match="feature names should match"):
-        regressor.predict(frame[["stars", "review"]])
+    for wrong in (frame[["stars", "review"]], frame.assign(more=1), frame[["review"]]):
+        with pytest.raises(ValueError, match="feature names should match"):
+            regressor.predict(wrong)
+        with pytest.raises(ValueError, match="pass these columns in this order"):
+            regressor.predict(wrong.to_dict("list"))
     lines = [
         f"review: {text}\nstars: {int(stars)}" for text, stars in frame.itertuples(index=False)
     ]

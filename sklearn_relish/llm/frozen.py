@@ -262,7 +262,7 @@ class FrozenLLM(TokenStateReader):
         return batching.TOKEN_BUDGET[self._device_kind]
 
     def as_chat(self, texts: list[str]) -> list[str]:
-        """Each text as a user's message to a chat model, up to where the reply begins.
+        r"""Each text as a user's message to a chat model, up to where the reply begins.
 
         Parameters
         ----------
@@ -282,7 +282,7 @@ class FrozenLLM(TokenStateReader):
         >>> from sklearn_relish import FrozenLLM
         >>> llm = FrozenLLM("HuggingFaceTB/SmolLM2-135M-Instruct")
         >>> llm.as_chat(["a text"])  # doctest: +SKIP
-        ['<|im_start|>user\\na text<|im_end|>\\n<|im_start|>assistant\\n']
+        ['<|im_start|>user\na text<|im_end|>\n<|im_start|>assistant\n']
         """
         return self._text_tokenizer.as_chat(texts)
 

@@ -206,7 +206,7 @@ class TokenStateReader(ABC):
         return {self.hidden_size}
 
     def as_chat(self, texts: list[str]) -> list[str]:
-        """Each text as a user's message to a chat model, for ``chat_template=True``.
+        r"""Each text as a user's message to a chat model, for ``chat_template=True``.
 
         Raises
         ------
@@ -218,7 +218,7 @@ class TokenStateReader(ABC):
         >>> from sklearn_relish import FrozenLLM
         >>> llm = FrozenLLM("HuggingFaceTB/SmolLM2-135M-Instruct")
         >>> llm.as_chat(["a text"])  # doctest: +SKIP
-        ['<|im_start|>user\\na text<|im_end|>\\n<|im_start|>assistant\\n']
+        ['<|im_start|>user\na text<|im_end|>\n<|im_start|>assistant\n']
         """
         raise ValueError(f"{self!r} has no chat template: pass chat_template=False.")
 

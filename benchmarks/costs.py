@@ -4,9 +4,9 @@
 
 Training only, on random states of size 576 that are kept, so no language model is needed;
 reading.py and growth.py measure reading. The first line is a fit of 500 rows of 40 tokens, 4
-epochs, with 3 heads and the ridge models; the others change one thing. Seconds by the clock, seconds of all cores
-together, which depend less on other work of the machine, and the ratio of the latter to those of
-the first line.
+epochs, with 3 heads and the ridge models; the others change one thing. Seconds by the clock,
+seconds of all cores together, which depend less on other work of the machine, and the ratio of the
+latter to those of the first line.
 """
 
 import argparse

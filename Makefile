@@ -1,6 +1,6 @@
 .PHONY: install fix check test docs release
 
-GALLERY = .*
+GALLERY =
 
 install:  ## the package with its development dependencies, in the active environment
 	python -m pip install -e ".[test,lint]"

@@ -15,7 +15,6 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from evaluation import TASKS, Results, find_models, load
 from scipy.stats import pearsonr
 
@@ -86,7 +85,7 @@ def main() -> None:
                 results.add(**key, r=100 * pearsonr(predicted, judged["score"]).statistic)
                 print(key, f"{results.lines[-1]['r']:.1f}", flush=True)
 
-    cells = pd.DataFrame(results.lines).pivot(index="variant", columns=["model", "set"], values="r")
+    cells = results.frame().pivot(index="variant", columns=["model", "set"], values="r")
     print("| variant | compared with | gain | in cells |\n| --- | --- | --- | --- |")
     for variant in [name for name in VARIANTS if name in cells.index]:
         reference = "all of it" if variant.startswith("all, ") else "base"

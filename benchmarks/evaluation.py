@@ -33,10 +33,9 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from rivals import (
     CrossEncoderRegressor,
     DecodingRegressor,
@@ -53,6 +52,9 @@ from rivals import (
 from scipy.stats import pearsonr, spearmanr
 
 from sklearn_relish import FrozenLLM, RelishRegressor, StateStore, __version__
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PAIR = "Sentence 1: {text_a}\nSentence 2: {text_b}\n"
 TRANSLATION = "Source: {text_a}\nTranslation: {text_b}\nQuality score:"
@@ -265,6 +267,8 @@ def settings_of(estimator: Any) -> dict[str, Any]:
 
 def load(folder: Path, split: str, n_rows: int) -> pd.DataFrame:
     """The first rows of a split, shuffled once."""
+    import pandas as pd
+
     frame = pd.read_csv(folder / f"{split}.csv", keep_default_na=False)
     return frame.sample(frac=1, random_state=0).head(n_rows).reset_index(drop=True)
 
@@ -348,6 +352,12 @@ class Results:
     def is_current(self, line: dict[str, Any]) -> bool:
         return True
 
+    def frame(self) -> pd.DataFrame:
+        """The current lines."""
+        import pandas as pd
+
+        return pd.DataFrame([line for line in self.lines if self.is_current(line)])
+
     def add(self, **line: Any) -> None:
         self.lines.append(line)
         with self.path.open("a") as file:
@@ -406,6 +416,8 @@ def run(
     test_rows: int,
 ) -> None:
     """Every cell that the results lack."""
+    import pandas as pd
+
     for model, llm in models.items():
         for name in sets:
             task = TASKS[name]
@@ -541,7 +553,7 @@ def main() -> None:
         store = StateStore(arguments.memory)
         options = {"sets": sets, "methods": methods, "seeds": seeds, "rows": rows}
         run(results, models, arguments.data, store, test_rows=test_rows, **options)
-    lines = pd.DataFrame([line for line in results.lines if results.is_current(line)])
+    lines = results.frame()
     left_out = len(results.lines) - len(lines)
     if left_out:
         print(f"{left_out} lines were left out: they have other versions or settings.")

@@ -2,9 +2,7 @@
 
 import sqlite3
 
-import bokeh_sampledata
 import numpy as np
-import pandas as pd
 
 QUERY = """
     SELECT Title AS title, Year AS year, Country AS country, Genre AS genre, Director AS director,
@@ -16,6 +14,9 @@ QUERY = """
 
 def load_films(n_films: int) -> tuple[list[str], np.ndarray]:
     """Texts of ``column: value`` lines, all different, and Tomatometers, 0 to 100."""
+    import bokeh_sampledata
+    import pandas as pd
+
     with sqlite3.connect(bokeh_sampledata.package_path("movies.db")) as database:
         films = pd.read_sql(QUERY, database)
     films = films.drop_duplicates(["title", "year"]).sample(n_films, random_state=0)

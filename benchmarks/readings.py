@@ -8,18 +8,23 @@ readings. It is compared with fits on kept states of all rows and of the first p
 states come from a store, so the seconds are those of the heads.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from evaluation import TASKS, TEST_ROWS, Results, correlation, find_models, load
 from scipy.stats import pearsonr
 
 from sklearn_relish import FrozenLLM, RelishRegressor, StateStore
 from sklearn_relish.regressor import ESTIMATORS
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = ["text_a", "text_b"]
 N_PARTS = 5
@@ -83,7 +88,7 @@ def main() -> None:
     for seed in range(arguments.seeds):
         for name in arguments.sets:
             run(arguments, results, llm, name, seed)
-    lines = pd.DataFrame(results.lines)
+    lines = results.frame()
     for figure in ("r", "seconds"):
         table = lines.pivot_table(index="fit", columns="set", values=figure, sort=False)
         print(figure, table.round(1).to_string(), sep="\n")

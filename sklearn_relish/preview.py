@@ -51,6 +51,12 @@ class FitPreview:
         Estimated time to read the texts, if the states of none of them are kept.
     train_seconds : float
         Estimated time to train the heads. Ridge models are not included.
+
+    Examples
+    --------
+    >>> from sklearn_relish import RelishRegressor
+    >>> preview = RelishRegressor().preview(["dull", "fine", "splendid"] * 20)
+    >>> n_bytes, seconds = preview.n_bytes, preview.read_seconds + preview.train_seconds
     """
 
     texts: list[str]

@@ -495,6 +495,9 @@ def test_every_loss_learns(llm, loss, quantile, n_outputs):
         assert (quantiles == regressor.predict(fresh)[..., None]).any(axis=-1).all()
     else:
         assert not hasattr(regressor, "predict_quantiles")
+        with pytest.raises(AttributeError) as caught:
+            regressor.predict_quantiles(fresh)
+        assert f"needs loss='quantile', but the loss is {loss!r}" in str(caught.value.__cause__)
 
 
 @pytest.mark.parametrize(

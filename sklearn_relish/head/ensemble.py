@@ -40,6 +40,14 @@ class RelishEnsemble(nn.Module):
     linear : torch.nn.Linear or None
         From a text's vectors, one for each of `LINEAR_POOLINGS`, to its prediction. Their states
         are normalized like those of the heads.
+
+    Examples
+    --------
+    >>> from sklearn_relish import RelishRegressor
+    >>> texts, y = ["dull", "fine", "splendid"] * 20, [1, 3, 5] * 20
+    >>> regressor = RelishRegressor(random_state=0).fit(texts, y)
+    >>> len(regressor.head_.heads)
+    5
     """
 
     def __init__(self, heads: list[RelishHead], linear_path: bool, loss_fn: Loss = HUBER) -> None:
@@ -61,7 +69,18 @@ class RelishEnsemble(nn.Module):
             self.linear = linear
 
     def with_heads(self, heads: Iterable[RelishHead], loss_fn: Loss) -> RelishEnsemble:
-        """An ensemble of other heads, with a copy of the linear path of this one."""
+        """An ensemble of other heads, with a copy of the linear path of this one.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from sklearn_relish import RelishHead
+        >>> from sklearn_relish.head.ensemble import RelishEnsemble
+        >>> heads = [RelishHead(input_size=16, latent_size=8, n_heads=2) for _ in range(5)]
+        >>> ensemble = RelishEnsemble(heads, linear_path=True)
+        >>> len(ensemble.with_heads(heads[:3], ensemble.loss_fn).heads)
+        3
+        """
         ensemble = RelishEnsemble(list(heads), self.linear is not None, loss_fn)
         ensemble.head_weight.copy_(self.head_weight)
         if self.linear is not None and ensemble.linear is not None:
@@ -99,11 +118,34 @@ class RelishEnsemble(nn.Module):
         self.eval()
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Predict for each text of a padded batch, in standardized units; see `RelishHead`."""
+        """Predict for each text of a padded batch, in standardized units; see `RelishHead`.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from sklearn_relish import RelishHead
+        >>> from sklearn_relish.head.ensemble import RelishEnsemble
+        >>> heads = [RelishHead(input_size=16, latent_size=8, n_heads=2) for _ in range(5)]
+        >>> states, mask = torch.randn(2, 7, 16), torch.ones(2, 7, dtype=torch.bool)
+        >>> RelishEnsemble(heads, linear_path=True)(states, mask).shape
+        torch.Size([2, 1])
+        """
         return self.forward_zero_padded(zero_padding(states, mask), mask)
 
     def forward_zero_padded(self, states: Tensor, mask: Tensor) -> Tensor:
-        """The same as `forward`, without its check and copy: the padding must hold zeros."""
+        """The same as `forward`, without its check and copy: the padding must hold zeros.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from sklearn_relish import RelishHead
+        >>> from sklearn_relish.head.ensemble import RelishEnsemble
+        >>> heads = [RelishHead(input_size=16, latent_size=8, n_heads=2) for _ in range(5)]
+        >>> ensemble = RelishEnsemble(heads, linear_path=False)
+        >>> states, mask = torch.randn(2, 7, 16), torch.ones(2, 7, dtype=torch.bool)
+        >>> ensemble.forward_zero_padded(states, mask).shape
+        torch.Size([2, 1])
+        """
         states = states.to(self.head_weight.dtype)  # (B, S, D)
         raw = [head.forward_zero_padded(states, mask) for head in self.heads]  # (B, n_outputs)
         return self._with_linear_path(self._mean(raw), states, mask)
@@ -112,6 +154,17 @@ class RelishEnsemble(nn.Module):
         """The prediction after each iteration of the heads, (n_iterations, B, n_outputs).
 
         The padding must hold zeros.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from sklearn_relish import RelishHead
+        >>> from sklearn_relish.head.ensemble import RelishEnsemble
+        >>> heads = [RelishHead(input_size=16, latent_size=8, n_heads=2) for _ in range(5)]
+        >>> ensemble = RelishEnsemble(heads, linear_path=False)
+        >>> states, mask = torch.randn(2, 7, 16), torch.ones(2, 7, dtype=torch.bool)
+        >>> ensemble.staged(states, mask).shape
+        torch.Size([3, 2, 1])
         """
         states = states.to(self.head_weight.dtype)  # (B, S, D)
         raw = [head.staged(states, mask).unbind() for head in self.heads]
@@ -122,6 +175,17 @@ class RelishEnsemble(nn.Module):
         """Weights of the tokens, (n_estimators, n_iterations, B, n_heads, S), of sum 1.
 
         The padding must hold zeros.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from sklearn_relish import RelishHead
+        >>> from sklearn_relish.head.ensemble import RelishEnsemble
+        >>> heads = [RelishHead(input_size=16, latent_size=8, n_heads=2) for _ in range(5)]
+        >>> ensemble = RelishEnsemble(heads, linear_path=False)
+        >>> states, mask = torch.randn(2, 7, 16), torch.ones(2, 7, dtype=torch.bool)
+        >>> ensemble.attention(states, mask).shape
+        torch.Size([5, 3, 2, 2, 7])
         """
         states = states.to(self.head_weight.dtype)  # (B, S, D)
         steps = [list(head.steps(states, mask)) for head in self.heads]

@@ -251,7 +251,17 @@ class RelishHead(nn.Module):
         return self.forward_zero_padded(zero_padding(states, mask), mask)
 
     def forward_zero_padded(self, states: Tensor, mask: Tensor) -> Tensor:
-        """The same as `forward`, without its check and copy: the padding must hold zeros."""
+        """The same as `forward`, without its check and copy: the padding must hold zeros.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from sklearn_relish import RelishHead
+        >>> head = RelishHead(input_size=16, latent_size=8, n_heads=2)
+        >>> states, mask = torch.randn(2, 7, 16), torch.ones(2, 7, dtype=torch.bool)
+        >>> head.forward_zero_padded(states, mask).shape
+        torch.Size([2, 1])
+        """
         *_, last = self.steps(states, mask)
         return self.readout(last.latent)  # (B, n_outputs)
 

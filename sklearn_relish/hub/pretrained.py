@@ -167,6 +167,15 @@ class SavingMixin(RelishPredictor):
             As `save_pretrained`; nothing has been created at that point.
         huggingface_hub.errors.HfHubHTTPError
             If the Hub refuses the request, for example because of the token.
+
+        Examples
+        --------
+        >>> from sklearn_relish import RelishRegressor
+        >>> texts, y = ["dull", "fine", "splendid"] * 20, [1, 3, 5] * 20
+        >>> regressor = RelishRegressor(random_state=0).fit(texts, y)
+        >>> commit = regressor.push_to_hub("name/reviews", license="mit")  # doctest: +SKIP
+        >>> RelishRegressor.from_pretrained("name/reviews")  # doctest: +SKIP
+        RelishRegressor(random_state=0)
         """
         check_is_fitted(self)
         regressor = self._to_save()

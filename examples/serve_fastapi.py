@@ -7,7 +7,8 @@ A folder of ``regressor.save_pretrained("reviews")``, or a Hub repository, behin
     curl localhost:8000/predict -H "Content-Type: application/json" -d '{"texts": ["A good film."]}'
 
 Requests that arrive during a prediction wait for the next one, which answers them together. Limits
-bound the memory and the time that a request waits. Each request is checked before it joins a batch.
+bound the texts that wait; limit the size of bodies in the proxy in front of the service. Each
+request is checked before it joins a batch.
 After SIGTERM, the service answers the requests that it has accepted, and stops.
 ``benchmarks/serving.py`` measures it.
 """
@@ -78,8 +79,10 @@ def create_app(regressor: RelishRegressor) -> FastAPI:
     async def lifespan(app: FastAPI):
         await asyncio.to_thread(regressor.predict, ["Load the language model."])
         worker = asyncio.create_task(work())
+        app.state.worker = worker
         yield
-        await queue.join()  # those that have been accepted
+        accepted = asyncio.create_task(queue.join())
+        await asyncio.wait({accepted, worker}, return_when=asyncio.FIRST_COMPLETED)
         worker.cancel()
 
     app = FastAPI(title="sklearn-relish", lifespan=lifespan)
@@ -96,6 +99,8 @@ def create_app(regressor: RelishRegressor) -> FastAPI:
 
     @app.get("/health")
     async def health() -> dict[str, str | int]:
+        if app.state.worker.done():
+            raise HTTPException(503, "The worker has ended: restart the service.")
         return {"status": "ok", "waiting": queue.qsize()}
 
     @app.exception_handler(RequestValidationError)

@@ -18,13 +18,12 @@ from sklearn_relish.states.store import open_store
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.estimate import Plan, training_seconds, typical_states
 from sklearn_relish.training.layer_search import SHARES
-from sklearn_relish.training.search import Candidate
+from sklearn_relish.training.search import TRAINING, Candidate
+from sklearn_relish.training.trainer import AUTO_EPOCHS
 from sklearn_relish.utils.progress import FitProgress
 
 SAMPLE_TEXTS = 64  # that are read
 WARM_UP_TEXTS = 16  # read before them, because the first texts of a process take longer
-# The parameters of a training.
-TRAINING = ("deep_supervision", "learning_rate", "weight_decay", "batch_size", "max_epochs")
 
 
 @dataclass(frozen=True)
@@ -113,18 +112,23 @@ class PreviewMixin:
         regressor._validate_params()
         return _preview(regressor._snapshot(), X)
 
-    def _plan(self, n_texts: int) -> Plan:
-        """The trainings of a fit on a number of different texts with one output."""
+    def _plan(
+        self, n_texts: int, input_size: int, n_heads: int | None = None, is_partial: bool = False
+    ) -> Plan:
+        """The trainings of a fit or `partial_fit` on different texts with one output.
+
+        None heads: those of a new fit.
+        """
         regressor: Any = self
         loss_fn = regressor._loss_fn(np.ones(1))
         fraction = regressor.validation_fraction if regressor.early_stopping else 0.0
-        n_held_out = round(fraction * n_texts)
-        candidate = Candidate(
-            {},
-            regressor._head_sizes(regressor._llm().hidden_size, 1, loss_fn),
-            {name: getattr(regressor, name) for name in TRAINING},
-        )
-        n_heads = regressor._n_estimators(n_texts, continuing=False)
+        n_held_out = 0 if is_partial else round(fraction * n_texts)
+        training = {name: getattr(regressor, name) for name in TRAINING}
+        if is_partial and training["max_epochs"] == "auto":
+            training["max_epochs"] = AUTO_EPOCHS
+        candidate = Candidate({}, regressor._head_sizes(input_size, 1, loss_fn), training)
+        if n_heads is None:
+            n_heads = regressor._n_estimators(n_texts, continuing=False)
         return Plan(
             [[candidate]] * n_heads,
             n_heads,
@@ -133,15 +137,16 @@ class PreviewMixin:
             regressor._training_options(loss_fn),
         )
 
-    def _fit_progress(self, n_texts: int) -> FitProgress:
-        """The bar of a fit on a number of different texts."""
+    def _fit_progress(self, n_texts: int, **known: Any) -> FitProgress:
+        """The bar of a fit on a number of different texts; `known` is passed to `_plan`."""
         regressor: Any = self
 
         def estimate(mean_length: float) -> float:
-            states = typical_states(n_texts, mean_length, regressor._llm().hidden_size)
             try:
-                return training_seconds(self._plan(n_texts), states)
-            except (RuntimeError, FloatingPointError):  # no memory is left, or it diverges
+                size = regressor._llm().hidden_size
+                plan = self._plan(n_texts, size, **known)
+                return training_seconds(plan, typical_states(n_texts, mean_length, size))
+            except (RuntimeError, FloatingPointError, MemoryError):  # the fit goes on
                 return math.nan
 
         return FitProgress(bool(regressor.verbose), estimate)
@@ -188,7 +193,7 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
         n_cut=n_cut,
         n_bytes=round(states.n_bytes / sample_tokens * n_tokens),
         read_seconds=seconds / sample_tokens * n_tokens,
-        train_seconds=training_seconds(regressor._plan(n_texts), states),
+        train_seconds=training_seconds(regressor._plan(n_texts, states.hidden_size), states),
     )
 
 

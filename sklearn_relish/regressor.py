@@ -166,7 +166,7 @@ class RelishRegressor(
         by ``layer="auto"``. With an int, a fit on a CPU on the same token states is reproducible to
         the last bit. None is random; NumPy's global random state is neither used nor changed.
     verbose : int, default=0
-        If above 0, show a progress bar for each fit and prediction that takes more than a second.
+        If above 0, show a bar for a fit, and for predictions in several steps, after a second.
     warm_start : bool, default=False
         If True, `fit` continues with the heads of the previous fit, in the same units, at the same
         layer and with the same columns. The linear path is kept unchanged. There are no intervals
@@ -204,8 +204,7 @@ class RelishRegressor(
         ``layer``, ``best_epoch``, ``n_rows`` and ``n_held_out``, the numbers of different rows that
         it was fitted on and scored on, ``validation_r2``, R² of its predictions for them,
         ``weight``, its factor in the prediction, and ``contribution``, the fraction of the
-        prediction's size, without the mean, that comes from it. Weights and contributions are the
-        mean of the outputs.
+        prediction's size, without the mean, that comes from it: means of the outputs, set by `fit`.
 
     See Also
     --------
@@ -391,16 +390,16 @@ class RelishRegressor(
     def _fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
         continuing = self.warm_start and hasattr(self, "head_")
         rows, targets, loss_fn = self._check_rows(X, y, sample_weight, continuing)
-        with self._fit_progress(rows.n_texts):
-            self._fit_rows(rows, targets, loss_fn, continuing)
+        n_heads = self._n_estimators(len(rows.texts), continuing)
+        with self._fit_progress(rows.n_texts, n_heads=n_heads):
+            self._fit_rows(rows, targets, loss_fn, n_heads, continuing)
 
     def _fit_rows(
-        self, rows: TrainingRows, targets: np.ndarray, loss_fn: Loss, continuing: bool
+        self, rows: TrainingRows, targets: np.ndarray, loss_fn: Loss, n_heads: int, continuing: bool
     ) -> None:
-        n_estimators = self._n_estimators(len(rows.texts), continuing)
         random = self._random()
         fraction = self.validation_fraction if self.early_stopping else 0.0
-        held_out = held_out_rows(rows.groups, fraction, n_estimators, random)
+        held_out = held_out_rows(rows.groups, fraction, n_heads, random)
         if not continuing:
             self.layer_, self.layer_scores_ = self._find_layer(rows, targets, random)
         states = self._states(rows.texts, self.layer_)
@@ -473,13 +472,14 @@ class RelishRegressor(
     def _partial_fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
         continuing = hasattr(self, "head_")
         rows, targets, loss_fn = self._check_rows(X, y, sample_weight, continuing)
-        with self._fit_progress(rows.n_texts):
-            self._partial_fit_rows(rows, targets, loss_fn, continuing)
+        n_heads = self._n_estimators(None, continuing)
+        with self._fit_progress(rows.n_texts, n_heads=n_heads, is_partial=True):
+            self._partial_fit_rows(rows, targets, loss_fn, n_heads, continuing)
 
     def _partial_fit_rows(
-        self, rows: TrainingRows, targets: np.ndarray, loss_fn: Loss, continuing: bool
+        self, rows: TrainingRows, targets: np.ndarray, loss_fn: Loss, n_heads: int, continuing: bool
     ) -> None:
-        n_estimators, random = self._n_estimators(None, continuing), self._random()
+        random = self._random()
         if not continuing:
             self.layer_, self.layer_scores_ = self._find_layer(rows, targets, random)
         states = self._states(rows.texts, self.layer_)
@@ -487,7 +487,7 @@ class RelishRegressor(
             heads, history = list(copy.deepcopy(self.head_.heads)), list(self.history_)
         else:
             sizes = self._head_sizes(states.hidden_size, targets.shape[1], loss_fn)
-            seeds = random.randint(np.iinfo(np.int32).max, size=n_estimators)
+            seeds = random.randint(np.iinfo(np.int32).max, size=n_heads)
             heads, history = [new_head(int(seed), **sizes) for seed in seeds], []
         n_epochs = AUTO_EPOCHS if self.max_epochs == "auto" else int(self.max_epochs)
         examples = Examples.of(states, targets, rows.weight)
@@ -696,5 +696,5 @@ class RelishRegressor(
         if not isinstance(self.layer, str):
             return llm.resolve_layer(self.layer), None
         layers = list(dict.fromkeys(llm.resolve_layer(fraction) for fraction in SHARES))
-        data = rows.texts, rows.groups, targets, rows.weight
-        return search_layer(layers, *data, self._states, self.state_norm, random)
+        data = rows.texts, rows.groups, targets, rows.weight, self._states
+        return search_layer(layers, *data, self.state_norm, random)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence, Sized
+from contextlib import suppress
 from inspect import signature
 from numbers import Integral
 from typing import Any, ClassVar, cast
@@ -26,12 +27,13 @@ from sklearn_relish.head.head import RelishHead, check_head_sizes
 from sklearn_relish.head.losses import Loss
 from sklearn_relish.hub.pretrained import SavingMixin
 from sklearn_relish.inputs.training_rows import TrainingRows
-from sklearn_relish.preview import TRAINING, PreviewMixin
+from sklearn_relish.preview import PreviewMixin
 from sklearn_relish.regressor import RelishRegressor
 from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.store import StateStore
 from sklearn_relish.training.estimate import Plan
 from sklearn_relish.training.search import (
+    TRAINING,
     Candidate,
     SearchResult,
     TrainedHead,
@@ -109,7 +111,7 @@ class RelishRegressorCV(
         Determines the folds, the initial weights and the order of the texts. All candidates of a
         fold have the same.
     verbose : int, default=0
-        If above 0, show a progress bar for each fit and prediction that takes more than a second.
+        If above 0, show a bar for a fit, and for predictions in several steps, after a second.
 
     Attributes
     ----------
@@ -349,13 +351,15 @@ class RelishRegressorCV(
             folds = random_folds(of_pair, self._n_folds(), "groups", random)
         else:
             folds = random_folds(rows.groups, self._n_folds(), "different texts", random)
-        with self._fit_progress(rows.n_texts):
+        with self._fit_progress(
+            rows.n_texts, n_folds=len(folds), n_trained=len(unfinished.trained)
+        ):
             first.layer_, first.layer_scores_ = first._find_layer(rows, targets, random)
             states = first._states(rows.texts, first.layer_)
             examples = Examples.of(states, targets, rows.weight)
             options = first._training_options(loss_fn)
             n_outputs = targets.shape[1]
-            candidates = self._candidates(states.hidden_size, n_outputs, loss_fn)
+            candidates = candidates_of(grid, regressors, states.hidden_size, n_outputs, loss_fn)
             seeds = random.randint(np.iinfo(np.int32).max, size=(len(folds), 2)).tolist()
             weight = None
             if sample_weight is not None:
@@ -403,36 +407,34 @@ class RelishRegressorCV(
     def _to_save(self) -> RelishRegressor:
         return self.best_estimator_
 
-    def _plan(self, n_texts: int) -> Plan:
-        regressor, n_folds = self._grid()[1][0], getattr(self.cv, "n_splits", self._n_folds())
-        if isinstance(self.cv, Sized):
-            n_folds = len(self.cv)
-        loss_fn = regressor._loss_fn(np.ones(1))
-        candidates = self._candidates(regressor._llm().hidden_size, 1, loss_fn)
+    def _plan(
+        self, n_texts: int, input_size: int, n_folds: int | None = None, n_trained: int = 0
+    ) -> Plan:
+        """The trainings of a search; None folds: as many as `cv` says, if it does."""
+        grid, regressors = self._grid()
+        if n_folds is None:
+            n_folds = self._n_folds()
+            if isinstance(self.cv, Sized):
+                n_folds = max(1, len(self.cv))
+            elif hasattr(self.cv, "get_n_splits"):
+                with suppress(TypeError, ValueError):  # it depends on the rows or the groups
+                    n_folds = int(self.cv.get_n_splits())
+        loss_fn = regressors[0]._loss_fn(np.ones(1))
+        candidates = candidates_of(grid, regressors, input_size, 1, loss_fn)
         shared = shared_trainings(candidates)
-        n_held_out = round(n_texts / n_folds)
+        n_held_out = min(round(n_texts / n_folds), n_texts - 1)
         return Plan(
             [[candidates[index] for index in members] for members in shared],
-            number_of_trainings(len(shared), n_folds),
+            max(0, number_of_trainings(len(shared), n_folds) - n_trained),
             n_texts - n_held_out,
             n_held_out,
-            regressor._training_options(loss_fn),
+            regressors[0]._training_options(loss_fn),
         )
 
     def _grid(self) -> tuple[list[dict[str, Any]], list[RelishRegressor]]:
         """The values of each candidate, and a regressor with them, whose parameters are checked."""
         grid = list(ParameterGrid(self._lists()))
         return grid, [self._regressor(values) for values in grid]
-
-    def _candidates(self, input_size: int, n_outputs: int, loss_fn: Loss) -> list[Candidate]:
-        return [
-            Candidate(
-                values,
-                regressor._head_sizes(input_size, n_outputs, loss_fn),
-                {name: getattr(regressor, name) for name in TRAINING},
-            )
-            for values, regressor in zip(*self._grid(), strict=True)
-        ]
 
     def _lists(self) -> dict[str, list[Any]]:
         """The values of each parameter that is a list."""
@@ -463,6 +465,24 @@ class RelishRegressorCV(
     def _n_folds(self) -> int:
         """The number of folds, unless a splitter decides."""
         return int(self.cv) if isinstance(self.cv, Integral) else FOLDS
+
+
+def candidates_of(
+    grid: list[dict[str, Any]],
+    regressors: list[RelishRegressor],
+    input_size: int,
+    n_outputs: int,
+    loss_fn: Loss,
+) -> list[Candidate]:
+    """The candidates of a grid, from its values and their regressors."""
+    return [
+        Candidate(
+            values,
+            regressor._head_sizes(input_size, n_outputs, loss_fn),
+            {name: getattr(regressor, name) for name in TRAINING},
+        )
+        for values, regressor in zip(grid, regressors, strict=True)
+    ]
 
 
 class Unfinished:

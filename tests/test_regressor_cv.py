@@ -10,7 +10,14 @@ import pytest
 from sklearn import config_context
 from sklearn.base import clone
 from sklearn.metrics import make_scorer, r2_score
-from sklearn.model_selection import GroupKFold, KFold, TimeSeriesSplit, cross_val_score
+from sklearn.model_selection import (
+    GroupKFold,
+    KFold,
+    LeaveOneOut,
+    RepeatedKFold,
+    TimeSeriesSplit,
+    cross_val_score,
+)
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from test_regressor import WORDS
@@ -111,17 +118,23 @@ def test_the_preview_of_a_search(llm):
     assert (preview.n_distinct, preview.layer) == (60, 2)
     assert preview.train_seconds >= 0
     plans = {
-        "default": (make(llm)._plan(60), 2, 2 + 1 + 1, 40),  # iterations share trainings
-        "separate": (make(llm, deep_supervision=False)._plan(60), 4, 4 + 2 + 1, 40),
-        "splitter": (make(llm, cv=KFold(4))._plan(60), 2, 2 + 1 + 1 + 1, 45),
-        "folds": (make(llm, cv=[([0], [1])] * 2)._plan(60), 2, 2 + 1, 30),
-        "no list": (make(llm, latent_size=8, n_iterations=1)._plan(60), 1, 3, 40),
+        "default": (make(llm)._plan(60, 8), 2, 2 + 1 + 1, 40),  # iterations share trainings
+        "separate": (make(llm, deep_supervision=False)._plan(60, 8), 4, 4 + 2 + 1, 40),
+        "splitter": (make(llm, cv=KFold(4))._plan(60, 8), 2, 2 + 1 + 1 + 1, 45),
+        "repeated": (make(llm, cv=RepeatedKFold(n_splits=2, n_repeats=3))._plan(60, 8), 2, 7, 50),
+        "by rows": (make(llm, cv=LeaveOneOut())._plan(60, 8), 2, 2 + 1 + 1 + 1 + 1, 48),
+        "folds": (make(llm, cv=[([0], [1])] * 2)._plan(60, 8), 2, 2 + 1, 30),
+        "no list": (make(llm, latent_size=8, n_iterations=1)._plan(60, 8), 1, 3, 40),
+        "a part is trained": (make(llm)._plan(60, 8, n_folds=4, n_trained=2), 2, 3, 45),
     }
     for plan, *expected in plans.values():
         assert [len(plan.trainings), plan.n_trainings, plan.n_rows] == expected
         assert plan.n_rows + plan.n_held_out == 60
     with pytest.raises(ValueError, match="The 'latent_size' parameter"):
         make(llm, latent_size=[8, 0]).preview(texts)
+    splits = iter([(np.arange(40), np.arange(40, 60))])
+    make(llm, cv=splits).preview(texts)
+    assert len(list(splits)) == 1  # a preview does not use up the folds
 
 
 def test_the_plan_is_what_a_search_trains(llm, monkeypatch):
@@ -133,7 +146,7 @@ def test_the_plan_is_what_a_search_trains(llm, monkeypatch):
 
     monkeypatch.setattr(search_module, "train_candidates", counted)
     search = make(llm, max_epochs=1).fit(*reviews(60))
-    plan = search._plan(60)
+    plan = search._plan(60, 8)
     assert calls == [plan.n_rows] * plan.n_trainings
 
 

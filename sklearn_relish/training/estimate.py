@@ -17,7 +17,7 @@ from sklearn_relish.training.parallel import run_all
 from sklearn_relish.training.search import Candidate, train_candidates
 from sklearn_relish.training.trainer import Examples, auto_epochs
 
-TIMED_EPOCHS = 2
+TIMED_EPOCHS, MAX_TIMED = 2, 8  # epochs, and trainings of a plan
 TYPICAL_TEXTS, TYPICAL_TOKENS = 32, 4096  # of a sample of `typical_states`, at most
 
 
@@ -45,6 +45,7 @@ class Plan(NamedTuple):
 
 def training_seconds(plan: Plan, states: TokenStates) -> float:
     """Estimated seconds of all trainings of a plan, on texts like those of a sample."""
+    timed = plan.trainings[:: math.ceil(len(plan.trainings) / MAX_TIMED)]
     n_sample = len(states)
     y = np.linspace(0.5, 1.5, n_sample)  # valid for each loss
     examples = Examples.of(states, y[:, None], np.ones(n_sample))
@@ -54,21 +55,21 @@ def training_seconds(plan: Plan, states: TokenStates) -> float:
     def train(number: int, n_epochs: int, stop: Event) -> None:
         members = [
             member._replace(training=member.training | {"max_epochs": n_epochs})
-            for member in plan.trainings[number]
+            for member in timed[number]
         ]
         options = plan.options | {"n_iter_no_change": None}
         train_candidates(members, examples, validation, number, number, stop, **options)
 
     def seconds(n_epochs: int) -> float:
         start = time.perf_counter()
-        tasks = [partial(train, number, n_epochs) for number in range(len(plan.trainings))]
+        tasks = [partial(train, number, n_epochs) for number in range(len(timed))]
         run_all(tasks, plan.options["device"])
         return time.perf_counter() - start
 
     seconds(1)  # the first steps of a process are slower
     epoch_seconds = max(0.0, seconds(1 + TIMED_EPOCHS) - seconds(1)) / TIMED_EPOCHS
-    n_epochs = [_timed_epochs(members[0], plan.n_rows, n_sample) for members in plan.trainings]
-    return epoch_seconds * float(np.mean(n_epochs)) * plan.n_trainings / len(plan.trainings)
+    n_epochs = [_timed_epochs(members[0], plan.n_rows, n_sample) for members in timed]
+    return epoch_seconds * float(np.mean(n_epochs)) * plan.n_trainings / len(timed)
 
 
 def _timed_epochs(candidate: Candidate, n_rows: int, n_sample: int) -> float:

@@ -29,6 +29,9 @@ from sklearn_relish.utils.progress import ProgressBar, log
 
 logger = logging.getLogger(__name__)
 
+# The parameters of a training.
+TRAINING = ("deep_supervision", "learning_rate", "weight_decay", "batch_size", "max_epochs")
+
 
 class Candidate(NamedTuple):
     """A combination of values.
@@ -175,7 +178,7 @@ def search_heads(
     parts = [(examples[train_rows], examples[held_out]) for train_rows, held_out in folds]
     at_once = max_at_once(parts, options["max_memory"])
     alive = list(range(len(trainings)))
-    total = number_of_trainings(len(alive), len(folds))
+    total = max(1, number_of_trainings(len(alive), len(folds)) - len(trained))
     diverged: dict[tuple[int, int], FloatingPointError] = {}
 
     def train(key: tuple[int, int], stop: Event) -> None:

@@ -259,7 +259,8 @@ def _fit_linear_path(
     weighted predictions of all texts are returned, and the summary of the heads with the ridges.
     """
     y, weight = texts.y.double().numpy(), texts.weight.double().numpy()
-    ridges = fit_ridges(texts.states, ensemble.state_norm, y, weight, window_bytes, folds)
+    with ProgressBar(1, "Fitting the ridge models", "step", shown=False):
+        ridges = fit_ridges(texts.states, ensemble.state_norm, y, weight, window_bytes, folds)
     if folds is not None:
         has_oof = has_oof & np.isfinite(ridges[0].oof_predictions[:, 0])
     stacked = np.empty_like(oof_predictions)
@@ -331,14 +332,12 @@ def fit_ridges(
         With NaN as prediction of the texts in no fold.
     """
     ridges = []
-    with ProgressBar(len(LINEAR_POOLINGS), "Fitting", "ridge", shown=False) as bar:
-        for pooling in LINEAR_POOLINGS:
-            X = pool_states(states, pooling, state_norm, window_bytes).double().numpy()
-            if folds is None:
-                ridges.append(_fit_ridge(X, y, weight))
-            else:
-                ridges.append(_fit_ridge_by_fold(X, y, weight, folds))
-            bar.update()
+    for pooling in LINEAR_POOLINGS:
+        X = pool_states(states, pooling, state_norm, window_bytes).double().numpy()
+        if folds is None:
+            ridges.append(_fit_ridge(X, y, weight))
+        else:
+            ridges.append(_fit_ridge_by_fold(X, y, weight, folds))
     return ridges
 
 

@@ -74,9 +74,9 @@ def add_ridges(
         For each output the weight of the heads' mean and of each ridge, and the root mean square of
         their out-of-fold predictions, which are minus the mean of the targets.
     """
-    moved = weights * sizes
-    total = moved.sum(axis=1, keepdims=True)
-    contributions = (moved / np.where(total > 0, total, 1)).mean(axis=0)
+    part_sizes = weights * sizes
+    total = part_sizes.sum(axis=1, keepdims=True)
+    contributions = (part_sizes / np.where(total > 0, total, 1)).mean(axis=0)
     weight, *ridge_weights = weights.mean(axis=0).tolist()
     contribution, *ridge_contributions = contributions.tolist()
     for row in heads:
@@ -111,8 +111,11 @@ def history_of(trainings: Sequence[Training]) -> list[dict[str, Any]]:
 
 
 def weighted_r2(y: np.ndarray, predictions: np.ndarray, weight: np.ndarray) -> float | None:
-    """R² of predictions, (n, n_outputs), the mean of the outputs; None if no target varies."""
+    """R² of predictions, (n, n_outputs), the mean of the outputs.
+
+    None if no target varies, or if a prediction is not finite.
+    """
     varies = (y != y[:1]).any(axis=0)
-    if not varies.any():
+    if not varies.any() or not np.isfinite(predictions[:, varies]).all():
         return None
     return float(r2_score(y[:, varies], predictions[:, varies], sample_weight=weight))

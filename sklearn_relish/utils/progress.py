@@ -7,24 +7,29 @@ import math
 import multiprocessing
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakSet
 
 from tqdm.auto import tqdm
 
+from sklearn_relish.utils.locks import ForkSafeLock
+
 DELAY_SECONDS = 1.0  # until a bar appears: the predictions of a service take less
 REFRESH_SECONDS = 0.1  # a bar is drawn again after this time
+MAX_FRACTION = 0.99  # of the bar of a fit, until the fit ends
 
 _bars: WeakSet[Any] = WeakSet()  # tqdm's bars of this process
+_bars_lock = ForkSafeLock()
 _fit: ContextVar[FitProgress | None] = ContextVar("fit", default=None)
 
 
 def _new_bar(**options: Any) -> tqdm[Any]:
     bar = tqdm(delay=DELAY_SECONDS, mininterval=REFRESH_SECONDS, **options)
-    _bars.add(bar)
+    if not bar.disable:  # by the environment variable TQDM_DISABLE
+        with _bars_lock:
+            _bars.add(bar)
     return bar
 
 
@@ -59,7 +64,7 @@ class ProgressBar:
         self.total, self.description, self.unit = total, description, unit
         self.cost = total if cost is None else cost
         self.done, self.cost_done, self.n_tokens = 0, 0.0, 0
-        self.began = time.monotonic()
+        self.began, self.cost_began = time.monotonic(), 0.0  # of the time left
         self._fit = _fit.get()
         self._shown = self._fit is None and _is_wanted(shown)
         self._bar: tqdm[Any] | None = None
@@ -85,14 +90,17 @@ class ProgressBar:
         """Count `n` more units, and show named figures after the bar."""
         if self._fit is not None:
             with self._fit.lock:
+                is_first = self.cost_done == 0
                 self.done += n
                 self.cost_done += n if cost is None else cost
                 self.n_tokens += n_tokens
+                if is_first and self.unit == "text":  # the language model was loaded before it
+                    self.began, self.cost_began = time.monotonic(), self.cost_done
                 self._fit.show(self, figures)
         elif self._shown:
             # tqdm takes a lock even for a bar that is disabled.
             if self._bar is None:
-                if n >= self.total:
+                if n == 0 or n >= self.total:
                     return
                 names = {"desc": self.description, "unit": self.unit}
                 self._bar = _new_bar(total=self.total, initial=n, **names)
@@ -106,7 +114,7 @@ class ProgressBar:
 
 
 class FitProgress:
-    """One bar for all parts of a fit, with the time that is left of all of them.
+    """One bar for a fit, with the time that is left of reading and of training the heads.
 
     In the thread that enters it, each `ProgressBar` becomes a part of the bar. It counts time: its
     length is the time so far, relative to the time so far and the estimate of the time left.
@@ -164,7 +172,11 @@ class FitProgress:
         elapsed = now - self._began
         left = math.nan
         if part.cost_done > 0:
-            left = (now - part.began) * max(0.0, part.cost / part.cost_done - 1)
+            if part.cost_done >= part.cost:
+                left = 0.0
+            elif part.cost_done > part.cost_began:
+                rate = (now - part.began) / (part.cost_done - part.cost_began)
+                left = rate * (part.cost - part.cost_done)
             if part.unit == "text":  # the heads are trained later
                 if part.n_tokens and elapsed >= DELAY_SECONDS and not self._is_estimated:
                     self._is_estimated = True
@@ -176,25 +188,17 @@ class FitProgress:
         self._bar.set_description_str(str(part), refresh=False)
         # Until the time left is known, the bar stays where it is.
         fraction = self._bar.n if math.isnan(left) else elapsed / max(elapsed + left, 1e-9)
-        self._bar.update(fraction - self._bar.n)
+        self._bar.update(min(fraction, MAX_FRACTION) - self._bar.n)
 
 
 def log(logger: logging.Logger, level: int, message: str, *args: object) -> None:
     """Log a message. Bars are taken from the screen before it, and come back after it."""
-    if logger.isEnabledFor(level):
-        with _without_bars():
-            logger.log(level, message, *args, stacklevel=2)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    bars = [bar for bar in list(_bars) if bar.last_print_t >= bar.start_t + bar.delay]
-    if not bars:
-        yield
+    if not logger.isEnabledFor(level):
         return
-    with tqdm.get_lock():
-        for bar in bars:
-            bar.clear(nolock=True)
-        yield
-        for bar in bars:
-            bar.refresh(nolock=True)
+    with _bars_lock:
+        bars = [bar for bar in _bars if bar.last_print_t >= bar.start_t + bar.delay]
+    for bar in bars:
+        bar.clear()
+    logger.log(level, message, *args, stacklevel=2)
+    for bar in bars:
+        bar.refresh()

@@ -3,6 +3,7 @@
 import logging
 import pickle
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -58,10 +59,13 @@ def test_the_time_left_is_that_of_all_parts(clock):
             clock.now = 10.0
             bar.update(cost=25, n_tokens=5)
             assert asked == [5.0]  # 0.2 tokens for each of 25 characters
-            assert fit._bar.n == pytest.approx(10 / (10 + 30 + 30))
+            assert fit._bar.n == 0  # the rate is not known
             assert fit._bar.desc == "Reading, text 1 of 4"
+            clock.now = 15.0
+            bar.update(cost=25, n_tokens=5)
+            assert fit._bar.n == pytest.approx(15 / (15 + 10 + 30))
             clock.now = 20.0
-            bar.update(3, cost=75, n_tokens=15)
+            bar.update(2, cost=50, n_tokens=10)
             assert fit._bar.n == pytest.approx(20 / (20 + 30))
         with ProgressBar(10, "Training 2 heads", "epoch", shown=False) as bar:
             clock.now = 24.0
@@ -89,22 +93,19 @@ def test_one_bar_shows_head_by_head(llm, capfd):
     RelishRegressor(llm, **SMALL, n_estimators=2, max_epochs=2, verbose=1).fit(TEXTS, Y)
     shown = capfd.readouterr().err
     assert shown.count("\n") == 1
-    told = [line.partition(": ")[0] for line in lines(shown)]
-    assert [line for line in dict.fromkeys(told) if not line.startswith("Reading")] == [
+    shown_parts = [line.partition(": ")[0] for line in lines(shown)]
+    assert [line for line in dict.fromkeys(shown_parts) if not line.startswith("Reading")] == [
         "Fit",
         "Training head 1 of 2, epoch 0 of 4",
         "Training head 1 of 2, epoch 1 of 4",
         "Training head 1 of 2, epoch 2 of 4",
         "Training head 2 of 2, epoch 3 of 4",
         "Training head 2 of 2, epoch 4 of 4",
-        "Fitting, ridge 0 of 3",
-        "Fitting, ridge 1 of 3",
-        "Fitting, ridge 2 of 3",
-        "Fitting, ridge 3 of 3",
+        "Fitting the ridge models, step 0 of 1",
     ]
-    assert "Reading, text 60 of 60" in told
+    assert "Reading, text 60 of 60" in shown_parts
     assert "validation R²=" in shown
-    assert "R²" not in shown.partition("Fitting, ridge 0 of 3")[2]
+    assert "R²" not in shown.partition("Fitting the ridge models")[2]
     assert lines(shown)[-1].startswith("Fit: 100%")
 
 
@@ -129,16 +130,55 @@ def test_a_fit_on_kept_states_reads_nothing_and_partial_fit_has_a_bar(llm, capfd
 
 
 @pytest.mark.usefixtures("at_once")
-def test_a_trial_of_the_trainings_that_fails_does_not_harm_the_fit(llm, capfd, monkeypatch):
-    def fails(*arguments, **options):
-        raise FloatingPointError
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_trial_of_the_trainings_does_not_change_the_fit(llm, capfd, monkeypatch, fails):
+    trials, original = [], estimate.train_candidates
 
-    monkeypatch.setattr(estimate, "train_candidates", fails)
+    def trial(*arguments, **options):
+        trials.append(1)
+        if fails:
+            raise FloatingPointError
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(estimate, "train_candidates", trial)
+    monkeypatch.setattr("sklearn_relish.states.reading.PIECE_TEXTS", 8)
     fit = RelishRegressor(llm, **SMALL, n_estimators=1, max_epochs=1, verbose=1).fit(TEXTS, Y)
     assert "Fit: 100%" in capfd.readouterr().err
-    monkeypatch.undo()
+    assert trials
     silent = RelishRegressor(llm, **SMALL, n_estimators=1, max_epochs=1).fit(TEXTS, Y)
     np.testing.assert_array_equal(fit.predict(TEXTS), silent.predict(TEXTS))
+
+
+@pytest.mark.usefixtures("at_once")
+def test_loading_the_model_is_not_part_of_the_rate_of_reading(clock):
+    with (
+        FitProgress(True, lambda length: 0.0) as fit,
+        ProgressBar(100, "Reading", "text", shown=False) as bar,
+    ):
+        clock.now = 90.0  # the model was loaded
+        bar.update(n_tokens=5)
+        assert fit._bar.n == 0
+        clock.now = 91.0
+        bar.update()
+        assert fit._bar.n == pytest.approx(91 / (91 + 98))
+
+
+@pytest.mark.usefixtures("at_once")
+def test_the_bar_does_not_end_before_the_fit(clock):
+    with FitProgress(True, lambda length: 0.0) as fit:
+        with ProgressBar(1, "Training head 1 of 1", "epoch", shown=False) as bar:
+            clock.now = 1.0
+            bar.update()
+        assert fit._bar.n < 1
+
+
+@pytest.mark.usefixtures("at_once")
+def test_records_and_bars_that_are_disabled(llm, monkeypatch, caplog, capfd):
+    caplog.set_level(logging.INFO, "sklearn_relish")
+    monkeypatch.setattr(progress, "tqdm", partial(progress.tqdm, disable=True))  # TQDM_DISABLE=1
+    RelishRegressor(llm, **SMALL, n_estimators=1, max_epochs=1, verbose=1).fit(TEXTS, Y)
+    assert capfd.readouterr().err == ""
+    assert messages(caplog, logging.INFO)
 
 
 @pytest.mark.usefixtures("at_once")
@@ -205,11 +245,11 @@ def test_records_of_a_search_and_of_the_layer(llm, caplog):
     caplog.set_level(logging.INFO, "sklearn_relish")
     grid = {"n_iterations": [1, 2], "latent_size": [8, 16], "cv": 2}
     search = RelishRegressorCV(llm, layer="auto", max_epochs=2, **SMALL | grid).fit(TEXTS, Y)
-    told = messages(caplog, logging.INFO)
-    assert sum(message.startswith("Fold 1 of 2, {'latent_size'") for message in told) == 4
-    assert "Fold 1 of 2: kept 1 of 2 trainings" in told
-    assert f"Chose {search.best_params_!r}, mean score {search.best_score_:.4f}" in told
-    assert any(message.startswith(f"Chose layer {search.layer_} by R²") for message in told)
+    found = messages(caplog, logging.INFO)
+    assert sum(message.startswith("Fold 1 of 2, {'latent_size'") for message in found) == 4
+    assert "Fold 1 of 2: kept 1 of 2 trainings" in found
+    assert f"Chose {search.best_params_!r}, mean score {search.best_score_:.4f}" in found
+    assert any(message.startswith(f"Chose layer {search.layer_} by R²") for message in found)
 
 
 def test_nothing_is_logged_unless_it_is_asked_for(llm, capfd):

@@ -413,12 +413,13 @@ class RelishRegressorCV(
         """The trainings of a search; None folds: as many as `cv` says, if it does."""
         grid, regressors = self._grid()
         if n_folds is None:
+            cv: Any = self.cv
             n_folds = self._n_folds()
-            if isinstance(self.cv, Sized):
-                n_folds = max(1, len(self.cv))
-            elif hasattr(self.cv, "get_n_splits"):
+            if isinstance(cv, Sized):
+                n_folds = max(1, len(cv))
+            elif hasattr(cv, "get_n_splits"):
                 with suppress(TypeError, ValueError):  # it depends on the rows or the groups
-                    n_folds = int(self.cv.get_n_splits())
+                    n_folds = int(cv.get_n_splits())
         loss_fn = regressors[0]._loss_fn(np.ones(1))
         candidates = candidates_of(grid, regressors, input_size, 1, loss_fn)
         shared = shared_trainings(candidates)

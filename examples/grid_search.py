@@ -48,8 +48,9 @@ regressor = RelishRegressor(
     max_epochs=10,
     random_state=0,
 )
+n_before = store.misses  # texts that this process has read
 search = GridSearchCV(regressor, GRID, cv=3, refit=False).fit(X_train, y_train)
-print(f"{len(X_train)} films, {store.misses} of them read; best: {search.best_params_}")
+print(f"{len(X_train)} films, {store.misses - n_before} of them read; best: {search.best_params_}")
 best = clone(regressor).set_params(n_estimators="auto", max_epochs="auto", **search.best_params_)
 print(f"R² on held-out films: {best.fit(X_train, y_train).score(X_test, y_test):.3f}")
 

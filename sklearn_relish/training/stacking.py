@@ -259,7 +259,7 @@ def _fit_linear_path(
     weighted predictions of all texts are returned, and the summary of the heads with the ridges.
     """
     y, weight = texts.y.double().numpy(), texts.weight.double().numpy()
-    with ProgressBar(1, "Fitting the ridge models", "step", shown=False):
+    with ProgressBar(1, "Fitting the ridge models", "", shown=False):
         ridges = fit_ridges(texts.states, ensemble.state_norm, y, weight, window_bytes, folds)
     if folds is not None:
         has_oof = has_oof & np.isfinite(ridges[0].oof_predictions[:, 0])

@@ -51,7 +51,7 @@ class ProgressBar:
     description : str
         What is done, such as ``"Reading"``.
     unit : str
-        What is counted.
+        What is counted. Empty: nothing.
     shown : bool
         Whether a bar is wanted.
     cost : float, default=None
@@ -110,6 +110,8 @@ class ProgressBar:
             self._bar.update(n)
 
     def __str__(self) -> str:
+        if not self.unit:
+            return self.description
         return f"{self.description}, {self.unit} {self.done:,} of {self.total:,}"
 
 

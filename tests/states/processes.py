@@ -120,7 +120,9 @@ def fit_with_bars(model):
     """A fit whose bar would be shown at once in the main process."""
     progress.DELAY_SECONDS = progress.REFRESH_SECONDS = 0.0
     llm = FrozenLLM(model, device="cpu", dtype="float32")
-    RelishRegressor(llm, max_epochs=1, latent_size=16, verbose=1).fit(list("abcd"), range(4))
+    with warnings.catch_warnings():  # a warning would show this line of code
+        warnings.simplefilter("ignore")
+        RelishRegressor(llm, max_epochs=1, latent_size=16, verbose=1).fit(list("abcd"), range(4))
     return multiprocessing.current_process().name
 
 

@@ -182,8 +182,9 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
         n_tokens, n_cut = int(n_read.sum()), int((full_lengths > n_read).sum())
 
     values, bits = torch.cat(pieces), open_store(regressor.memory).bits
-    values = values if bits is None else QUANTIZERS[bits].quantize(values)
-    states = TokenStates.from_lengths(values, torch.tensor([len(piece) for piece in pieces]))
+    lengths = torch.tensor([len(piece) for piece in pieces])
+    values = values if bits is None else QUANTIZERS[bits].quantize_texts(values, lengths)
+    states = TokenStates.from_lengths(values, lengths)
     return FitPreview(
         texts=texts,
         n_distinct=n_texts,
@@ -191,7 +192,7 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
         n_tokens=n_tokens,
         longest=int(full_lengths.max()),
         n_cut=n_cut,
-        n_bytes=round(states.n_bytes / sample_tokens * n_tokens),
+        n_bytes=(n_tokens + (0 if bits is None else n_texts)) * values[0].nbytes,
         read_seconds=seconds / sample_tokens * n_tokens,
         train_seconds=training_seconds(regressor._plan(n_texts, states.hidden_size), states),
     )

@@ -1,8 +1,13 @@
 """Quantization: token states in 8 or 4 bits per value. Add a form of kept states here.
 
-The dtype of an array says in which form it holds states. Kept and restored values of a token depend
-on that token alone: all sums of this module are sums of integers that floats represent exactly, so
-their order, the batch and the machine don't matter.
+The dtype of an array says in which form it holds states. Each token has a row, and each text has
+one more, the residual of its last token: the state minus its restored value, quantized like a
+state. Most prompts end with the same token, so the states of last tokens have a large part in
+common, and the error of one row would hide much of the rest.
+
+Kept and restored values of a token depend on that token alone, and on whether it is the last: all
+sums of this module are sums of integers that floats represent exactly, so their order, the batch
+and the machine don't matter.
 """
 
 from __future__ import annotations
@@ -10,10 +15,13 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Length = TypeVar("Length", int, Tensor)
 
 FLOAT8 = torch.float8_e4m3fn
 # Positive levels of the Lloyd-Max quantizer with 16 levels for a standard Gaussian (Max 1960,
@@ -53,9 +61,50 @@ class Quantizer(ABC):
         """Size D of states whose kept form has a width; not positive if there are none."""
         return (width - self.scale_dtype.itemsize) * 8 // self.bits
 
+    def quantize_texts(self, states: Tensor, lengths: Tensor) -> Tensor:
+        """Quantize the states of texts.
+
+        Parameters
+        ----------
+        states : Tensor of shape (n_tokens, D)
+            Text after text.
+        lengths : int64 Tensor of shape (n_texts,)
+            Tokens of each text.
+
+        Returns
+        -------
+        Tensor of shape (n_tokens + n_texts, width)
+        """
+        kept = self.quantize(states)
+        last = lengths.cumsum(0) - 1
+        residuals = states[last].float() - self.dequantize(kept[last]).float()
+        # Reversed: the same rotation would give back the errors of the levels, which have outliers.
+        residuals = self.quantize(residuals.flip(-1))
+        order = torch.cat([torch.arange(len(states)), last]).argsort(stable=True)
+        return torch.cat([kept, residuals])[order]
+
+    def dequantize_texts(self, kept: Tensor, lengths: Tensor) -> Tensor:
+        """Restore the states of a batch of texts, as bfloat16.
+
+        Parameters
+        ----------
+        kept : Tensor of shape (B, S + 1, width)
+            The rows of each text, padded with zeros.
+        lengths : int64 Tensor of shape (B,)
+            Tokens of each text, at most S.
+
+        Returns
+        -------
+        Tensor of shape (B, S, D)
+        """
+        states, texts = self.dequantize(kept), torch.arange(len(kept))
+        states[texts, lengths - 1] += states[texts, lengths].flip(-1)
+        states[texts, lengths] = 0
+        return states[:, :-1]
+
     @abstractmethod
     def quantize(self, states: Tensor) -> Tensor:
-        """Quantize states.
+        """Quantize states, one by one.
 
         Parameters
         ----------
@@ -226,6 +275,11 @@ def state_size(array: Tensor) -> int:
     """Size D of the states in an array, quantized or not."""
     form = quantizer_of(array)
     return array.shape[1] if form is None else form.state_size(array.shape[1])
+
+
+def n_rows(array: Tensor, lengths: Length) -> Length:
+    """Rows of an array that texts of some lengths take."""
+    return lengths if quantizer_of(array) is None else lengths + 1
 
 
 def kept_dtype_name(dtype: torch.dtype, bits: int | None) -> str:

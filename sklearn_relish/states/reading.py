@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sklearn_relish.states.contents import Call, Contents
 from sklearn_relish.states.index import ShardIndex, text_key
-from sklearn_relish.states.quantization import QUANTIZERS, kept_dtype_name
+from sklearn_relish.states.quantization import QUANTIZERS, kept_dtype_name, n_rows
 from sklearn_relish.states.reader import TokenStateReader, read_batches
 from sklearn_relish.states.retention import Retention
 from sklearn_relish.states.shard import KEY_BYTES, Entry, MemoryStates, Shard
@@ -334,7 +334,8 @@ class Reading:
                     marked.add(entry.holder)
                     entry.holder.mark_used()
                 piece[key] = entry
-                n_bytes += entry.length * entry.holder.states[0].nbytes
+                states = entry.holder.states
+                n_bytes += n_rows(states, entry.length) * states[0].nbytes
                 if n_bytes >= STREAM_BYTES:
                     yield piece
                     piece, n_bytes = {}, 0
@@ -364,10 +365,12 @@ class Reading:
             with contents.lock:
                 contents.misses += len(rows)
                 bound = self.retention.recent_bytes
-                places = states.starts.tolist(), states.lengths.tolist(), full_lengths.tolist()
-                for key, start, length, full_length in zip(read, *places, strict=True):
-                    piece[key] = Entry(batch, start, length, full_length)
-                    contents.recent.put(key, values[start : start + length], full_length, bound)
+                kept = TokenStates.from_lengths(values, states.lengths)
+                places = kept.starts.tolist(), kept.lengths.tolist(), full_lengths.tolist()
+                for key, *place in zip(read, *places, strict=True):
+                    entry = Entry(batch, *place)
+                    piece[key] = entry
+                    contents.recent.put(key, entry, bound)
                     del rest[key]
                     unread.discard(key)
                 contents.release(mine, read)
@@ -383,7 +386,9 @@ class Reading:
     def _kept_values(self, states: TokenStates) -> Tensor:
         """States of a batch, in the form in which they are kept."""
         (values,) = states.arrays
-        return values if self.bits is None else QUANTIZERS[self.bits].quantize(values)
+        if self.bits is None:
+            return values
+        return QUANTIZERS[self.bits].quantize_texts(values, states.lengths)
 
 
 def warn_unusable(problems: list[str]) -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from torch import Tensor
-
+from sklearn_relish.states.quantization import n_rows
 from sklearn_relish.states.shard import Entry, MemoryStates
 
 TEXT_BYTES = 1024  # of a text's entry, without its states
@@ -40,14 +39,16 @@ class RecentStates:
             self._entries.move_to_end(key)
         return self._entries.get(key)
 
-    def put(self, key: bytes, states: Tensor, full_length: int, bound: float) -> None:
+    def put(self, key: bytes, entry: Entry[MemoryStates], bound: float) -> None:
         """Keep a copy of a text's states if it fits the bound, and drop older ones for it."""
+        states = entry.holder.states
+        states = states.narrow(0, entry.start, n_rows(states, entry.length))
         n_bytes = states.nbytes + TEXT_BYTES
         if n_bytes <= bound:
             self.pop(key)
             self.shrink(bound - n_bytes)
             # A copy: a view would keep the states of all texts of the batch.
-            self._entries[key] = Entry(MemoryStates(states.clone()), 0, len(states), full_length)
+            self._entries[key] = entry._replace(holder=MemoryStates(states.clone()), start=0)
             self.n_bytes += n_bytes
 
     def pop(self, key: bytes) -> Entry[MemoryStates] | None:

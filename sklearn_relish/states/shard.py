@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sklearn_relish.states.quantization import quantizer_of, state_size
+from sklearn_relish.states.quantization import n_rows, quantizer_of, state_size
 from sklearn_relish.utils.files import check_no_links, open_regular
 
 KEY_BYTES = 16
@@ -182,7 +182,8 @@ class Shard:
 
     def entries(self) -> Iterator[tuple[bytes, Entry[Shard]]]:
         """Each text's key, and where its states lie."""
-        starts = self.lengths.cumsum(0) - self.lengths
+        rows = n_rows(self.states, self.lengths)
+        starts = rows.cumsum(0) - rows
         places = (starts.tolist(), self.lengths.tolist(), self.full_lengths.tolist())
         for key, *place in zip(self.text_keys(), *places, strict=True):
             yield key, Entry(self, *place)
@@ -287,7 +288,7 @@ def _fits(states: Tensor, keys: Tensor, lengths: Tensor, full_lengths: Tensor) -
         and keys.shape == (len(lengths), KEY_BYTES)
         and lengths.shape == full_lengths.shape
         and bool(((lengths > 0) & (lengths <= len(states)) & (lengths <= full_lengths)).all())
-        and int(lengths.sum()) == len(states)  # which can't overflow, as each is small
+        and int(n_rows(states, lengths).sum()) == len(states)  # no overflow, as each is small
     )
 
 

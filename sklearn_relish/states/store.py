@@ -67,7 +67,8 @@ class StateStore:
         Bits per value of a state. None: states are kept in the model's own dtype. 8: in float8
         (e4m3, with a scale of 4 bytes per token), in half the bytes of bfloat16. 4: in 16 levels
         of the randomly rotated state, but for its 4 largest values (18 more bytes per token), in
-        about a quarter of the bytes. States that are kept in one form are read again for another.
+        about a quarter of the bytes. In both, the last token of a text takes twice the bytes.
+        States that are kept in one form are read again for another.
 
     Raises
     ------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sklearn_relish.states.quantization import quantizer_of, state_size
+from sklearn_relish.states.quantization import n_rows, quantizer_of, state_size
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TokenStates:
     ----------
     arrays : tuple of Tensor of shape (n_tokens, D)
         States of tokens, text after text; each may be a file's memory map. Quantized states
-        have another width, see `quantization`.
+        have another width, and each text has one more row, see `quantization`.
     array_index : int64 Tensor of shape (n_texts,)
         Which of `arrays` holds the text.
     starts : int64 Tensor of shape (n_texts,)
@@ -58,7 +58,7 @@ class TokenStates:
         Parameters
         ----------
         values : Tensor of shape (n_tokens, D)
-            States of all tokens, text after text.
+            States of all tokens, text after text; or quantized.
         lengths : int64 Tensor of shape (n_texts,)
             Tokens of each text, at least one.
 
@@ -69,7 +69,8 @@ class TokenStates:
         >>> len(TokenStates.from_lengths(torch.zeros(5, 2), torch.tensor([2, 3])))
         2
         """
-        return cls((values,), torch.zeros_like(lengths), lengths.cumsum(0) - lengths, lengths)
+        rows = n_rows(values, lengths)
+        return cls((values,), torch.zeros_like(lengths), rows.cumsum(0) - rows, lengths)
 
     @property
     def hidden_size(self) -> int:
@@ -91,13 +92,19 @@ class TokenStates:
     def __iter__(self) -> Iterator[Tensor]:
         """The states of each text, (length, D); views, unless they are quantized."""
         form = quantizer_of(self.arrays[0])
-        return self._slices() if form is None else map(form.dequantize, self._slices())
+        for kept, length in zip(self._slices(), self.lengths, strict=True):
+            yield kept if form is None else form.dequantize_texts(kept[None], length[None])[0]
+
+    @property
+    def n_rows(self) -> Tensor:
+        """Rows of each text in its array, int64 (n_texts,): its tokens, or more if quantized."""
+        return n_rows(self.arrays[0], self.lengths)
 
     @property
     def n_bytes(self) -> int:
         """Bytes of the texts' states."""
         array = self.arrays[0]
-        return int(self.lengths.sum()) * array.shape[1] * array.element_size()
+        return int(self.n_rows.sum()) * array.shape[1] * array.element_size()
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """States of a batch of texts, padded with zeros, and a mask of the real tokens.
@@ -122,11 +129,12 @@ class TokenStates:
         """
         texts = self[rows]
         padded = pad_sequence(list(texts._slices()), batch_first=True)
-        mask = torch.arange(padded.shape[1]) < texts.lengths[:, None]
         form = quantizer_of(padded)
-        return padded if form is None else form.dequantize(padded), mask
+        if form is not None:
+            padded = form.dequantize_texts(padded, texts.lengths)
+        return padded, torch.arange(padded.shape[1]) < texts.lengths[:, None]
 
     def _slices(self) -> Iterator[Tensor]:
-        places = (self.array_index.tolist(), self.starts.tolist(), self.lengths.tolist())
-        for index, start, length in zip(*places, strict=True):
-            yield self.arrays[index].narrow(0, start, length)
+        places = (self.array_index.tolist(), self.starts.tolist(), self.n_rows.tolist())
+        for index, start, n_rows_of_text in zip(*places, strict=True):
+            yield self.arrays[index].narrow(0, start, n_rows_of_text)

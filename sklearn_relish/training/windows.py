@@ -90,7 +90,7 @@ class Windows:
         states = self.states
         if math.isinf(self.n_bytes):
             return states
-        buffer, end = self._empty(int(states.lengths[rows].sum())), 0
+        buffer, end = self._empty(int(states.n_rows[rows].sum())), 0
         # Array 0 is the buffer. Texts in no file stay in their arrays, which follow it.
         array_index, starts = states.array_index + 1, states.starts.clone()
         for part in self._parts(rows):
@@ -136,29 +136,29 @@ class Windows:
         array = self.states.arrays[0]
         return array.shape[1] * array.element_size()
 
-    def _empty(self, n_tokens: int) -> Tensor:
+    def _empty(self, n_rows: int) -> Tensor:
         """Memory for states, that of the last window if it suffices."""
-        if self._buffer is None or len(self._buffer) < n_tokens:
+        if self._buffer is None or len(self._buffer) < n_rows:
             array = self.states.arrays[0]
             # With room for texts that a training moves to the next window, so that it is not made
             # anew. Memory that is not written takes none.
-            n_tokens = max(n_tokens, int(1.25 * self.n_bytes) // self._row_bytes)
-            self._buffer = torch.empty(n_tokens, array.shape[1], dtype=array.dtype)
+            n_rows = max(n_rows, int(1.25 * self.n_bytes) // self._row_bytes)
+            self._buffer = torch.empty(n_rows, array.shape[1], dtype=array.dtype)
         return self._buffer
 
     def _units(self) -> list[Tensor]:
         """Rows in the order of the files, in units."""
         states = self.states
         order = _storage_order(states)
-        ends = states.lengths[order].cumsum(0) * self._row_bytes
-        begins = ends - states.lengths[order] * self._row_bytes
+        n_rows = states.n_rows[order]
+        begins = (n_rows.cumsum(0) - n_rows) * self._row_bytes
         numbers = begins // int(min(UNIT_BYTES, self.n_bytes / MIN_UNITS))
         _, counts = numbers.unique_consecutive(return_counts=True)
         return list(order.split(counts.tolist()))
 
     def _join(self, units: list[Tensor]) -> list[Tensor]:
         """Windows of equal numbers of units."""
-        largest = max(int(self.states.lengths[unit].sum()) for unit in units) * self._row_bytes
+        largest = max(int(self.states.n_rows[unit].sum()) for unit in units) * self._row_bytes
         n_windows = math.ceil(len(units) / max(1, self.n_bytes // largest))
         bounds = [round(i * len(units) / n_windows) for i in range(n_windows + 1)]
         return [torch.cat(units[a:b]) for a, b in pairwise(bounds)]
@@ -175,16 +175,16 @@ class Windows:
             if file is not None:
                 # Several rows may have the same text.
                 starts, inverse = states.starts[of_file].unique(return_inverse=True)
-                lengths = torch.empty_like(starts)
-                lengths[inverse] = states.lengths[of_file]
-                positions = (lengths.cumsum(0) - lengths)[inverse]
-                yield _Part(file, of_file, positions, starts, lengths)
+                n_rows = torch.empty_like(starts)
+                n_rows[inverse] = states.n_rows[of_file]
+                positions = (n_rows.cumsum(0) - n_rows)[inverse]
+                yield _Part(file, of_file, positions, starts, n_rows)
 
 
 class _Part(NamedTuple):
     """The rows of a window that lie in one file.
 
-    `starts` and `lengths` are those of their different texts in the file. `positions` is where each
+    `starts` and `n_rows` are those of their different texts in the file. `positions` is where each
     row's states begin if these texts follow each other without gaps.
     """
 
@@ -192,7 +192,7 @@ class _Part(NamedTuple):
     rows: Tensor
     positions: Tensor
     starts: Tensor
-    lengths: Tensor
+    n_rows: Tensor
 
 
 def _storage_order(states: TokenStates) -> Tensor:
@@ -202,8 +202,8 @@ def _storage_order(states: TokenStates) -> Tensor:
 
 
 def _runs(part: _Part, gap: int) -> Iterator[tuple[int, int]]:
-    """First token and number of tokens of each run of texts with gaps of at most `gap` tokens."""
-    ends = part.starts + part.lengths
+    """First row and number of rows of each run of texts with gaps of at most `gap` rows."""
+    ends = part.starts + part.n_rows
     first = torch.ones(len(ends), dtype=torch.bool)
     first[1:] = part.starts[1:] > ends[:-1] + gap
     last = first.roll(-1)  # the first text begins a run, so the last one ends a run

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from sklearn_relish.states.quantization import (
     QUANTIZERS,
@@ -48,6 +49,33 @@ def test_a_state_depends_on_nothing_but_the_token(form, size):
         assert torch.equal(form.dequantize(kept[row]), restored[row])
         assert torch.equal(form.dequantize(kept[row : row + 1]), restored[row : row + 1])
     assert torch.equal(form.dequantize(kept.view(50, 4, -1)).view_as(restored), restored)
+
+
+@pytest.mark.parametrize("form", QUANTIZERS.values(), ids=lambda form: f"{form.bits} bits")
+@pytest.mark.parametrize("size", SIZES)
+def test_the_last_state_of_a_text_has_twice_the_bits(form, size):
+    states, lengths = make(size), torch.tensor([1, 120, 2, 77])
+    kept = form.quantize_texts(states, lengths)
+    texts = states.split(lengths.tolist())
+    kept_texts = kept.split((lengths + 1).tolist())
+    padded = pad_sequence(kept_texts, batch_first=True)
+    restored = form.dequantize_texts(padded, lengths)
+    assert restored.shape == (4, 120, size)
+    for text, kept_text, found in zip(texts, kept_texts, restored, strict=True):
+        n_tokens = len(text)
+        assert torch.equal(kept_text[:-1], form.quantize(text))
+        assert torch.equal(found[: n_tokens - 1], form.dequantize(kept_text[: n_tokens - 1]))
+        assert not found[n_tokens:].any()  # padding
+        last = text[-1].double()
+        once = (form.dequantize(form.quantize(text[-1])).double() - last).norm()
+        twice = (found[n_tokens - 1].double() - last).norm()
+        rounded = 2.0**-8 * last.norm()  # the result is a bfloat16
+        assert twice <= once / 8 + rounded
+        alone = form.quantize_texts(text, torch.tensor([n_tokens]))
+        assert torch.equal(alone, kept_text)
+        assert torch.equal(
+            form.dequantize_texts(alone[None], torch.tensor([n_tokens]))[0], found[:n_tokens]
+        )
 
 
 @pytest.mark.parametrize("form", QUANTIZERS.values(), ids=lambda form: f"{form.bits} bits")

@@ -44,8 +44,10 @@ def test_a_batch_has_the_states_of_each_text_and_zeros(bits):
     states = make()
     if bits is not None:
         wide = [torch.cat([array, array], dim=1) for array in states.arrays]  # of size 4
-        arrays = tuple(map(QUANTIZERS[bits].quantize, wide))
-        states = replace(states, arrays=arrays)
+        lengths = [torch.tensor([2, 4, 1]), torch.tensor([1, 3])]
+        arrays = tuple(map(QUANTIZERS[bits].quantize_texts, wide, lengths))
+        states = replace(states, arrays=arrays, starts=torch.tensor([0, 3, 8, 2]))
+        assert states.n_bytes == sum(array.nbytes for array in arrays) - 2 * arrays[1][0].nbytes
     rows = torch.tensor([3, 0, 1, 1, 2])
     batch, mask = states.batch(rows)
     for padded, is_token, text in zip(batch, mask, states[rows], strict=True):

@@ -30,7 +30,7 @@ def make_entries(folder, bits=None):
         lengths = torch.full((IN_FILE,), number % 8 + 1)
         states = torch.randn(int(lengths.sum()), SIZE, generator=generator)
         keys = torch.zeros(IN_FILE, KEY_BYTES, dtype=torch.uint8)
-        kept = states if bits is None else QUANTIZERS[bits].quantize(states)
+        kept = states if bits is None else QUANTIZERS[bits].quantize_texts(states, lengths)
         shard = Shard(kept, lengths, lengths.clone(), keys, LABEL)
         saved = shard.save(folder / f"{number}.safetensors", map_small=True)
         entries += [entry for _, entry in saved.entries()]

@@ -4,7 +4,7 @@
 
 evaluation.py says what FOLDER has, and which language models are used. The regressor has its
 default settings; with ``--single-head`` it has one head and no ridges, and takes a fifth of the
-time. A fit with 8 or 4 bits is compared with the fit on the model's own dtype with the
+time. A fit with 8 or 4 bits is compared with the fit on states in bfloat16 with the
 same rows and seed. The difference is in points of 100 r, with its standard error over sets, models
 and seeds. Each text is read once: the quantized states come from the states in 16 bits.
 """
@@ -32,13 +32,13 @@ BATCH = 256
 
 
 class KeptStates(TokenStateReader):
-    """A reader that takes the states of a language model from a store."""
+    """A reader that takes the states of a language model from a store, and rounds to bfloat16."""
 
     def __init__(self, llm: FrozenLLM, store: StateStore) -> None:
         self.llm, self.store = llm, store
         self.model, self.fingerprint = llm.model, llm.fingerprint
         self.n_layers, self.hidden_size = llm.n_layers, llm.hidden_size
-        self.torch_dtype = llm.torch_dtype
+        self.torch_dtype = torch.bfloat16
 
     def read(
         self, texts: list[str], *, layers: Sequence[int], max_length: int, windows: bool = False
@@ -53,7 +53,8 @@ class KeptStates(TokenStateReader):
             ]
             # A reader yields one array for each layer.
             states = [
-                TokenStates.from_lengths(torch.cat(list(kept)), kept.lengths) for kept in states
+                TokenStates.from_lengths(torch.cat(list(kept)).bfloat16(), kept.lengths)
+                for kept in states
             ]
             yield start + np.arange(len(batch)), states, states[0].lengths.numpy()
 
@@ -92,7 +93,7 @@ def run_cell(
         if results.find(**key):
             continue
         regressor = RelishRegressor(
-            llm if bits is None else KeptStates(llm, store),
+            KeptStates(llm, store),
             prompt=task.prompt,
             memory=StateStore(arguments.memory, bits=bits),
             random_state=seed,

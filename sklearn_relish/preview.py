@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from sklearn_relish.llm.frozen import FrozenLLM
-from sklearn_relish.states.quantization import QUANTIZERS
+from sklearn_relish.states.quantization import QUANTIZERS, n_rows
 from sklearn_relish.states.reader import read_batches
 from sklearn_relish.states.store import open_store
 from sklearn_relish.states.token_states import TokenStates
@@ -192,7 +192,7 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
         n_tokens=n_tokens,
         longest=int(full_lengths.max()),
         n_cut=n_cut,
-        n_bytes=(n_tokens + (0 if bits is None else n_texts)) * values[0].nbytes,
+        n_bytes=(n_tokens + n_texts * n_rows(values, 0)) * values[0].nbytes,
         read_seconds=seconds / sample_tokens * n_tokens,
         train_seconds=training_seconds(regressor._plan(n_texts, states.hidden_size), states),
     )

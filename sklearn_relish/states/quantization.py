@@ -1,18 +1,18 @@
 """Quantization: token states in 8 or 4 bits per value. Add a form of kept states here.
 
-The dtype of an array says in which form it holds states. Each token has a row, and each text has
-one more, the residual of its last token: the state minus its restored value, quantized like a
-state. Most prompts end with the same token, so the states of last tokens have a large part in
-common, and the error of one row would hide much of the rest.
+The dtype of an array says in which form it holds states. Each token but the last of its text has a
+row of a few bits per value. Further rows of the text hold the state of its last token in bfloat16:
+most prompts end with the same token, so these states differ by little, and the errors of a few bits
+would hide it.
 
-Kept and restored values of a token depend on that token alone, and on whether it is the last: all
-sums of this module are sums of integers that floats represent exactly, so their order, the batch
-and the machine don't matter.
+Kept and restored values depend on the text alone, not on the batch: sums over the values of a token
+are sums of integers that floats represent exactly, and tokens are added in their order.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from functools import cache
 from typing import TypeVar
@@ -20,6 +20,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Length = TypeVar("Length", int, Tensor)
 
@@ -31,6 +32,7 @@ LEVELS = (6, 18, 30, 43, 58, 74, 95, 126)
 BOUNDS = (0.2582, 0.5224, 0.7996, 1.0993, 1.4371, 1.8435, 2.4008)
 N_OUTLIERS = 4  # largest values of a state that 4 bits keep in bfloat16
 OUTLIER_BYTES = 4  # an int16 and a bfloat16 for each
+MIN_VARIANCE = 2.0**-8  # of a value over the tokens of a text, relative to its mean square
 FIXED_POINT = 2.0**19  # what the largest value of a token becomes before it is rotated
 PIECE_VALUES = 2**17  # restored at once, so that they stay in the processor's cache
 
@@ -46,11 +48,14 @@ class Quantizer(ABC):
         Of the arrays; no two forms have the same.
     scale_dtype : torch.dtype
         Of a token's scale, whose bytes follow the token's values.
+    n_scale_rows : int
+        Rows of each text that hold scales of its values, 0 or 1.
     """
 
     bits: int
     dtype: torch.dtype
     scale_dtype: torch.dtype
+    n_scale_rows: int = 0
 
     @property
     def suffix(self) -> str:
@@ -60,6 +65,10 @@ class Quantizer(ABC):
     def state_size(self, width: int) -> int:
         """Size D of states whose kept form has a width; not positive if there are none."""
         return (width - self.scale_dtype.itemsize) * 8 // self.bits
+
+    def extra_rows(self, width: int) -> int:
+        """Rows of a text beyond one for each token."""
+        return self.n_scale_rows + self._last_rows(width) - 1
 
     def quantize_texts(self, states: Tensor, lengths: Tensor) -> Tensor:
         """Quantize the states of texts.
@@ -73,34 +82,82 @@ class Quantizer(ABC):
 
         Returns
         -------
-        Tensor of shape (n_tokens + n_texts, width)
+        Tensor of shape (n_rows, width)
+            Text after text. Of a text of n tokens: n - 1 rows of a token each, a row of scales if
+            the form has them, and rows of the bytes of the last token's state, then zeros.
         """
-        kept = self.quantize(states)
         last = lengths.cumsum(0) - 1
-        residuals = states[last].float() - self.dequantize(kept[last]).float()
-        # Reversed: the same rotation would give back the errors of the levels, which have outliers.
-        residuals = self.quantize(residuals.flip(-1))
-        order = torch.cat([torch.arange(len(states)), last]).argsort(stable=True)
-        return torch.cat([kept, residuals])[order]
+        is_last = torch.zeros(len(states), dtype=torch.bool).index_fill_(0, last, True)
+        scales = self._text_scales(states, lengths)
+        if scales is None:
+            tokens = self.quantize(states[~is_last])
+        else:
+            text = torch.arange(len(lengths)).repeat_interleave(lengths)
+            tokens = self.quantize(states[~is_last] / scales[text[~is_last]])
+        width = tokens.shape[1]
+        bytes_ = states[last].bfloat16().view(self.dtype)
+        further = pad(bytes_, (0, self._last_rows(width) * width - bytes_.shape[1]))
+        if scales is not None:
+            further = torch.cat([self._scale_row(scales, width), further], dim=1)
+        n_further = further.shape[1] // width
+        order = torch.cat([torch.arange(len(states))[~is_last], last.repeat_interleave(n_further)])
+        return torch.cat([tokens, further.view(-1, width)])[order.argsort(stable=True)]
 
     def dequantize_texts(self, kept: Tensor, lengths: Tensor) -> Tensor:
         """Restore the states of a batch of texts, as bfloat16.
 
         Parameters
         ----------
-        kept : Tensor of shape (B, S + 1, width)
-            The rows of each text, padded with zeros.
+        kept : Tensor of shape (B, n_rows, width)
+            The rows of each text; their padding does not matter.
         lengths : int64 Tensor of shape (B,)
-            Tokens of each text, at most S.
+            Tokens of each text.
 
         Returns
         -------
         Tensor of shape (B, S, D)
+            With zeros in the padding; S is the length of the longest text.
         """
-        states, texts = self.dequantize(kept), torch.arange(len(kept))
-        states[texts, lengths - 1] += states[texts, lengths].flip(-1)
-        states[texts, lengths] = 0
-        return states[:, :-1]
+        texts, n_tokens = torch.arange(len(kept)), int(lengths.max())
+        is_token = torch.arange(n_tokens) < lengths[:, None] - 1  # that has a row of its own
+        states = self.dequantize(kept[:, :n_tokens].masked_fill(~is_token[:, :, None], 0))
+        rows = lengths[:, None] - 1 + torch.arange(1 + self.extra_rows(kept.shape[2]))
+        further = kept[texts[:, None], rows]  # (B, n_further, width)
+        if self.n_scale_rows:
+            states.mul_(self._kept_scales(further[:, 0], states.shape[2])[:, None])
+        states[texts, lengths - 1] = self._last_states(further, states.shape[2])
+        return states
+
+    def is_finite(self, kept: Tensor, lengths: Tensor) -> bool:
+        """Whether all restored states of texts are finite, (n_rows, width)."""
+        n_rows = lengths + self.extra_rows(kept.shape[1])
+        first = n_rows.cumsum(0) - n_rows
+        row = torch.arange(len(kept)) - first.repeat_interleave(n_rows)  # of its text
+        is_token = row < (lengths - 1).repeat_interleave(n_rows)
+        further = kept[~is_token].unflatten(0, (len(lengths), -1))
+        last = self._last_states(further, self.state_size(kept.shape[1]))
+        return self._are_finite(kept[is_token]) and bool(last.isfinite().all())
+
+    def _last_rows(self, width: int) -> int:
+        """Rows that hold the state of a text's last token."""
+        return math.ceil(self.state_size(width) * torch.bfloat16.itemsize / width)
+
+    def _text_scales(self, states: Tensor, lengths: Tensor) -> Tensor | None:
+        """What divides the values of each text, (n_texts, D); None: nothing does."""
+        return None
+
+    def _scale_row(self, scales: Tensor, width: int) -> Tensor:
+        """The row that holds the scales of each text, (n_texts, width)."""
+        raise NotImplementedError
+
+    def _kept_scales(self, row: Tensor, size: int) -> Tensor:
+        """The scales that a row holds as bfloat16, (n_texts, width) to (n_texts, D)."""
+        raise NotImplementedError
+
+    def _last_states(self, further: Tensor, size: int) -> Tensor:
+        """The states of last tokens, (n_texts, n_further, width) to (n_texts, D)."""
+        bytes_ = further[:, self.n_scale_rows :].flatten(1)[:, : size * torch.bfloat16.itemsize]
+        return bytes_.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
 
     @abstractmethod
     def quantize(self, states: Tensor) -> Tensor:
@@ -122,8 +179,8 @@ class Quantizer(ABC):
         Rounding to bfloat16 is part of the form: a state has the same bits wherever it is restored.
         """
 
-    def is_finite(self, kept: Tensor) -> bool:
-        """Whether all restored values are finite."""
+    def _are_finite(self, kept: Tensor) -> bool:
+        """Whether all restored values of tokens are finite."""
         return bool(self.dequantize(kept).isfinite().all())
 
     def _scales(self, kept: Tensor) -> Tensor:
@@ -174,6 +231,10 @@ class Quantizer4(Quantizer):
     square. The rotation is fixed, see `_rotated`. Two values share a byte, the first in its lower
     half. Scale, positions and largest values follow.
 
+    The rotation spreads the error evenly, and would hide values that vary by little. So the states
+    of a text are divided by scales of their values before, see `_text_scales`, which a row of the
+    text keeps.
+
     Examples
     --------
     >>> import torch
@@ -187,6 +248,7 @@ class Quantizer4(Quantizer):
     bits = 4
     dtype = torch.int8
     scale_dtype = torch.bfloat16  # has the range of float32: tokens may have norms above 10,000
+    n_scale_rows = 1
 
     def state_size(self, width: int) -> int:
         """Size D of states whose kept form has a width; not positive if there are none."""
@@ -209,13 +271,11 @@ class Quantizer4(Quantizer):
         positions = _largest(states)
         outliers = states.gather(-1, positions).to(self.scale_dtype)
         values = states.double().scatter(-1, positions, 0.0)
-        largest = values.abs().amax(dim=-1, keepdim=True)
-        largest = largest.clamp(min=torch.finfo(torch.bfloat16).tiny)
-        fixed = (values / largest * FIXED_POINT).round()  # integers: their sums are exact
-        rms = fixed.square().mean(dim=-1, keepdim=True).sqrt() * (largest / FIXED_POINT)
+        fixed, unit = _fixed(values)
+        rms = fixed.square().mean(dim=-1, keepdim=True).sqrt() * unit
         scale = rms.to(self.scale_dtype)  # (..., 1)
         divisor = scale.double().clamp(min=torch.finfo(torch.bfloat16).tiny)
-        rotated = _rotated(fixed) * (largest / FIXED_POINT / divisor / _block_size(size))
+        rotated = _rotated(fixed) * (unit / divisor / _block_size(size))
         bounds = torch.tensor(BOUNDS, dtype=torch.float64)
         codes = torch.bucketize(rotated.abs(), bounds) + 8 * (rotated < 0)
         pairs = codes.to(torch.uint8).unflatten(-1, (size // 2, 2))
@@ -239,7 +299,42 @@ class Quantizer4(Quantizer):
             out.scatter_(-1, positions.long(), outliers)
         return restored
 
-    def is_finite(self, kept: Tensor) -> bool:
+    def _text_scales(self, states: Tensor, lengths: Tensor) -> Tensor:
+        """Powers of two near the standard deviation of each value over the tokens of a text.
+
+        The states of the tokens are divided by their root mean square before. The last token does
+        not count.
+        """
+        fixed, _ = _fixed(states.double())
+        normalized = fixed / fixed.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1.0)
+        last, text = lengths.cumsum(0) - 1, torch.arange(len(lengths)).repeat_interleave(lengths)
+        normalized[last] = 0
+        sums = torch.zeros(2, len(lengths), states.shape[1], dtype=torch.float64)
+        for moment, values in zip(sums, (normalized, normalized.square()), strict=True):
+            moment.index_add_(0, text, values)
+        mean, square = sums / (lengths - 1).clamp(min=1)[:, None]
+        # At least a part of the root mean square: with few tokens the deviation may be tiny.
+        variance = torch.maximum(square - mean.square(), square * MIN_VARIANCE)
+        exponents = (variance.clamp(min=1e-30).log2() / 2).round()  # (n_texts, D)
+        largest = exponents.amax(dim=1, keepdim=True)
+        return torch.maximum(exponents, largest - 15).exp2().float()
+
+    def _scale_row(self, scales: Tensor, width: int) -> Tensor:
+        """Two scales in each byte, as powers of one half of the largest; then its exponent."""
+        exponents = scales.log2()
+        largest = exponents.amax(dim=1, keepdim=True)
+        codes = (largest - exponents).to(torch.uint8).unflatten(1, (-1, 2))
+        packed = (codes[..., 0] | codes[..., 1] << 4).view(self.dtype)
+        row = torch.cat([packed, largest.to(self.dtype)], dim=1)
+        return pad(row, (0, width - row.shape[1]))
+
+    def _kept_scales(self, row: Tensor, size: int) -> Tensor:
+        """The scales that a row holds as bfloat16."""
+        packed, largest = row[:, : size // 2].view(torch.uint8), row[:, size // 2, None]
+        codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
+        return (largest.float() - codes).exp2().bfloat16()
+
+    def _are_finite(self, kept: Tensor) -> bool:
         """Whether scales and largest values are finite: each code stands for a level."""
         scales, _, outliers = self._parts(kept)
         return bool(scales.isfinite().all() and outliers.isfinite().all())
@@ -279,7 +374,8 @@ def state_size(array: Tensor) -> int:
 
 def n_rows(array: Tensor, lengths: Length) -> Length:
     """Rows of an array that texts of some lengths take."""
-    return lengths if quantizer_of(array) is None else lengths + 1
+    form = quantizer_of(array)
+    return lengths if form is None else lengths + form.extra_rows(array.shape[1])
 
 
 def kept_dtype_name(dtype: torch.dtype, bits: int | None) -> str:
@@ -294,6 +390,13 @@ def array_dtype(name: str) -> torch.dtype | None:
         if name.endswith(form.suffix):
             return form.dtype
     return getattr(torch, name, None)
+
+
+def _fixed(values: Tensor) -> tuple[Tensor, Tensor]:
+    """States as integers, whose sums are exact, times a unit: float64, (..., D) and (..., 1)."""
+    largest = values.abs().amax(dim=-1, keepdim=True)
+    largest = largest.clamp(min=torch.finfo(torch.bfloat16).tiny)
+    return (values / largest * FIXED_POINT).round(), largest / FIXED_POINT
 
 
 def _largest(states: Tensor) -> Tensor:

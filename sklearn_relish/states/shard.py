@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import starmap
 from pathlib import Path
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
@@ -224,17 +225,21 @@ class Shard:
                 return False
         expected = self.states_checksum
         if expected is not None:
-            if not all(map(_is_plausible, self._parts())):
+            if not all(starmap(_is_plausible, self._parts())):
                 return False
             if checksum({"states": self.states}) != expected:
                 return False
             self.states_checksum = None
         return True
 
-    def _parts(self) -> tuple[Tensor, ...]:
-        """The states in parts of some MiB."""
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The states in parts of some MiB, and the lengths of their texts."""
+        rows = n_rows(self.states, self.lengths)
         row_bytes = self.states.shape[1] * self.states.element_size()
-        return self.states.split(max(1, CHECK_BYTES // row_bytes))
+        numbers = (rows.cumsum(0) - 1) * row_bytes // CHECK_BYTES
+        counts = numbers.unique_consecutive(return_counts=True)[1].tolist()
+        sizes = [int(part.sum()) for part in rows.split(counts)]
+        return zip(self.states.split(sizes), self.lengths.split(counts), strict=True)
 
 
 def _check_header(path: Path) -> None:
@@ -269,12 +274,12 @@ def open_states(path: Path) -> tuple[BinaryIO, int]:
     return file, 8 + n_header + begin
 
 
-def _is_plausible(states: Tensor) -> bool:
+def _is_plausible(states: Tensor, lengths: Tensor) -> bool:
     """Whether states can be a model's: they are finite, and not all zero."""
     if not states.any():
         return False
     form = quantizer_of(states)
-    return bool(states.isfinite().all()) if form is None else form.is_finite(states)
+    return bool(states.isfinite().all()) if form is None else form.is_finite(states, lengths)
 
 
 def _fits(states: Tensor, keys: Tensor, lengths: Tensor, full_lengths: Tensor) -> bool:

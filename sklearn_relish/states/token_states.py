@@ -24,7 +24,7 @@ class TokenStates:
     ----------
     arrays : tuple of Tensor of shape (n_tokens, D)
         States of tokens, text after text; each may be a file's memory map. Quantized states
-        have another width, and each text has one more row, see `quantization`.
+        have another width, and a text has further rows, see `quantization`.
     array_index : int64 Tensor of shape (n_texts,)
         Which of `arrays` holds the text.
     starts : int64 Tensor of shape (n_texts,)
@@ -128,11 +128,11 @@ class TokenStates:
         torch.Size([2, 3, 2])
         """
         texts = self[rows]
-        padded = pad_sequence(list(texts._slices()), batch_first=True)
-        form = quantizer_of(padded)
+        states = pad_sequence(list(texts._slices()), batch_first=True)
+        form = quantizer_of(states)
         if form is not None:
-            padded = form.dequantize_texts(padded, texts.lengths)
-        return padded, torch.arange(padded.shape[1]) < texts.lengths[:, None]
+            states = form.dequantize_texts(states, texts.lengths)
+        return states, torch.arange(states.shape[1]) < texts.lengths[:, None]
 
     def _slices(self) -> Iterator[Tensor]:
         places = (self.array_index.tolist(), self.starts.tolist(), self.n_rows.tolist())

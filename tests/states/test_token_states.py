@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sklearn_relish.states.quantization import QUANTIZERS
+from sklearn_relish.states.quantization import QUANTIZERS, n_rows
 from sklearn_relish.states.token_states import TokenStates
 
 
@@ -46,8 +46,11 @@ def test_a_batch_has_the_states_of_each_text_and_zeros(bits):
         wide = [torch.cat([array, array], dim=1) for array in states.arrays]  # of size 4
         lengths = [torch.tensor([2, 4, 1]), torch.tensor([1, 3])]
         arrays = tuple(map(QUANTIZERS[bits].quantize_texts, wide, lengths))
-        states = replace(states, arrays=arrays, starts=torch.tensor([0, 3, 8, 2]))
-        assert states.n_bytes == sum(array.nbytes for array in arrays) - 2 * arrays[1][0].nbytes
+        extra = n_rows(arrays[0], 0)
+        starts = torch.tensor([0, 2 + extra, 6 + 2 * extra, 1 + extra])
+        states = replace(states, arrays=arrays, starts=starts)
+        unused = n_rows(arrays[1], 1) * arrays[1][0].nbytes
+        assert states.n_bytes == sum(array.nbytes for array in arrays) - unused
     rows = torch.tensor([3, 0, 1, 1, 2])
     batch, mask = states.batch(rows)
     for padded, is_token, text in zip(batch, mask, states[rows], strict=True):

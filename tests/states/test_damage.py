@@ -21,7 +21,8 @@ from store_helpers import (
     streamed,
 )
 
-from sklearn_relish import StateStore
+from sklearn_relish import StateStore, TokenStates
+from sklearn_relish.states.quantization import QUANTIZERS
 from sklearn_relish.states.shard import Shard
 
 
@@ -230,6 +231,29 @@ def test_a_crafted_file_counts_as_damaged(llm, tmp_path, monkeypatch, what, how)
     assert len(caught) == 1
     assert same(states, reference(TEXTS))
     assert not shard.exists()
+
+
+@pytest.mark.parametrize("form", QUANTIZERS.values(), ids=lambda form: f"{form.bits} bits")
+@pytest.mark.parametrize("token", [0, -1])
+def test_quantized_states_that_are_not_finite_count_as_damaged(
+    llm, tmp_path, monkeypatch, form, token
+):
+    monkeypatch.setattr("sklearn_relish.states.shard.CHECK_BYTES", 500)  # many parts
+    store = StateStore(tmp_path, bits=form.bits)
+    first = fetch(store, TEXTS, llm)
+    forget_indexes()
+    assert same(fetch(store, TEXTS, llm), first)  # and no warning
+
+    def make_infinite(made):
+        texts = [text.clone() for text in TokenStates.from_lengths(made.states, made.lengths)]
+        max(texts[-9:], key=len)[token, 0] = torch.inf
+        made.states = form.quantize_texts(torch.cat(texts), made.lengths)
+
+    (shard,) = tmp_path.rglob("*.safetensors")
+    crafted(shard, make_infinite)
+    forget_indexes()
+    with pytest.warns(UserWarning, match="1 files .* could not be used"):
+        assert same(fetch(store, TEXTS, llm), first)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")

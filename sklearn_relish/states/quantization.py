@@ -88,17 +88,13 @@ class Quantizer(ABC):
         """
         last = lengths.cumsum(0) - 1
         is_last = torch.zeros(len(states), dtype=torch.bool).index_fill_(0, last, True)
-        scales = self._text_scales(states, lengths)
-        if scales is None:
-            tokens = self.quantize(states[~is_last])
-        else:
-            text = torch.arange(len(lengths)).repeat_interleave(lengths)
-            tokens = self.quantize(states[~is_last] / scales[text[~is_last]])
+        scaled, scale_bytes = self._scale_texts(states, lengths)
+        tokens = self.quantize(scaled[~is_last])
         width = tokens.shape[1]
-        bytes_ = states[last].bfloat16().view(self.dtype)
-        further = pad(bytes_, (0, self._last_rows(width) * width - bytes_.shape[1]))
-        if scales is not None:
-            further = torch.cat([self._scale_row(scales, width), further], dim=1)
+        last_bytes = states[last].bfloat16().view(self.dtype)
+        last_bytes = pad(last_bytes, (0, self._last_rows(width) * width - last_bytes.shape[1]))
+        scale_bytes = pad(scale_bytes, (0, self.n_scale_rows * width - scale_bytes.shape[1]))
+        further = torch.cat([scale_bytes, last_bytes], dim=1)
         n_further = further.shape[1] // width
         order = torch.cat([torch.arange(len(states))[~is_last], last.repeat_interleave(n_further)])
         return torch.cat([tokens, further.view(-1, width)])[order.argsort(stable=True)]
@@ -123,17 +119,16 @@ class Quantizer(ABC):
         states = self.dequantize(kept[:, :n_tokens].masked_fill(~is_token[:, :, None], 0))
         rows = lengths[:, None] - 1 + torch.arange(1 + self.extra_rows(kept.shape[2]))
         further = kept[texts[:, None], rows]  # (B, n_further, width)
-        if self.n_scale_rows:
-            states.mul_(self._kept_scales(further[:, 0], states.shape[2])[:, None])
+        states = self._unscale_texts(states, further[:, : self.n_scale_rows])
         states[texts, lengths - 1] = self._last_states(further, states.shape[2])
         return states
 
     def is_finite(self, kept: Tensor, lengths: Tensor) -> bool:
         """Whether all restored states of texts are finite, (n_rows, width)."""
-        n_rows = lengths + self.extra_rows(kept.shape[1])
-        first = n_rows.cumsum(0) - n_rows
-        row = torch.arange(len(kept)) - first.repeat_interleave(n_rows)  # of its text
-        is_token = row < (lengths - 1).repeat_interleave(n_rows)
+        counts = n_rows(kept, lengths)
+        first = counts.cumsum(0) - counts
+        row = torch.arange(len(kept)) - first.repeat_interleave(counts)  # of its text
+        is_token = row < (lengths - 1).repeat_interleave(counts)
         further = kept[~is_token].unflatten(0, (len(lengths), -1))
         last = self._last_states(further, self.state_size(kept.shape[1]))
         return self._are_finite(kept[is_token]) and bool(last.isfinite().all())
@@ -142,17 +137,13 @@ class Quantizer(ABC):
         """Rows that hold the state of a text's last token."""
         return math.ceil(self.state_size(width) * torch.bfloat16.itemsize / width)
 
-    def _text_scales(self, states: Tensor, lengths: Tensor) -> Tensor | None:
-        """What divides the values of each text, (n_texts, D); None: nothing does."""
-        return None
+    def _scale_texts(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """States as `quantize` takes them, and the bytes of each text's scales, (n_texts, n)."""
+        return states, torch.empty(len(lengths), 0, dtype=self.dtype)
 
-    def _scale_row(self, scales: Tensor, width: int) -> Tensor:
-        """The row that holds the scales of each text, (n_texts, width)."""
-        raise NotImplementedError
-
-    def _kept_scales(self, row: Tensor, size: int) -> Tensor:
-        """The scales that a row holds as bfloat16, (n_texts, width) to (n_texts, D)."""
-        raise NotImplementedError
+    def _unscale_texts(self, states: Tensor, rows: Tensor) -> Tensor:
+        """Undo `_scale_texts` for (B, S, D), given the (B, n_scale_rows, width) of the scales."""
+        return states
 
     def _last_states(self, further: Tensor, size: int) -> Tensor:
         """The states of last tokens, (n_texts, n_further, width) to (n_texts, D)."""
@@ -232,7 +223,7 @@ class Quantizer4(Quantizer):
     half. Scale, positions and largest values follow.
 
     The rotation spreads the error evenly, and would hide values that vary by little. So the states
-    of a text are divided by scales of their values before, see `_text_scales`, which a row of the
+    of a text are divided by scales of their values before, see `_scale_texts`, which a row of the
     text keeps.
 
     Examples
@@ -263,11 +254,7 @@ class Quantizer4(Quantizer):
             If D is odd, less than `N_OUTLIERS`, or too large for an int16.
         """
         size = states.shape[-1]
-        if size % 2 or not N_OUTLIERS <= size < 2**15:
-            raise ValueError(
-                f"States of size {size} can't be kept in 4 bits, which need an even size from"
-                f" {N_OUTLIERS} to {2**15 - 2}: pass a StateStore with bits=8, or bits=None."
-            )
+        _check_size(size)
         positions = _largest(states)
         outliers = states.gather(-1, positions).to(self.scale_dtype)
         values = states.double().scatter(-1, positions, 0.0)
@@ -299,12 +286,13 @@ class Quantizer4(Quantizer):
             out.scatter_(-1, positions.long(), outliers)
         return restored
 
-    def _text_scales(self, states: Tensor, lengths: Tensor) -> Tensor:
-        """Powers of two near the standard deviation of each value over the tokens of a text.
+    def _scale_texts(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Divide by powers of two near the standard deviation of each value over a text's tokens.
 
-        The states of the tokens are divided by their root mean square before. The last token does
-        not count.
+        A byte has two scales, as powers of one half of the largest; its exponent follows them. For
+        the deviation, states are divided by their root mean square. The last token does not count.
         """
+        _check_size(states.shape[1])
         fixed, _ = _fixed(states.double())
         normalized = fixed / fixed.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1.0)
         last, text = lengths.cumsum(0) - 1, torch.arange(len(lengths)).repeat_interleave(lengths)
@@ -317,22 +305,18 @@ class Quantizer4(Quantizer):
         variance = torch.maximum(square - mean.square(), square * MIN_VARIANCE)
         exponents = (variance.clamp(min=1e-30).log2() / 2).round()  # (n_texts, D)
         largest = exponents.amax(dim=1, keepdim=True)
-        return torch.maximum(exponents, largest - 15).exp2().float()
+        exponents = torch.maximum(exponents, largest - 15)
+        codes = (largest - exponents).to(torch.uint8)
+        packed = (codes[:, ::2] | codes[:, 1::2] << 4).view(self.dtype)
+        scale_bytes = torch.cat([packed, largest.to(self.dtype)], dim=1)
+        return states / exponents.exp2().float()[text], scale_bytes
 
-    def _scale_row(self, scales: Tensor, width: int) -> Tensor:
-        """Two scales in each byte, as powers of one half of the largest; then its exponent."""
-        exponents = scales.log2()
-        largest = exponents.amax(dim=1, keepdim=True)
-        codes = (largest - exponents).to(torch.uint8).unflatten(1, (-1, 2))
-        packed = (codes[..., 0] | codes[..., 1] << 4).view(self.dtype)
-        row = torch.cat([packed, largest.to(self.dtype)], dim=1)
-        return pad(row, (0, width - row.shape[1]))
-
-    def _kept_scales(self, row: Tensor, size: int) -> Tensor:
-        """The scales that a row holds as bfloat16."""
-        packed, largest = row[:, : size // 2].view(torch.uint8), row[:, size // 2, None]
+    def _unscale_texts(self, states: Tensor, rows: Tensor) -> Tensor:
+        """Multiply by the scales, which bfloat16 represents."""
+        row, n_packed = rows[:, 0], states.shape[2] // 2
+        packed, largest = row[:, :n_packed].view(torch.uint8), row[:, n_packed, None]
         codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
-        return (largest.float() - codes).exp2().bfloat16()
+        return states.mul_((largest.float() - codes).exp2().bfloat16()[:, None])
 
     def _are_finite(self, kept: Tensor) -> bool:
         """Whether scales and largest values are finite: each code stands for a level."""
@@ -390,6 +374,15 @@ def array_dtype(name: str) -> torch.dtype | None:
         if name.endswith(form.suffix):
             return form.dtype
     return getattr(torch, name, None)
+
+
+def _check_size(size: int) -> None:
+    """Raise a ValueError unless states of this size can be kept in 4 bits."""
+    if size % 2 or not N_OUTLIERS <= size < 2**15:
+        raise ValueError(
+            f"States of size {size} can't be kept in 4 bits, which need an even size from"
+            f" {N_OUTLIERS} to {2**15 - 2}: pass a StateStore with bits=8, or bits=None."
+        )
 
 
 def _fixed(values: Tensor) -> tuple[Tensor, Tensor]:

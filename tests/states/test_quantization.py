@@ -145,6 +145,8 @@ def test_the_first_of_equal_values_are_the_largest():
 def test_four_bits_need_an_even_size_in_a_range(size):
     with pytest.raises(ValueError, match=rf"size {size} can't be kept in 4 bits.*bits=8"):
         QUANTIZERS[4].quantize(torch.ones(2, size))
+    with pytest.raises(ValueError, match=rf"size {size} can't be kept in 4 bits.*bits=8"):
+        QUANTIZERS[4].quantize_texts(torch.ones(2, size), torch.tensor([2]))
 
 
 def test_names_of_the_forms():

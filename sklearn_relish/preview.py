@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from sklearn_relish.training.estimate import Plan, training_seconds, typical_sta
 from sklearn_relish.training.layer_search import SHARES
 from sklearn_relish.training.search import TRAINING, Candidate
 from sklearn_relish.training.trainer import AUTO_EPOCHS
-from sklearn_relish.utils.progress import FitProgress
+from sklearn_relish.utils.progress import FitProgress, place_in_search
 
 SAMPLE_TEXTS = 64  # that are read
 WARM_UP_TEXTS = 16  # read before them, because the first texts of a process take longer
+MAIN_VALUES = ("latent_size", "n_iterations")
+NOT_SEARCHED = ("model", "memory", "device", "dtype", "random_state", "verbose")
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,27 @@ class PreviewMixin:
             except (RuntimeError, FloatingPointError, MemoryError):  # the fit goes on
                 return math.nan
 
-        return FitProgress(bool(regressor.verbose), estimate)
+        place = place_in_search(getattr(regressor, "_callback_fit_ctx", None))
+        return FitProgress(bool(regressor.verbose), estimate, place, self._values())
+
+    def _values(self) -> dict[str, Any]:
+        """The parameters by which a candidate of a search is known.
+
+        They are the sizes that are searched most, and the numbers and names among the parameters
+        that differ from their defaults.
+        """
+        regressor: Any = self
+        defaults = inspect.signature(type(self)).parameters
+        return {
+            name: value
+            for name, value in regressor.get_params(deep=False).items()
+            if name in MAIN_VALUES
+            or (
+                isinstance(value, (bool, int, float, str))
+                and name not in NOT_SEARCHED
+                and value != defaults[name].default
+            )
+        }
 
 
 def _preview(regressor: Any, X: Any) -> FitPreview:

@@ -7,8 +7,10 @@ import math
 import multiprocessing
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakSet
 
@@ -19,6 +21,7 @@ from sklearn_relish.utils.locks import ForkSafeLock
 DELAY_SECONDS = 1.0  # until a bar appears: the predictions of a service take less
 REFRESH_SECONDS = 0.1  # a bar is drawn again after this time
 MAX_FRACTION = 0.99  # of the bar of a fit, until the fit ends
+SEARCH_TASK = "candidate-split-evaluation"  # scikit-learn's name for a fit of a search
 
 _bars: WeakSet[Any] = WeakSet()  # tqdm's bars of this process
 _bars_lock = ForkSafeLock()
@@ -128,11 +131,24 @@ class FitProgress:
     training_seconds : callable
         Estimates the time to train the heads, given the mean number of tokens of a text; NaN if it
         can't. It is called once, while texts are read, and only if the bar is on the screen.
+    place : str, default=""
+        Which fit of a search it is, see `place_in_search`.
+    values : dict, default={}
+        Parameters by which a candidate of the search is known; the bar shows them at the end.
     """
 
-    def __init__(self, shown: bool, training_seconds: Callable[[float], float]) -> None:
+    def __init__(
+        self,
+        shown: bool,
+        training_seconds: Callable[[float], float],
+        place: str = "",
+        values: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.lock = threading.Lock()  # heads are trained in several threads
         self._training_seconds = training_seconds
+        self._place = place
+        shown_values = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        self._name = f"{place} ({shown_values})" if place and values else place or "Fit"
         self._later = math.nan  # estimated seconds of the parts after the reading
         self._is_estimated = False
         self._bar: tqdm[Any] | None = None
@@ -144,7 +160,7 @@ class FitProgress:
             self._began = time.monotonic()
             self._bar = _new_bar(
                 total=1.0,
-                desc="Fit",
+                desc=self._name,
                 bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
                 miniters=0,
                 smoothing=0,  # the time left is that of the mean rate: it is set by `show`
@@ -156,7 +172,7 @@ class FitProgress:
         if self._bar is not None:
             if kind is None:
                 self._bar.n, self._bar.postfix = 1.0, None
-                self._bar.set_description_str("Fit", refresh=False)
+                self._bar.set_description_str(self._name, refresh=False)
             self._bar.close()
 
     def begin(self, part: ProgressBar) -> None:
@@ -187,10 +203,34 @@ class FitProgress:
                 left += self._later
         if figures:
             self._bar.set_postfix(figures, refresh=False)
-        self._bar.set_description_str(str(part), refresh=False)
+        what = f"{self._place}: {part}" if self._place else str(part)
+        self._bar.set_description_str(what, refresh=False)
         # Until the time left is known, the bar stays where it is.
         fraction = self._bar.n if math.isnan(left) else elapsed / max(elapsed + left, 1e-9)
         self._bar.update(min(fraction, MAX_FRACTION) - self._bar.n)
+
+
+def place_in_search(context: Any) -> str:
+    """Which fit of a search of scikit-learn it is, and the time that the search still takes.
+
+    The time is that of the fits so far, one after another. Empty outside of a search.
+
+    Parameters
+    ----------
+    context : sklearn.callback.CallbackContext or None
+        Of the fit.
+    """
+    while context is not None and context.source_task_name != SEARCH_TASK:
+        context = context.parent  # of a pipeline that is searched, for example
+    if context is None or not context.parent.max_subtasks:
+        return ""
+    n_before, n_fits, began = context.task_id, context.parent.max_subtasks, context.parent.init_time
+    place = f"Fit {n_before + 1} of {n_fits}"
+    if n_before:
+        seconds = (datetime.now(began.tzinfo) - began).total_seconds()
+        left = seconds / n_before * (n_fits - n_before)
+        place += f", search {tqdm.format_interval(left)} left"
+    return place
 
 
 def log(logger: logging.Logger, level: int, message: str, *args: object) -> None:

@@ -3,17 +3,21 @@
 import logging
 import pickle
 import sys
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 from tiny import tiny_model
 
 from sklearn_relish import FrozenLLM, LLMEncoder, RelishRegressor, RelishRegressorCV
 from sklearn_relish.training import estimate
 from sklearn_relish.utils import progress
-from sklearn_relish.utils.progress import FitProgress, ProgressBar, log
+from sklearn_relish.utils.progress import FitProgress, ProgressBar, log, place_in_search
 
 TEXTS = [f"{word} film {i}" for i in range(20) for word in ("dull", "fine", "splendid")]
 Y = np.tile([1.0, 3.0, 5.0], 20)
@@ -147,6 +151,40 @@ def test_a_trial_of_the_trainings_does_not_change_the_fit(llm, capfd, monkeypatc
     assert trials
     silent = RelishRegressor(llm, **SMALL, n_estimators=1, max_epochs=1).fit(TEXTS, Y)
     np.testing.assert_array_equal(fit.predict(TEXTS), silent.predict(TEXTS))
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("is_pipeline", [False, True])
+def test_the_bars_of_a_grid_search_say_which_fit_it_is(llm, capfd, is_pipeline):
+    searched = RelishRegressor(llm, **SMALL, n_estimators=1, max_epochs=1, verbose=1)
+    grid = {"n_iterations": [1, 3]}
+    if is_pipeline:
+        searched = make_pipeline(FunctionTransformer(), searched)
+        grid = {"relishregressor__n_iterations": [1, 3]}
+    GridSearchCV(searched, grid, cv=2).fit(TEXTS, Y)
+    *fits, refit, _ = capfd.readouterr().err.split("\n")
+    assert len(fits) == 4
+    for number, fit in enumerate(fits):
+        during, end = lines(fit)[-2:]
+        place = f"Fit {number + 1} of 4"
+        assert during.startswith(f"{place}: Training" if number == 0 else f"{place}, search 00:")
+        assert "Training head 1 of 1, epoch 1 of 1: " in during
+        assert end.startswith(place)
+        values = "latent_size=16, max_epochs=1, n_estimators=1, n_heads=2, n_iterations="
+        assert f" ({values}{[1, 1, 3, 3][number]}): 100%" in end
+    assert lines(refit)[-1].startswith("Fit: 100%")
+
+
+def test_the_time_left_of_a_search(monkeypatch):
+    began = datetime(2026, 1, 1, tzinfo=UTC)
+    clock = SimpleNamespace(now=lambda zone: (began + timedelta(seconds=70)).astimezone(zone))
+    monkeypatch.setattr(progress, "datetime", clock)
+    search = SimpleNamespace(max_subtasks=45, init_time=began)
+    fit = SimpleNamespace(parent=search, task_id=7, source_task_name=progress.SEARCH_TASK)
+    step = SimpleNamespace(parent=fit, source_task_name="fit-final")  # of a pipeline
+    assert place_in_search(step) == "Fit 8 of 45, search 06:20 left"
+    alone = SimpleNamespace(parent=None, source_task_name=None)
+    assert place_in_search(alone) == place_in_search(None) == ""
 
 
 @pytest.mark.usefixtures("at_once")

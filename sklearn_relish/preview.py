@@ -6,6 +6,7 @@ import inspect
 import math
 import time
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from sklearn_relish.utils.progress import FitProgress, place_in_search
 
 SAMPLE_TEXTS = 64  # that are read
 WARM_UP_TEXTS = 16  # read before them, because the first texts of a process take longer
+# By which the bar of a fit names a candidate of a search, and what it leaves out.
 MAIN_VALUES = ("latent_size", "n_iterations")
 NOT_SEARCHED = ("model", "memory", "device", "dtype", "random_state", "verbose")
 
@@ -168,7 +170,7 @@ class PreviewMixin:
             for name, value in regressor.get_params(deep=False).items()
             if name in MAIN_VALUES
             or (
-                isinstance(value, (bool, int, float, str))
+                isinstance(value, (Number, str))
                 and name not in NOT_SEARCHED
                 and value != defaults[name].default
             )

@@ -147,7 +147,7 @@ class FitProgress:
         self.lock = threading.Lock()  # heads are trained in several threads
         self._training_seconds = training_seconds
         self._place = place
-        shown_values = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        shown_values = ", ".join(f"{name}={value}" for name, value in values.items())
         self._name = f"{place} ({shown_values})" if place and values else place or "Fit"
         self._later = math.nan  # estimated seconds of the parts after the reading
         self._is_estimated = False

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import re
 import sys
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -167,8 +168,8 @@ def test_the_bars_of_a_grid_search_say_which_fit_it_is(llm, capfd, is_pipeline):
     for number, fit in enumerate(fits):
         during, end = lines(fit)[-2:]
         place = f"Fit {number + 1} of 4"
-        assert during.startswith(f"{place}: Training" if number == 0 else f"{place}, search 00:")
-        assert "Training head 1 of 1, epoch 1 of 1: " in during
+        left = "" if number == 0 else r", search \d\d:\d\d left"
+        assert re.match(f"{place}{left}: Training head 1 of 1, epoch 1 of 1: ", during)
         assert end.startswith(place)
         values = "latent_size=16, max_epochs=1, n_estimators=1, n_heads=2, n_iterations="
         assert f" ({values}{[1, 1, 3, 3][number]}): 100%" in end

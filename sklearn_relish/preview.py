@@ -157,16 +157,16 @@ class PreviewMixin:
         place = place_in_search(getattr(regressor, "_callback_fit_ctx", None))
         return FitProgress(bool(regressor.verbose), estimate, place, self._values())
 
-    def _values(self) -> dict[str, Any]:
-        """The parameters by which a candidate of a search is known.
+    def _values(self) -> str:
+        """The values by which a candidate of a search is known.
 
         They are the sizes that are searched most, and the numbers and names among the parameters
         that differ from their defaults.
         """
         regressor: Any = self
         defaults = inspect.signature(type(self)).parameters
-        return {
-            name: value
+        return ", ".join(
+            f"{name}={value}"
             for name, value in regressor.get_params(deep=False).items()
             if name in MAIN_VALUES
             or (
@@ -174,7 +174,7 @@ class PreviewMixin:
                 and name not in NOT_SEARCHED
                 and value != defaults[name].default
             )
-        }
+        )
 
 
 def _preview(regressor: Any, X: Any) -> FitPreview:

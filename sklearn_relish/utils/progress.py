@@ -7,10 +7,9 @@ import math
 import multiprocessing
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import datetime
-from types import MappingProxyType
 from typing import Any
 from weakref import WeakSet
 
@@ -133,8 +132,8 @@ class FitProgress:
         can't. It is called once, while texts are read, and only if the bar is on the screen.
     place : str, default=""
         Which fit of a search it is, see `place_in_search`.
-    values : dict, default={}
-        Parameters by which a candidate of the search is known; the bar shows them at the end.
+    values : str, default=""
+        The candidate of the search; the bar shows it at the beginning and at the end.
     """
 
     def __init__(
@@ -142,13 +141,12 @@ class FitProgress:
         shown: bool,
         training_seconds: Callable[[float], float],
         place: str = "",
-        values: Mapping[str, Any] = MappingProxyType({}),
+        values: str = "",
     ) -> None:
         self.lock = threading.Lock()  # heads are trained in several threads
         self._training_seconds = training_seconds
         self._place = place
-        shown_values = ", ".join(f"{name}={value}" for name, value in values.items())
-        self._name = f"{place} ({shown_values})" if place and values else place or "Fit"
+        self._name = f"{place} ({values})" if place else "Fit"
         self._later = math.nan  # estimated seconds of the parts after the reading
         self._is_estimated = False
         self._bar: tqdm[Any] | None = None

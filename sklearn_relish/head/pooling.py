@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sklearn_relish.head.head import rms_scale
 
-STD_DIMENSIONS = 64  # dimensions whose standard deviation is computed at once
+STD_VALUES = 2**17  # values whose standard deviation is computed at once, about
+STD_DIMENSIONS = 64  # the smallest number of dimensions of which it is computed at once
 
 
 def mean(states: Tensor, mask: Tensor, state_norm: str | None) -> Tensor:
@@ -38,11 +39,11 @@ def std(states: Tensor, mask: Tensor, state_norm: str | None) -> Tensor:
     weights = mask.to(states.dtype)  # (B, S)
     weights = (weights / weights.sum(dim=1, keepdim=True))[:, None]  # (B, 1, S)
     scale = rms_scale(states)[..., None] if state_norm == "rms" else 1.0
-    variances = [  # of a few dimensions at a time, since a copy of all states would be large
-        weights @ (part * scale).sub_(center).square_()
-        for part, center in zip(
-            states.split(STD_DIMENSIONS, dim=-1), centers.split(STD_DIMENSIONS, dim=-1), strict=True
-        )
+    # Of some dimensions at a time: a copy of all states of a large batch would be large.
+    n_dimensions = max(STD_DIMENSIONS, STD_VALUES // mask.numel())
+    parts = states.split(n_dimensions, dim=-1), centers.split(n_dimensions, dim=-1)
+    variances = [
+        weights @ (part * scale).sub_(center).square_() for part, center in zip(*parts, strict=True)
     ]
     return torch.cat(variances, dim=-1)[:, 0].sqrt()  # (B, D)
 

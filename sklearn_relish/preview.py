@@ -18,6 +18,7 @@ from sklearn_relish.states.quantization import QUANTIZERS, n_rows
 from sklearn_relish.states.reader import read_batches
 from sklearn_relish.states.store import open_store
 from sklearn_relish.states.token_states import TokenStates
+from sklearn_relish.states.vectors import N_VECTORS, layers_to_read
 from sklearn_relish.training.estimate import Plan, training_seconds, typical_states
 from sklearn_relish.training.layer_search import SHARES
 from sklearn_relish.training.search import TRAINING, Candidate
@@ -183,8 +184,9 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
     distinct = list(dict.fromkeys(texts))
     n_texts, llm = len(distinct), regressor._llm()
     layer = llm.resolve_layer(max(SHARES) if regressor.layer == "auto" else regressor.layer)
+    layers = layers_to_read([layer])
     reading = {
-        "layers": [layer],
+        "layers": layers,
         "max_length": regressor.max_length,
         "windows": regressor.long_text == "window",
     }
@@ -195,7 +197,7 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
     start = time.perf_counter()
     batches = list(read_batches(llm, sample, **reading))
     seconds = time.perf_counter() - start
-    pieces = [piece for _, (states,), _ in batches for piece in states]
+    pieces = [piece for _, (states, *_), _ in batches for piece in states]
     n_read = np.array([len(piece) for piece in pieces])
     full_lengths = np.concatenate([lengths for _, _, lengths in batches])
     scale = n_texts / len(sample)
@@ -206,6 +208,7 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
         n_read, full_lengths = llm.count_tokens(distinct, **reading)
         n_tokens, n_cut = int(n_read.sum()), int((full_lengths > n_read).sum())
 
+    vector_bytes = N_VECTORS * pieces[0][0].nbytes if len(layers) > 1 else 0
     values, bits = torch.cat(pieces), open_store(regressor.memory).bits
     lengths = torch.tensor([len(piece) for piece in pieces])
     values = values if bits is None else QUANTIZERS[bits].quantize_texts(values, lengths)
@@ -217,7 +220,8 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
         n_tokens=n_tokens,
         longest=int(full_lengths.max()),
         n_cut=n_cut,
-        n_bytes=(n_tokens + n_texts * n_rows(values, 0)) * values[0].nbytes,
+        n_bytes=(n_tokens + n_texts * n_rows(values, 0)) * values[0].nbytes
+        + n_texts * vector_bytes,
         read_seconds=seconds / sample_tokens * n_tokens,
         train_seconds=training_seconds(regressor._plan(n_texts, states.hidden_size), states),
     )

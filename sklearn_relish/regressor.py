@@ -140,10 +140,10 @@ class RelishRegressor(
         published choice, and the fastest.
     linear_path : bool or "auto", default="auto"
         If true, ridge models on the mean, the standard deviation and the last one of the token
-        states are added, weighted together with the heads by out-of-fold error. For small or noisy
-        sets they make up most of the prediction. They need a loss whose prediction is a mean,
-        ``"huber"`` or ``"squared_error"``: ``"auto"`` adds them with these losses, and True raises
-        an error with others. They are left out if fewer than 10 texts are held out.
+        states, at `layer` and at a lower one, are added, weighted together with the heads by
+        out-of-fold error. For small or noisy sets they make up most of the prediction. They need a
+        loss that predicts a mean, ``"huber"`` or ``"squared_error"``: ``"auto"`` adds them with
+        these, True raises an error with others. They need at least 10 held-out texts.
     n_iter_no_change : int, default=None
         Stop training after this many epochs without a lower validation loss. None runs the schedule
         to its end, where the learning rate is low and most is gained.
@@ -181,7 +181,7 @@ class RelishRegressor(
         R² of the out-of-fold predictions of heads and ridges. None without held-out rows, after a
         warm start, and after `partial_fit`.
     layer_ : int
-        The layer that is read, from 1.
+        The layer that the heads read, from 1.
     layer_scores_ : dict of int to float, or None
         With ``layer="auto"``, the leave-one-out R² of ridge models on the sampled rows for each
         layer compared. None if the layer was given or there are too few rows to compare.
@@ -657,10 +657,7 @@ class RelishRegressor(
         }
 
     def _set_fitted(
-        self,
-        ensemble: RelishEnsemble,
-        history: list[dict[str, Any]],
-        summary: list[dict[str, Any]],
+        self, ensemble: RelishEnsemble, history: list[dict[str, Any]], summary: list[dict[str, Any]]
     ) -> None:
         """Set the fitted attributes, without out-of-fold predictions."""
         self.head_, self.history_, self.n_epochs_ = ensemble, history, len(history)

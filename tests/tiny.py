@@ -24,14 +24,14 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
 @cache
-def tiny_model(kind: str = "llama", size: int = SIZE) -> Path:
+def tiny_model(kind: str = "llama", size: int = SIZE, n_layers: int = N_LAYERS) -> Path:
     """Folder of a tiny model that reads bytes, made once a process."""
     folder = Path(tempfile.mkdtemp(prefix=f"tiny-{kind}-"))
     tokenizer = byte_tokenizer(kind)
     tokenizer.save_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        build(kind, len(tokenizer), size).save_pretrained(folder)
+        build(kind, len(tokenizer), size, n_layers).save_pretrained(folder)
     return folder
 
 
@@ -52,8 +52,10 @@ def byte_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
 
 
-def build(kind: str, vocab_size: int, size: int = SIZE) -> torch.nn.Module:
-    sizes = {"vocab_size": vocab_size, "hidden_size": size, "num_hidden_layers": N_LAYERS}
+def build(
+    kind: str, vocab_size: int, size: int = SIZE, n_layers: int = N_LAYERS
+) -> torch.nn.Module:
+    sizes = {"vocab_size": vocab_size, "hidden_size": size, "num_hidden_layers": n_layers}
     heads = {"num_attention_heads": 4, "intermediate_size": 64}
     if kind == "llama":
         config = LlamaConfig(**sizes, **heads, max_position_embeddings=4096, initializer_range=0.2)

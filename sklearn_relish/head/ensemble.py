@@ -22,7 +22,8 @@ class RelishEnsemble(nn.Module):
     """The mean of several heads' predictions, plus a linear function of pooled states.
 
     A prediction is ``head_weight * mean of the heads + V [mean; last; standard deviation] + b`` if
-    there is a linear path, and the mean of the heads if there is none.
+    there is a linear path, and the mean of the heads if there is none. The linear path may read
+    further vectors of a text.
 
     Parameters
     ----------
@@ -32,14 +33,18 @@ class RelishEnsemble(nn.Module):
         Whether there is a linear path. It has no influence until its weights are set.
     loss_fn : Loss
         Its inverse link turns the heads' raw predictions into predictions.
+    n_vectors : int, default=0
+        Number of vectors of a text that the linear path reads in addition.
 
     Attributes
     ----------
+    n_vectors : int
+        0 without a linear path.
     head_weight : Tensor of shape (n_outputs,)
         Weight of the heads' mean, 1 at first.
     linear : torch.nn.Linear or None
-        From a text's vectors, one for each of `LINEAR_POOLINGS`, to its prediction. Their states
-        are normalized like those of the heads.
+        From the pooled states of a text, one for each of `LINEAR_POOLINGS` and normalized like
+        those of the heads, and its further vectors to its prediction.
 
     Examples
     --------
@@ -50,7 +55,13 @@ class RelishEnsemble(nn.Module):
     5
     """
 
-    def __init__(self, heads: list[RelishHead], linear_path: bool, loss_fn: Loss = HUBER) -> None:
+    def __init__(
+        self,
+        heads: list[RelishHead],
+        linear_path: bool,
+        loss_fn: Loss = HUBER,
+        n_vectors: int = 0,
+    ) -> None:
         super().__init__()
         # A ModuleList: torch does not know the type of its modules.
         self.heads = cast(Sequence[RelishHead], nn.ModuleList(heads))
@@ -59,9 +70,11 @@ class RelishEnsemble(nn.Module):
         input_size, n_outputs = heads[0].sizes["input_size"], heads[0].sizes["n_outputs"]
         self.head_weight = nn.Parameter(torch.ones(n_outputs), requires_grad=False)
         self.linear: nn.Linear | None = None
+        self.n_vectors = n_vectors if linear_path else 0
         if linear_path:
+            n_inputs = (len(LINEAR_POOLINGS) + n_vectors) * input_size
             # Made without values: initial ones would be drawn from torch's global generator.
-            linear = nn.Linear(len(LINEAR_POOLINGS) * input_size, n_outputs, device="meta")
+            linear = nn.Linear(n_inputs, n_outputs, device="meta")
             linear = linear.to_empty(device=self.head_weight.device)
             linear.requires_grad_(False)
             nn.init.zeros_(linear.weight)
@@ -81,7 +94,8 @@ class RelishEnsemble(nn.Module):
         >>> len(ensemble.with_heads(heads[:3], ensemble.loss_fn).heads)
         3
         """
-        ensemble = RelishEnsemble(list(heads), self.linear is not None, loss_fn)
+        linear_path = self.linear is not None
+        ensemble = RelishEnsemble(list(heads), linear_path, loss_fn, self.n_vectors)
         ensemble.head_weight.copy_(self.head_weight)
         if self.linear is not None and ensemble.linear is not None:
             ensemble.linear.load_state_dict(self.linear.state_dict())
@@ -101,6 +115,7 @@ class RelishEnsemble(nn.Module):
             "sizes": self.heads[0].sizes,
             "n_heads": len(self.heads),
             "linear_path": self.linear is not None,
+            "n_vectors": self.n_vectors,
             "loss_fn": {
                 "name": self.loss_fn.name,
                 "quantiles": list(self.loss_fn.quantiles),
@@ -112,13 +127,16 @@ class RelishEnsemble(nn.Module):
         check_format(state, f"The saved {type(self).__name__}")
         with torch.device("meta"):
             heads = [RelishHead(**state["sizes"]) for _ in range(state["n_heads"])]
-            type(self).__init__(self, heads, state["linear_path"], make_loss(**state["loss_fn"]))
+            loss_fn = make_loss(**state["loss_fn"])
+            type(self).__init__(self, heads, state["linear_path"], loss_fn, state["n_vectors"])
         weights = {name: torch.tensor(array) for name, array in state["weights"].items()}
         self.load_state_dict(weights, assign=True)
         self.eval()
 
-    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, states: Tensor, mask: Tensor, vectors: Tensor | None = None) -> Tensor:
         """Predict for each text of a padded batch, in standardized units; see `RelishHead`.
+
+        `vectors` is (B, n_vectors, D); it is ignored if the linear path reads none.
 
         Examples
         --------
@@ -130,9 +148,11 @@ class RelishEnsemble(nn.Module):
         >>> RelishEnsemble(heads, linear_path=True)(states, mask).shape
         torch.Size([2, 1])
         """
-        return self.forward_zero_padded(zero_padding(states, mask), mask)
+        return self.forward_zero_padded(zero_padding(states, mask), mask, vectors)
 
-    def forward_zero_padded(self, states: Tensor, mask: Tensor) -> Tensor:
+    def forward_zero_padded(
+        self, states: Tensor, mask: Tensor, vectors: Tensor | None = None
+    ) -> Tensor:
         """The same as `forward`, without its check and copy: the padding must hold zeros.
 
         Examples
@@ -148,9 +168,9 @@ class RelishEnsemble(nn.Module):
         """
         states = states.to(self.head_weight.dtype)  # (B, S, D)
         raw = [head.forward_zero_padded(states, mask) for head in self.heads]  # (B, n_outputs)
-        return self._with_linear_path(self._mean(raw), states, mask)
+        return self._with_linear_path(self._mean(raw), states, mask, vectors)
 
-    def staged(self, states: Tensor, mask: Tensor) -> Tensor:
+    def staged(self, states: Tensor, mask: Tensor, vectors: Tensor | None = None) -> Tensor:
         """The prediction after each iteration of the heads, (n_iterations, B, n_outputs).
 
         The padding must hold zeros.
@@ -169,7 +189,8 @@ class RelishEnsemble(nn.Module):
         states = states.to(self.head_weight.dtype)  # (B, S, D)
         raw = [head.staged(states, mask).unbind() for head in self.heads]
         mean = torch.stack([self._mean(stage) for stage in zip(*raw, strict=True)])
-        return self._with_linear_path(mean, states, mask)  # (n_iterations, B, n_outputs)
+        # (n_iterations, B, n_outputs)
+        return self._with_linear_path(mean, states, mask, vectors)
 
     def attention(self, states: Tensor, mask: Tensor) -> Tensor:
         """Weights of the tokens, (n_estimators, n_iterations, B, n_heads, S), of sum 1.
@@ -196,9 +217,18 @@ class RelishEnsemble(nn.Module):
         predictions = map(self.loss_fn.inverse_link, raw)
         return cast(Tensor, sum(predictions)) / len(self.heads)  # (B, n_outputs)
 
-    def _with_linear_path(self, mean: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+    def _with_linear_path(
+        self, mean: Tensor, states: Tensor, mask: Tensor, vectors: Tensor | None
+    ) -> Tensor:
         """The heads' mean, (..., B, n_outputs), weighted together with the linear path."""
         if self.linear is None:
             return mean
         pooled = [pool(states, mask, pooling, self.state_norm) for pooling in LINEAR_POOLINGS]
+        if self.n_vectors:
+            if vectors is None:
+                raise ValueError(
+                    f"The linear path reads {self.n_vectors} vectors of each text next to the"
+                    " states of its tokens: pass them as vectors."
+                )
+            pooled.append(vectors.to(states.dtype).flatten(1))  # (B, n_vectors * D)
         return self.head_weight * mean + self.linear(torch.cat(pooled, dim=1))

@@ -39,6 +39,7 @@ MAX_CONFIG_BYTES = 2**24
 MAX_ITERATIONS = 1_000  # with shared weights no tensor bounds their number
 # Parameters that belong to the machine or the session and are not saved.
 UNSAVED_PARAMETERS = ("memory", "device", "verbose", "random_state")
+MAX_VECTORS = 1_000
 COUNT = [Interval(Integral, 1, None, closed="left")]
 # The saved fitted attributes and their types. `_check_fitted` checks contents of lists and dicts.
 FITTED: dict[str, list[Any]] = {
@@ -63,6 +64,7 @@ HEAD: dict[str, list[Any]] = {
     "sizes": [dict],
     "n_heads": COUNT,
     "linear_path": ["boolean"],
+    "n_vectors": [Interval(Integral, 0, MAX_VECTORS, closed="both")],
     "loss_fn": [dict],
 }
 SIZES: dict[str, list[Any]] = {
@@ -257,6 +259,11 @@ def _check_fitted(fitted: dict[str, Any], path: Path) -> None:
         f"must be false with the loss {loss!r}",
     )
     check(
+        head["linear_path"] or head["n_vectors"] == 0,
+        "head.n_vectors",
+        "must be 0 without a linear path",
+    )
+    check(
         head["sizes"]["n_outputs"] == n_outputs * loss_fn.n_predictions,
         "head.sizes.n_outputs",
         f"must be {loss_fn.n_predictions} for each of {n_outputs} outputs",
@@ -306,7 +313,9 @@ def check_shapes(
             what = f"asks for more weights than the {len(header)} tensors of {WEIGHTS}"
             _refuse(path, f"fitted.head.{field}", what, value)
     with torch.device("meta"):  # names and shapes alone; all heads have the same
-        ensemble = RelishEnsemble([RelishHead(**sizes)], head["linear_path"])
+        ensemble = RelishEnsemble(
+            [RelishHead(**sizes)], head["linear_path"], n_vectors=head["n_vectors"]
+        )
     expected = {
         f"head.{name.replace('heads.0.', f'heads.{number}.')}": ("F32", tuple(weight.shape))
         for name, weight in ensemble.state_dict().items()

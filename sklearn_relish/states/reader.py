@@ -130,7 +130,8 @@ class TokenStateReader(ABC):
         ----------
         texts : list of str
         layers : sequence of int
-            Layers whose states are wanted, each from 1 to `n_layers`; one pass computes all.
+            Layers whose states are wanted, each from 1 to `n_layers`, in any order; one pass
+            computes all.
         max_length : int
             Number of tokens after which a text is cut, special tokens included.
         windows : bool, default=False
@@ -312,7 +313,8 @@ def read_batches(
         n_unread -= len(rows)
         if np.count_nonzero(unread) != n_unread:
             raise _invalid(reader, "a row twice")
-        yield rows, states_of_layers, full_lengths
+        if len(rows):
+            yield rows, states_of_layers, full_lengths
     if n_unread:
         raise _invalid(reader, f"no states for {n_unread} of {len(texts)} texts")
 

@@ -21,6 +21,7 @@ from sklearn_relish.states.reader import TokenStateReader, read_batches
 from sklearn_relish.states.retention import Retention
 from sklearn_relish.states.shard import KEY_BYTES, Entry, MemoryStates, Shard
 from sklearn_relish.states.token_states import TokenStates
+from sklearn_relish.states.vectors import layers_to_read, lower_layer, text_vectors
 from sklearn_relish.utils.messages import warn
 from sklearn_relish.utils.progress import ProgressBar
 
@@ -278,15 +279,10 @@ class Reading:
                 bar.update(cost=len(text))
                 if gathered.n_bytes >= self.retention.shard_bytes:
                     self._keep(gathered, mine)
-            keys_of = {layer: [text_key(names[layer], text) for text in unread] for layer in layers}
-            for rows, states_of_layers, full_lengths in read_batches(
-                self.llm, unread, layers=layers, max_length=self.max_length, windows=self.windows
-            ):
-                for layer, states in zip(layers, states_of_layers, strict=True):
-                    keys = [keys_of[layer][row] for row in rows]
-                    batch = _Batch(keys, self._kept_values(states), states.lengths, full_lengths)
+            for rows, batches in self._read_texts(unread, layers):
+                for layer, batch in zip(layers, batches, strict=True):
                     gathered.add(layer, batch)
-                n_tokens = self._count(states_of_layers[0])
+                n_tokens = int(batches[0].lengths.sum())
                 n_characters = sum(len(unread[row]) for row in rows)
                 bar.update(len(rows), cost=n_characters, n_tokens=n_tokens)
                 if gathered.n_bytes >= self.retention.shard_bytes:
@@ -294,12 +290,26 @@ class Reading:
         finally:
             self._keep(gathered, mine)
 
-    def _count(self, states: TokenStates) -> int:
-        """Count texts that were read. The number of their tokens is returned."""
-        n_tokens = int(states.lengths.sum())
-        self.n_read += len(states)
-        self.n_tokens += n_tokens
-        return n_tokens
+    def _read_texts(
+        self, texts: list[str], layers: list[int]
+    ) -> Iterator[tuple[np.ndarray, list[_Batch]]]:
+        """Read texts, and yield their rows with what is to be kept of them at each layer."""
+        names = [self.collection(layer) for layer in layers]
+        numbers = layers_to_read(layers)
+        for rows, states_of_layers, full_lengths in read_batches(
+            self.llm, texts, layers=numbers, max_length=self.max_length, windows=self.windows
+        ):
+            read = dict(zip(numbers, states_of_layers, strict=True))
+            batches = []
+            for name, layer in zip(names, layers, strict=True):
+                states, lower = read[layer], lower_layer(layer)
+                keys = [text_key(name, texts[row]) for row in rows]
+                vectors = text_vectors(states, None if lower is None else read[lower])
+                kept = self._kept_values(states)
+                batches.append(_Batch(keys, kept, vectors, states.lengths, full_lengths))
+            self.n_read += len(rows)
+            self.n_tokens += int(batches[0].lengths.sum())
+            yield rows, batches
 
     def _keep(self, gathered: _Gathered, mine: set[bytes]) -> None:
         """Keep the gathered states of each layer as a shard, and release their texts."""
@@ -355,26 +365,18 @@ class Reading:
         texts = [rest[key] for key in keys]
         piece: Entries = {}
         unread, n_bytes = set(keys), 0
-        for rows, (states,), full_lengths in read_batches(
-            self.llm, texts, layers=[layer], max_length=self.max_length, windows=self.windows
-        ):
-            self._count(states)
-            values = self._kept_values(states)
-            read = [keys[row] for row in rows]
-            batch = MemoryStates(values)
+        for rows, (batch,) in self._read_texts(texts, [layer]):
+            entries = batch.entries()
             with contents.lock:
                 contents.misses += len(rows)
                 bound = self.retention.recent_bytes
-                kept = TokenStates.from_lengths(values, states.lengths)
-                places = kept.starts.tolist(), kept.lengths.tolist(), full_lengths.tolist()
-                for key, *place in zip(read, *places, strict=True):
-                    entry = Entry(batch, *place)
+                for key, entry in entries.items():
                     piece[key] = entry
                     contents.recent.put(key, entry, bound)
                     del rest[key]
                     unread.discard(key)
-                contents.release(mine, read)
-            n_bytes += values.nbytes
+                contents.release(mine, entries)
+            n_bytes += batch.n_bytes
             if n_bytes >= STREAM_BYTES or len(piece) >= STREAM_TEXTS:
                 contents.release(mine, unread)
                 yield piece
@@ -438,12 +440,26 @@ class _Wait:
 
 
 class _Batch(NamedTuple):
-    """Texts that a model has read at once."""
+    """Texts that a model has read at once; see `Shard`."""
 
     keys: list[bytes]
-    values: Tensor
+    states: Tensor
+    vectors: Tensor
     lengths: Tensor
     full_lengths: np.ndarray
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of states and vectors."""
+        return self.states.nbytes + self.vectors.nbytes
+
+    def entries(self) -> dict[bytes, Entry[MemoryStates]]:
+        """Where the states of each text lie."""
+        holder = MemoryStates(self.states, self.vectors)
+        starts = TokenStates.from_lengths(self.states, self.lengths).starts
+        places = starts.tolist(), self.lengths.tolist(), self.full_lengths.tolist()
+        entries = zip(self.keys, *places, strict=True)
+        return {key: Entry(holder, i, *place) for i, (key, *place) in enumerate(entries)}
 
 
 class _Gathered:
@@ -458,12 +474,12 @@ class _Gathered:
         """Add a batch, unless the store has all of its texts."""
         if not all(key in self.indexes[layer].entries for key in batch.keys):
             self.batches[layer].append(batch)
-            self.n_bytes += batch.values.nbytes
+            self.n_bytes += batch.n_bytes
 
     def take(self, layer: int) -> list[_Batch]:
         """Remove and return the batches of a layer."""
         batches, self.batches[layer] = self.batches[layer], []
-        self.n_bytes -= sum(batch.values.nbytes for batch in batches)
+        self.n_bytes -= sum(batch.n_bytes for batch in batches)
         return batches
 
 
@@ -475,13 +491,15 @@ def _longest_first(texts: dict[bytes, str]) -> dict[bytes, str]:
 def _batch_of_one(key: bytes, entry: Entry[MemoryStates]) -> _Batch:
     """A recently predicted text as a batch."""
     lengths = torch.tensor([entry.length])
-    return _Batch([key], entry.holder.states, lengths, np.array([entry.full_length]))
+    full_lengths = np.array([entry.full_length])
+    return _Batch([key], entry.holder.states, entry.holder.vectors, lengths, full_lengths)
 
 
 def _shard(batches: list[_Batch], label: dict[str, str]) -> Shard:
     keys = b"".join(key for batch in batches for key in batch.keys)
     return Shard(
-        states=torch.cat([batch.values for batch in batches]),
+        states=torch.cat([batch.states for batch in batches]),
+        vectors=torch.cat([batch.vectors for batch in batches]),
         lengths=torch.cat([batch.lengths for batch in batches]),
         full_lengths=torch.from_numpy(np.concatenate([b.full_lengths for b in batches])),
         keys=torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, KEY_BYTES),

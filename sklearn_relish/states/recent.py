@@ -41,21 +41,22 @@ class RecentStates:
 
     def put(self, key: bytes, entry: Entry[MemoryStates], bound: float) -> None:
         """Keep a copy of a text's states if it fits the bound, and drop older ones for it."""
-        states = entry.holder.states
+        states, vectors = entry.holder.states, entry.holder.vectors[entry.number][None]
         states = states.narrow(0, entry.start, n_rows(states, entry.length))
-        n_bytes = states.nbytes + TEXT_BYTES
+        n_bytes = states.nbytes + vectors.nbytes + TEXT_BYTES
         if n_bytes <= bound:
             self.pop(key)
             self.shrink(bound - n_bytes)
             # A copy: a view would keep the states of all texts of the batch.
-            self._entries[key] = entry._replace(holder=MemoryStates(states.clone()), start=0)
+            copy = MemoryStates(states.clone(), vectors.clone())
+            self._entries[key] = entry._replace(holder=copy, number=0, start=0)
             self.n_bytes += n_bytes
 
     def pop(self, key: bytes) -> Entry[MemoryStates] | None:
         """Remove a text's entry."""
         entry = self._entries.pop(key, None)
         if entry is not None:
-            self.n_bytes -= entry.holder.states.nbytes + TEXT_BYTES
+            self.n_bytes -= entry.holder.n_bytes + TEXT_BYTES
         return entry
 
     def shrink(self, bound: float) -> None:

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sklearn_relish.states.quantization import n_rows, quantizer_of, state_size
+from sklearn_relish.states.vectors import N_VECTORS
 from sklearn_relish.utils.files import check_no_links, open_regular
 
 KEY_BYTES = 16
@@ -34,6 +35,7 @@ HEADER_BYTES = 2**20  # bound of a safetensors header; this package writes less 
 MAX_TEXTS = 2**23  # bound of a file's texts, whose index is read into memory
 CHECK_BYTES = 16 * 2**20  # states that are checked at once
 SMALL_BYTES = 4 * 2**20  # smaller files are read, not mapped
+VALUES = ("states", "vectors")
 INDEX = ("keys", "lengths", "full_lengths")
 LABEL = ("model", "layer", "dtype", "max_length")
 
@@ -44,18 +46,28 @@ class DamagedShardError(Exception):
 
 @dataclass(eq=False)
 class MemoryStates:
-    """Token states in memory that belong to no shard, of shape (n_tokens, D) or quantized."""
+    """Token states and vectors in memory that belong to no shard; see `Shard` for their shapes."""
 
     states: Tensor
+    vectors: Tensor
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of states and vectors."""
+        return self.states.nbytes + self.vectors.nbytes
 
 
 Holder = TypeVar("Holder", bound="Shard | MemoryStates", covariant=True)
 
 
 class Entry(NamedTuple, Generic[Holder]):
-    """Where a text's states lie, and how many tokens it had before it was cut."""
+    """Where a text's states lie, and how many tokens it had before it was cut.
+
+    `number` is the position of the text among those of its holder.
+    """
 
     holder: Holder
+    number: int
     start: int
     length: int
     full_length: int
@@ -69,6 +81,8 @@ class Shard:
     ----------
     states : Tensor of shape (n_tokens, D)
         Text after text; or quantized, see `quantization`.
+    vectors : Tensor of shape (n_texts, n_vectors, D)
+        Vectors of each text, see `vectors`; there may be none. They are never quantized.
     lengths, full_lengths : int64 Tensor of shape (n_texts,)
         Tokens of each text, and how many there were before the text was cut.
     keys : uint8 Tensor of shape (n_texts, KEY_BYTES)
@@ -86,6 +100,7 @@ class Shard:
     """
 
     states: Tensor
+    vectors: Tensor
     lengths: Tensor
     full_lengths: Tensor
     keys: Tensor
@@ -113,7 +128,7 @@ class Shard:
             _check_header(path)
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in ("states", *INDEX)}
+                tensors = {name: file.get_tensor(name) for name in (*VALUES, *INDEX)}
         except SafetensorError as error:
             raise DamagedShardError(str(error)) from error
         except (RuntimeError, MemoryError) as error:  # torch opens the file a second time
@@ -121,13 +136,15 @@ class Shard:
         index = {name: tensors[name].clone() for name in INDEX}  # small, and often used
         if metadata.pop("index_checksum", None) != checksum(index, metadata):
             raise DamagedShardError("its index does not agree with its checksum")
-        states = tensors["states"]
-        if not (metadata.keys() >= {"states_checksum", *LABEL} and _fits(states, **index)):
+        values = {name: tensors[name] for name in VALUES}
+        if not (metadata.keys() >= {"states_checksum", *LABEL} and _fits(**values, **index)):
             raise DamagedShardError("it does not have the layout of a shard")
+        if not map_small and tensors["states"].nbytes < SMALL_BYTES:
+            values = {name: tensor.clone() for name, tensor in values.items()}
         status = path.stat()
         return cls(
+            **values,
             **index,
-            states=states if map_small or states.nbytes >= SMALL_BYTES else states.clone(),
             states_checksum=metadata.pop("states_checksum"),
             label=metadata,
             path=path,
@@ -145,13 +162,14 @@ class Shard:
         """
         folder = path.parent
         index = {name: getattr(self, name) for name in INDEX}
-        metadata = self.label | {"states_checksum": checksum({"states": self.states})}
+        values = {name: getattr(self, name) for name in VALUES}
+        metadata = self.label | {"states_checksum": checksum(values)}
         metadata["index_checksum"] = checksum(index, metadata)
         partial = folder / f".{path.stem}.partial"  # a folder: save_file leaves files if killed
         check_no_links(folder, n_parents=1)
         try:
             partial.mkdir(parents=True)
-            save_file(index | {"states": self.states}, partial / path.name, metadata)
+            save_file(index | values, partial / path.name, metadata)
             # save_file makes it the writer's alone, but all users of the folder may use its files.
             os.chmod(partial / path.name, stat.S_IMODE(folder.stat().st_mode) & 0o666)
             os.utime(partial / path.name, (self.last_used, self.last_used))
@@ -169,6 +187,7 @@ class Shard:
         """One shard in memory with the texts of several shards."""
         return cls(
             states=torch.cat([shard.states for shard in shards]),
+            vectors=torch.cat([shard.vectors for shard in shards]),
             lengths=torch.cat([shard.lengths for shard in shards]),
             full_lengths=torch.cat([shard.full_lengths for shard in shards]),
             keys=torch.cat([shard.keys for shard in shards]),
@@ -178,16 +197,16 @@ class Shard:
 
     @property
     def n_bytes(self) -> int:
-        """Size of the states."""
-        return self.states.nbytes
+        """Size of states and vectors."""
+        return self.states.nbytes + self.vectors.nbytes
 
     def entries(self) -> Iterator[tuple[bytes, Entry[Shard]]]:
         """Each text's key, and where its states lie."""
         rows = n_rows(self.states, self.lengths)
         starts = rows.cumsum(0) - rows
         places = (starts.tolist(), self.lengths.tolist(), self.full_lengths.tolist())
-        for key, *place in zip(self.text_keys(), *places, strict=True):
-            yield key, Entry(self, *place)
+        for number, (key, *place) in enumerate(zip(self.text_keys(), *places, strict=True)):
+            yield key, Entry(self, number, *place)
 
     def text_keys(self) -> list[bytes]:
         """The keys of the texts, in their order."""
@@ -212,7 +231,7 @@ class Shard:
 
         Their checksum is computed once. The size of a file is checked each time, since reading
         beyond the end of a mapped file ends the process. States that are not finite, or that are
-        all zero as in a sparse file, can't be a model's.
+        all zero as in a sparse file, can't be a model's, and neither can their vectors.
 
         Raises
         ------
@@ -225,9 +244,9 @@ class Shard:
                 return False
         expected = self.states_checksum
         if expected is not None:
-            if not all(starmap(_is_plausible, self._parts())):
+            if not (all(starmap(_is_plausible, self._parts())) and self.vectors.isfinite().all()):
                 return False
-            if checksum({"states": self.states}) != expected:
+            if checksum({name: getattr(self, name) for name in VALUES}) != expected:
                 return False
             self.states_checksum = None
         return True
@@ -282,12 +301,18 @@ def _is_plausible(states: Tensor, lengths: Tensor) -> bool:
     return bool(states.isfinite().all()) if form is None else form.is_finite(states, lengths)
 
 
-def _fits(states: Tensor, keys: Tensor, lengths: Tensor, full_lengths: Tensor) -> bool:
+def _fits(
+    states: Tensor, vectors: Tensor, keys: Tensor, lengths: Tensor, full_lengths: Tensor
+) -> bool:
     """Whether tensors can be a shard's."""
     return (
         states.ndim == 2
         and (states.is_floating_point() or quantizer_of(states) is not None)
         and state_size(states) > 0
+        and vectors.ndim == 3
+        and vectors.shape[1] in (0, N_VECTORS)
+        and vectors.is_floating_point()
+        and (len(vectors), vectors.shape[2]) == (len(lengths), state_size(states))
         and keys.dtype == torch.uint8
         and lengths.dtype == full_lengths.dtype == torch.int64
         and keys.shape == (len(lengths), KEY_BYTES)

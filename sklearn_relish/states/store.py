@@ -68,8 +68,8 @@ class StateStore:
         (e4m3, with a scale of 4 bytes per token), in half the bytes of bfloat16. 4: in 16 levels
         of the randomly rotated state, but for its 4 largest values (18 more bytes per token), in
         about a quarter of the bytes. In both, the state of a text's last token is kept in bfloat16;
-        in 4 bits a text also has a scale for each value. States that are kept in one form are read
-        again for another.
+        in 4 bits a text also has a scale for each value. The vectors of a lower layer, three for
+        each text, are never quantized. States that are kept in one form are read again for another.
 
     Raises
     ------

@@ -34,6 +34,8 @@ class TokenStates:
         Tokens of each text, at least one.
     files : tuple of Path or None, default=()
         The shard's file of each array; None for an array in memory. Empty: all are in memory.
+    vectors : TokenStates, default=None
+        Vectors of each text, the same number for all, in place of states of tokens. None: none.
 
     Examples
     --------
@@ -50,6 +52,7 @@ class TokenStates:
     starts: Tensor
     lengths: Tensor
     files: tuple[Path | None, ...] = ()
+    vectors: TokenStates | None = None
 
     @classmethod
     def from_lengths(cls, values: Tensor, lengths: Tensor) -> TokenStates:
@@ -87,6 +90,7 @@ class TokenStates:
             self.starts[rows],
             self.lengths[rows],
             self.files,
+            None if self.vectors is None else self.vectors[rows],
         )
 
     def __iter__(self) -> Iterator[Tensor]:

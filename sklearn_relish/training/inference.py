@@ -35,7 +35,8 @@ def predict_states(
 ) -> np.ndarray:
     """Predictions of a fitted head or ensemble for all texts: float64, (n_texts, n_predictions)."""
     head, loader = _prepared(head, states, device)
-    return predict_batches(head.forward_zero_padded, loader).double().numpy()
+    vectors = states.vectors if isinstance(head, RelishEnsemble) else None
+    return predict_batches(head.forward_zero_padded, loader, vectors).double().numpy()
 
 
 @torch.inference_mode()
@@ -44,9 +45,10 @@ def staged_predict_states(
 ) -> np.ndarray:
     """Predictions after each iteration: float64, (n_texts, n_iterations, n_predictions)."""
     head, loader = _prepared(head, states, device)
-    return (
-        predict_batches(lambda *batch: head.staged(*batch).transpose(0, 1), loader).double().numpy()
+    stages = predict_batches(
+        lambda *batch: head.staged(*batch).transpose(0, 1), loader, states.vectors
     )
+    return stages.double().numpy()
 
 
 @torch.inference_mode()
@@ -59,12 +61,18 @@ def attention_weights(
     return [head.attention(*loader.load(row))[:, :, 0].double().cpu().numpy() for row in alone]
 
 
-def predict_batches(predict: Callable[[Tensor, Tensor], Tensor], loader: BatchLoader) -> Tensor:
-    """Predictions for all texts of a loader, on the CPU, in the order of the texts."""
+def predict_batches(
+    predict: Callable[..., Tensor], loader: BatchLoader, vectors: TokenStates | None = None
+) -> Tensor:
+    """Predictions for all texts of a loader, on the CPU, in the order of the texts.
+
+    `predict` gets a batch of states, its mask and, if `vectors` of all texts are given, theirs.
+    """
     batches, predictions = [], []
     for batch in loader.prediction_batches():
         batches.append(batch)
-        predictions.append(predict(*loader.load(batch)))
+        of_batch = [] if vectors is None else [vectors.batch(batch)[0].to(loader.device)]
+        predictions.append(predict(*loader.load(batch), *of_batch))
     return torch.cat(predictions).cpu()[torch.cat(batches).argsort()]
 
 

@@ -22,6 +22,7 @@ from sklearn_relish.head.ensemble import LINEAR_POOLINGS, RelishEnsemble
 from sklearn_relish.head.head import RelishHead
 from sklearn_relish.head.losses import Loss
 from sklearn_relish.states.token_states import TokenStates
+from sklearn_relish.states.vectors import N_VECTORS
 from sklearn_relish.training.inference import pool_states
 from sklearn_relish.training.parallel import train_all
 from sklearn_relish.training.summary import add_ridges, summarize_heads, weighted_r2
@@ -70,7 +71,7 @@ class RidgeFit(NamedTuple):
 
     Parameters
     ----------
-    coef : ndarray of shape (n_outputs, D)
+    coef : ndarray of shape (n_outputs, D or 2 * D)
     intercept : ndarray of shape (n_outputs,)
     oof_predictions : ndarray of shape (n_texts, n_outputs)
         Prediction for each training row by the ridge without that row, minus the mean of the
@@ -207,7 +208,8 @@ def combine(
     chosen = np.sort(random.permutation(len(first))[:MAX_RIDGE_TEXTS])
     has_oof = n_held_out[first[chosen]] > 0
     linear_path = linear_path and bool(np.count_nonzero(has_oof) >= MIN_TEXTS)
-    ensemble = RelishEnsemble(heads, linear_path, loss_fn)
+    n_vectors = 0 if examples.states.vectors is None else N_VECTORS
+    ensemble = RelishEnsemble(heads, linear_path, loss_fn, n_vectors)
     summary = summarize_heads(examples, folds, trainings, loss_fn)
     if ensemble.linear is not None:
         centred = (oof_predictions - target_means)[first[chosen]]
@@ -275,8 +277,9 @@ def _fit_linear_path(
         head_weight, *ridge_weights = weights
         ensemble.head_weight[j] = head_weight
         weighted = list(zip(ridge_weights, ridges, strict=True))
-        coef = np.concatenate([part * ridge.coef[j] for part, ridge in weighted])
-        linear.weight[j] = torch.from_numpy(coef)
+        n_layers = linear.in_features // (len(ridges) * texts.states.hidden_size)
+        coefs = [part * ridge.coef[j].reshape(n_layers, -1) for part, ridge in weighted]
+        linear.weight[j] = torch.from_numpy(np.stack(coefs, axis=1).ravel())
         linear.bias[j] = sum(part * ridge.intercept[j] for part, ridge in weighted)
     rows = [
         _ridge_row(pooling, ridge, y, weight)
@@ -313,6 +316,9 @@ def fit_ridges(
 ) -> list[RidgeFit]:
     """A ridge for each of `LINEAR_POOLINGS`, with the penalty of the lowest out-of-fold error.
 
+    It reads the pooled states and, side by side with them, those of the lower layer that the states
+    have as vectors, in the same order.
+
     Parameters
     ----------
     states : TokenStates
@@ -331,9 +337,15 @@ def fit_ridges(
     list of RidgeFit
         With NaN as prediction of the texts in no fold.
     """
+    vectors = None
+    if states.vectors is not None:
+        vectors, _ = states.vectors.batch(torch.arange(len(states)))  # (n_texts, N_VECTORS, D)
     ridges = []
-    for pooling in LINEAR_POOLINGS:
-        X = pool_states(states, pooling, state_norm, window_bytes).double().numpy()
+    for number, pooling in enumerate(LINEAR_POOLINGS):
+        pooled = pool_states(states, pooling, state_norm, window_bytes)
+        if vectors is not None:
+            pooled = torch.cat([pooled, vectors[:, number]], dim=1)
+        X = pooled.double().numpy()
         if folds is None:
             ridges.append(_fit_ridge(X, y, weight))
         else:

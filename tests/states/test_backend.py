@@ -11,6 +11,7 @@ from sklearn_relish.states.contents import Call, Contents
 from sklearn_relish.states.index import gather, text_key
 from sklearn_relish.states.retention import Retention
 from sklearn_relish.states.shard import DamagedShardError, Shard
+from sklearn_relish.states.vectors import N_VECTORS
 
 SIZE = 8
 COLLECTION = f"{'0' * 32}/layer2-float32-512"
@@ -69,6 +70,7 @@ def make_shard(texts, seed=0, collection=COLLECTION):
     keys = b"".join(text_key(collection, text) for text in texts)
     return Shard(
         states=states,
+        vectors=torch.randn(len(texts), N_VECTORS, SIZE),
         lengths=lengths,
         full_lengths=lengths + 1,
         keys=torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(len(texts), -1),

@@ -105,7 +105,7 @@ def test_max_bytes_evicts_the_least_recently_used_states(llm, tmp_path):
     assert llm.tokens_read == before
     fetch(store, ["text b"], llm)
     assert llm.tokens_read == before + len("text b")
-    assert sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) < 5 * size
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
 
 
 def test_max_bytes_holds_in_memory_too(llm):

@@ -31,7 +31,8 @@ def make_entries(folder, bits=None):
         states = torch.randn(int(lengths.sum()), SIZE, generator=generator)
         keys = torch.zeros(IN_FILE, KEY_BYTES, dtype=torch.uint8)
         kept = states if bits is None else QUANTIZERS[bits].quantize_texts(states, lengths)
-        shard = Shard(kept, lengths, lengths.clone(), keys, LABEL)
+        vectors = torch.empty(IN_FILE, 0, SIZE)
+        shard = Shard(kept, vectors, lengths, lengths.clone(), keys, LABEL)
         saved = shard.save(folder / f"{number}.safetensors", map_small=True)
         entries += [entry for _, entry in saved.entries()]
     order = torch.randperm(len(entries), generator=generator).tolist()
@@ -88,9 +89,8 @@ def test_windows_have_each_text_once_within_their_bytes(entries, small_windows, 
 
 def test_a_window_has_the_states_of_its_texts(entries, tmp_path):
     entries = entries[::3] + entries[:20]  # with gaps, and some twice
-    entries += [
-        entry._replace(holder=MemoryStates(torch.randn(9, SIZE)), start=0) for entry in entries[:2]
-    ]
+    in_memory = MemoryStates(torch.randn(9, SIZE), torch.empty(1, 0, SIZE))
+    entries += [entry._replace(holder=in_memory, number=0, start=0) for entry in entries[:2]]
     expected = gather(entries)
     (tmp_path / "3.safetensors").unlink()  # merged or evicted meanwhile
     chosen = Windows(gather(entries), 2**20)
@@ -189,6 +189,7 @@ def test_an_ensemble_learns_from_windows_and_is_the_same_again(small_windows, tm
     examples = task(600)
     shard = Shard(
         states=examples.states.arrays[0],
+        vectors=torch.empty(600, 0, examples.states.hidden_size),
         lengths=examples.states.lengths,
         full_lengths=examples.states.lengths.clone(),
         keys=torch.zeros(600, KEY_BYTES, dtype=torch.uint8),

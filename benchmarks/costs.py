@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from sklearn_relish import (
+    LLMEncoder,
     RelishRegressor,
     RelishRegressorCV,
     StateStore,
@@ -45,7 +46,7 @@ FITS: dict[str, dict[str, Any]] = {
 class RandomStates(TokenStateReader):
     """Random states; each text is the number of its tokens and a seed."""
 
-    model, fingerprint, n_layers, hidden_size = "random", "0" * 32, 1, 576
+    model, fingerprint, n_layers, hidden_size = "random", "0" * 32, 30, 576
     torch_device = torch.device("cpu")
 
     def read(
@@ -63,7 +64,7 @@ def seconds_of_fit(*, rows: int = ROWS, tokens: int = TOKENS, **parameters: Any)
     """Seconds by the clock and of all cores of a fit on kept states."""
     texts, y = [f"{tokens} {seed}" for seed in range(rows)], np.random.RandomState(0).randn(rows)
     store, reader = StateStore(), RandomStates()
-    store.fetch(texts, reader, layer=1, max_length=512, progress=False)
+    LLMEncoder(reader, memory=store).fit_transform(texts)
     is_search = any(isinstance(value, list) for value in parameters.values())
     parameters = {"max_epochs": EPOCHS} | parameters
     if not is_search:

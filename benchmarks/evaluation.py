@@ -52,6 +52,7 @@ from rivals import (
 from scipy.stats import pearsonr, spearmanr
 
 from sklearn_relish import FrozenLLM, RelishRegressor, StateStore, __version__
+from sklearn_relish.states.vectors import layers_to_read
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -385,18 +386,20 @@ class Cells(Results):
         return estimator
 
 
-def read_ahead(task: Task, frame: pd.DataFrame, llm: FrozenLLM, store: StateStore) -> None:
+def read_ahead(
+    task: Task, frame: pd.DataFrame, llm: FrozenLLM, store: StateStore, layers: set[float]
+) -> None:
     """One pass for the layers of all methods."""
     texts = [task.prompt.format_map(row) for row in frame.to_dict("records")]
-    ours = llm.resolve_layer(DEFAULT_LAYER)
-    store.fetch(texts, llm, layer=llm.n_layers, also=[ours], max_length=512, progress=True)
+    deepest, *others = sorted(set(map(llm.resolve_layer, layers)), reverse=True)
+    store.fetch(texts, llm, layer=deepest, also=others, max_length=512, progress=True)
 
 
 def seconds_to_read(task: Task, frame: pd.DataFrame, llm: FrozenLLM, layer: float) -> float:
     """What a frame's states at a layer take, from some of its rows."""
     some = frame.sample(min(SAMPLE, len(frame)), random_state=0)
     texts = [task.prompt.format_map(row) for row in some.to_dict("records")]
-    layers = [llm.resolve_layer(layer)]
+    layers = layers_to_read([llm.resolve_layer(layer)])
     list(llm.read(texts[:4], layers=layers, max_length=512))
     start = time.perf_counter()
     list(llm.read(texts, layers=layers, max_length=512))
@@ -441,7 +444,7 @@ def run(
             test = load(folder / name, "test", test_rows)
             layers = {find_method(cell["method"]).layer for cell in wanted} - {None}
             if layers:
-                read_ahead(task, pd.concat([train, test]), llm, store)
+                read_ahead(task, pd.concat([train, test]), llm, store, layers)
             reading = {
                 layer: seconds_to_read(task, train, llm, layer) / len(train) for layer in layers
             }

@@ -23,6 +23,7 @@ from evaluation import TASKS, Results, correlation, find_models, load
 from scipy.stats import pearsonr
 
 from sklearn_relish import FrozenLLM, RelishRegressor, StateStore, TokenStateReader, TokenStates
+from sklearn_relish.states.vectors import layers_to_read
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,7 +86,8 @@ def run_cell(
     store = StateStore(arguments.memory)
     default = RelishRegressor()
     layer, max_length = llm.resolve_layer(default.layer), default.max_length
-    store.fetch(texts, llm, layer=layer, max_length=max_length, progress=True)
+    _, *also = layers_to_read([layer])
+    store.fetch(texts, llm, layer=layer, also=also, max_length=max_length, progress=True)
     for bits in BITS:
         key = {"set": name, "model": model, "seed": seed, "bits": bits or 16}
         key |= {"train_rows": len(train), "test_rows": len(test)}

@@ -33,7 +33,7 @@ from sklearn_relish.llm.loading import (
 from sklearn_relish.llm.tokenize import TextTokenizer
 from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.token_states import TokenStates
-from sklearn_relish.utils.devices import computes_bfloat16, resolve_device
+from sklearn_relish.utils.devices import computes_bfloat16, has_amx, resolve_device
 from sklearn_relish.utils.files import file_signature
 from sklearn_relish.utils.locks import ForkSafeLock, renew_in_forked_child
 from sklearn_relish.utils.messages import warn
@@ -259,7 +259,9 @@ class FrozenLLM(TokenStateReader):
     @cached_property
     def token_budget(self) -> int:
         """Tokens of a batch, padding included; halved when a batch does not fit into memory."""
-        return batching.TOKEN_BUDGET[self._device_kind]
+        budget = batching.TOKEN_BUDGET[self._device_kind]
+        uses_amx = self.torch_dtype == torch.bfloat16 and has_amx(self.torch_device)
+        return budget * (batching.AMX_FACTOR if uses_amx else 1)
 
     def as_chat(self, texts: list[str]) -> list[str]:
         r"""Each text as a user's message to a chat model, up to where the reply begins.

@@ -25,8 +25,14 @@ def computes_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        # An older torch does not report them; float32 works everywhere.
-        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-        return any(capabilities.get(name, False) for name in CPU_BFLOAT16)
-    return False
+    return device.type == "cpu" and any(_cpu_capabilities().get(name) for name in CPU_BFLOAT16)
+
+
+def has_amx(device: torch.device) -> bool:
+    """Whether a device is a CPU that multiplies tiles of bfloat16 matrices (AMX)."""
+    return device.type == "cpu" and bool(_cpu_capabilities().get("amx_bf16"))
+
+
+def _cpu_capabilities() -> dict[str, bool]:
+    """What the CPU computes; empty with an older torch, which does not report it."""
+    return getattr(torch.cpu, "get_capabilities", dict)()

@@ -20,6 +20,16 @@ from sklearn_relish.llm.tokenize import Piece
 from sklearn_relish.states.token_states import TokenStates
 
 
+@pytest.mark.parametrize(
+    ("dtype", "amx", "budget"),
+    [("bfloat16", True, 2_048), ("bfloat16", False, 1_024), ("float32", True, 1_024)],
+)
+def test_batches_are_larger_for_bfloat16_with_amx(dtype, amx, budget, monkeypatch):
+    capabilities = {"avx512_bf16": True, "amx_bf16": amx}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert FrozenLLM(tiny_model(), device="cpu", dtype=dtype).token_budget == budget
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_batches_fill_the_token_budget(packed, monkeypatch):
     monkeypatch.setitem(TOKEN_BUDGET, "cpu", 60)

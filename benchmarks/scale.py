@@ -69,6 +69,7 @@ def write(folder: Path, n_bytes: float) -> None:
         keys = b"".join((number << 32 | i).to_bytes(KEY_BYTES) for i in range(len(lengths)))
         shard = Shard(
             values[: int(lengths.sum())],
+            torch.empty(len(lengths), 0, SIZE, dtype=values.dtype),
             lengths,
             lengths.clone(),
             torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, KEY_BYTES),

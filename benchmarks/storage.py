@@ -54,7 +54,8 @@ class Shards:
             lengths = torch.full((len(numbers),), N_TOKENS)
             keys = torch.tensor([list(key(number)) for number in numbers], dtype=torch.uint8)
             states = STATES[: len(numbers) * N_TOKENS]
-            index.save(Shard(states, lengths, lengths.clone(), keys, LABEL))
+            vectors = torch.empty(len(numbers), 0, states.shape[1], dtype=states.dtype)
+            index.save(Shard(states, vectors, lengths, lengths.clone(), keys, LABEL))
 
     def open(self, order: list[int]) -> None:
         index = Contents(FolderBackend(self.folder)).index(COLLECTION)

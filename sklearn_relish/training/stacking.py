@@ -363,7 +363,7 @@ def _fit_ridge(X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> RidgeFit:
         scoring="neg_mean_squared_error",  # with a scorer, predictions are what is stored
         store_cv_results=True,
         alpha_per_target=True,
-        gcv_mode="svd" if X.shape[0] > X.shape[1] else "eigen",  # of both the faster one
+        gcv_mode="svd" if X.shape[0] > X.shape[1] else "eigen",  # the faster one
     )
     with config_context(enable_metadata_routing=False):  # otherwise the scorer needs requests
         ridge.fit(scaler.transform(X), y, sample_weight=weight)

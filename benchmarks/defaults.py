@@ -68,7 +68,9 @@ def main() -> None:
     parser.add_argument("--model", action="append", help="NAME=PATH of a model; can be repeated")
     parser.add_argument("--memory", default=".evaluation-states", help="folder of token states")
     parser.add_argument("--output", type=Path, default=Path("defaults.jsonl"))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT"
+    )
     parser.add_argument("--rows", type=int, default=1000, help="training rows")
     parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()

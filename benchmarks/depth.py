@@ -1,17 +1,18 @@
-"""Is depth worth adapting? Fixed depths, and texts that stop when their answer has settled.
+"""Fixed numbers of iterations, and texts that stop when their prediction no longer changes.
 
     python benchmarks/depth.py --data FOLDER
 
-FOLDER and the models are those of evaluation.py, whose store of states is used. For a set of pairs
-and one of translations, with weights of their own and with shared ones, single heads without the
-linear path are fitted with 1 to 5 iterations; 100 r is on test rows, the mean of the seeds.
-Beneath them, from the head of 5 iterations, what came of stopping each text as soon as its answer
-moved by less than `tol` standard deviations of the target: the mean of the iterations that texts
-took, 100 r, and the rank correlation between the iterations a text took and the error of its answer
-(positive: harder texts get more). With shared weights a head of 3 iterations is also taken further
-than it was trained. All are trained with every iteration's answer asked to be right, but for the
-last line of the first table. At the end, what iterations cost: a head's time on some test rows at
-each depth, as a share of reading them.
+FOLDER and the models are those of evaluation.py, whose store of states is used. On STS-B and WMT
+ru-en, single heads without ridge models are fitted with 1 to 5 iterations, with own and with shared
+weights. 100 r is the mean of the seeds on test rows. In the last line of the first table only the
+last prediction is supervised, in all other lines the prediction after each iteration.
+
+The second table stops each text as soon as its prediction changes by less than `tol` standard
+deviations of the target. It has the mean number of iterations, 100 r, and the rank correlation of
+a text's number of iterations with the error of its prediction (positive: harder texts take more).
+With shared weights, a head trained with 3 iterations is also run for more of them.
+
+At the end comes the time of a head on some test rows, as a share of reading them.
 """
 
 from __future__ import annotations
@@ -33,23 +34,23 @@ from sklearn_relish.training.trainer import new_head
 
 SETS = ["stsb", "wmt-ru-en"]
 DEPTHS = [1, 2, 3, 4, 5]
-FURTHER = 8  # iterations that a head of 3 with shared weights is taken to
+MORE = 8  # iterations of a head that was trained with 3 and shared weights
 TOLERANCES = [0.2, 0.1, 0.05, 0.02]
 TEST_ROWS = 1000
 TIMED_ROWS = 128
 
 
-def settled(stages: np.ndarray, tolerance: float) -> np.ndarray:
-    """Iterations until an answer moves by less than `tolerance`, of each text.
+def iterations_taken(stages: np.ndarray, tolerance: float) -> np.ndarray:
+    """Iterations until the prediction for each text changes by less than `tolerance`.
 
-    `stages`, (n_iterations, n_texts), has the answers; all iterations where none is so near.
+    `stages`, (n_iterations, n_texts), has the predictions. A text without such a change takes all.
     """
-    still = np.abs(np.diff(stages, axis=0)) < tolerance  # from the second iteration on
-    return np.where(still.any(axis=0), still.argmax(axis=0) + 2, len(stages))
+    small = np.abs(np.diff(stages, axis=0)) < tolerance  # from the second iteration on
+    return np.where(small.any(axis=0), small.argmax(axis=0) + 2, len(stages))
 
 
-def taken_further(ensemble: RelishEnsemble, n_iterations: int) -> RelishEnsemble:
-    """The same weights, in another number of iterations."""
+def with_iterations(ensemble: RelishEnsemble, n_iterations: int) -> RelishEnsemble:
+    """The same weights with another number of iterations."""
     (fitted,) = ensemble.heads
     head = RelishHead(**fitted.sizes | {"n_iterations": n_iterations})
     head.load_state_dict(fitted.state_dict())
@@ -68,7 +69,7 @@ def fastest(run: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with a folder a set")
+    parser.add_argument("--data", type=Path, required=True, help="has a folder for each set")
     parser.add_argument("--model", help="NAME=PATH of a model")
     parser.add_argument("--memory", default=".evaluation-states", help="folder of token states")
     parser.add_argument("--seeds", type=int, default=3)
@@ -98,7 +99,7 @@ def main() -> None:
         for shared in (False, True):
             weights = "shared weights" if shared else "own weights"
             print(f"\n{set_name}, {name}, {weights}, {len(train)} rows, {len(seeds)} seeds\n")
-            print("| iterations | 100 r | of its stages |\n| --- | --- | --- |")
+            print("| iterations | 100 r | of the stages |\n| --- | --- | --- |")
             for depth in DEPTHS:
                 fitted = [fit(depth, shared, seed) for seed in seeds]
                 stages = np.stack(
@@ -107,32 +108,32 @@ def main() -> None:
                 r = [[100 * pearsonr(stage, y)[0] for stage in one] for one in stages]
                 print(f"| {depth} | {np.mean(r, axis=0)[-1]:.1f} | {np.mean(r, axis=0).round(1)} |")
                 if depth == 3 and shared:
-                    further = []
+                    more = []
                     for regressor in fitted:
-                        regressor.head_ = taken_further(regressor.head_, FURTHER)
-                        further.append(list(regressor.staged_predict(test[columns])))
-            alone = [
+                        regressor.head_ = with_iterations(regressor.head_, MORE)
+                        more.append(list(regressor.staged_predict(test[columns])))
+            last = [
                 list(fit(3, shared, n, deep=False).staged_predict(test[columns])) for n in seeds
             ]
-            r = [[100 * pearsonr(stage, y)[0] for stage in one] for one in alone]
+            r = [[100 * pearsonr(stage, y)[0] for stage in one] for one in last]
             print(
-                f"| 3, the last alone | {np.mean(r, axis=0)[-1]:.1f}"
+                f"| 3, last prediction supervised | {np.mean(r, axis=0)[-1]:.1f}"
                 f" | {np.mean(r, axis=0).round(1)} |"
             )
-            print("\n| stopped at | iterations | 100 r | iterations ~ error |")
+            print("\n| limit, tol | iterations | 100 r | rank correlation with error |")
             print("| --- | --- | --- | --- |")
             kinds = [("5, tol", stages)]
             if shared:
-                kinds.append((f"{FURTHER}, trained with 3, tol", np.stack(further)))
+                kinds.append((f"{MORE}, trained with 3, tol", np.stack(more)))
             for kind, some in kinds:
                 for tolerance in TOLERANCES:
                     used, r, harder = [], [], []
                     for one in some:
-                        taken = settled(one, tolerance * unit)
-                        answers = one[taken - 1, np.arange(len(y))]
+                        taken = iterations_taken(one, tolerance * unit)
+                        predicted = one[taken - 1, np.arange(len(y))]
                         used.append(taken.mean())
-                        r.append(100 * pearsonr(answers, y)[0])
-                        error = np.abs(answers - y)
+                        r.append(100 * pearsonr(predicted, y)[0])
+                        error = np.abs(predicted - y)
                         harder.append(spearmanr(taken, error)[0] if np.ptp(taken) else np.nan)
                     print(
                         f"| {kind} {tolerance} | {np.mean(used):.2f} | {np.mean(r):.1f}"
@@ -145,7 +146,7 @@ def main() -> None:
     states = store.fetch(texts, llm, layer=layer, max_length=512, progress=False)
     list(llm.read(texts[:4], layers=[layer], max_length=512))
     reading = fastest(lambda: list(llm.read(texts, layers=[layer], max_length=512)))
-    print(f"\nA head's time on {len(texts)} texts of {set_name}, as a share of reading them\n")
+    print(f"\nTime of a head on {len(texts)} texts of {set_name}, as a share of reading them\n")
     for depth in DEPTHS:
         head = new_head(0, input_size=llm.hidden_size, n_iterations=depth)
         seconds = fastest(lambda head=head: predict_states(head, states, llm.torch_device))

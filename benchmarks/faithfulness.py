@@ -56,7 +56,7 @@ def without(text: str, spans: np.ndarray) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with a folder a set")
+    parser.add_argument("--data", type=Path, required=True, help="has a folder for each set")
     parser.add_argument("--model", help="NAME=PATH of a model")
     parser.add_argument("--memory", default=".evaluation-states", help="folder of token states")
     arguments = parser.parse_args()

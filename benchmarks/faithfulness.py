@@ -1,16 +1,17 @@
-"""Does attention show what the prediction stands on? Tokens removed, and what that moves.
+"""Does the prediction depend on the tokens that are attended to? Some tokens are removed.
 
     python benchmarks/faithfulness.py --data FOLDER
 
-FOLDER and the models are those of evaluation.py, whose store of states is used. Heads without the
-linear path, which attends to nothing, learn from a set's training rows; then a tenth and a quarter
-of the tokens of each test row's own two texts (not of the prompt around them) are removed: those
-with the largest weights, the mean of estimators, iterations and heads, or as many at random, the
-mean of some draws. They are removed in two ways: their states are kept from the heads, or their
-characters from the text, which the language model then reads anew. The figures are how far
-predictions move, in standard deviations of the target (mean over texts of the absolute change), the
-ratio of the two with its standard error over texts (delta method), and in how many texts the most
-attended tokens move more.
+FOLDER and the models are those of evaluation.py, whose store of states is used. Heads without ridge
+models, which do not attend to tokens, are fitted on the training rows of a set. Then a tenth and a
+quarter of the tokens of a test row's two texts are removed, but none of the prompt: those with the
+largest weights (the mean over heads and iterations), or as many random ones (the mean of some
+draws). Either only their states are removed from the input of the heads, or their characters from
+the text, which the language model then reads again.
+
+The table has the change of the predictions in standard deviations of the target (the mean of the
+absolute change over texts), the ratio of the two changes with its standard error over texts (delta
+method), and the share of texts that change more without the most attended tokens.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
-"""All that concerns a GPU, in one command of some minutes: no network, no weights but random ones.
+"""Everything that concerns a GPU, in one command of some minutes, without network or real weights.
 
     python benchmarks/gpu.py
 
-Reading: a decoder of Qwen3-8B's shape (36 layers of size 4096; `--layers` for fewer), random
-weights in bfloat16, texts of 20 to 200 tokens, all layers: model FLOPs of real tokens a second
-compared with what a large product in bfloat16 reaches, at several token budgets, with and without
-batches of like length. Training: 10 epochs of 6,000 texts of 40 tokens of size 4096 compared with
-the textbook loop (peers.py): ours in float32; the textbook's in float32, collated by a `DataLoader`
-on the CPU; and the textbook's in bfloat16. Before that, checks: reading and training against
-float32 on the CPU, and a pass that is larger than the memory that torch may use; at the end, that
-nothing stays on the GPU.
+- Checks: reading and training are compared with float32 on the CPU, and a pass is run that is
+  larger than the memory that torch may use. At the end nothing may be left on the GPU.
+- Reading: a decoder of the shape of Qwen3-8B (36 layers of size 4096; fewer with `--layers`) with
+  random weights in bfloat16 reads texts of 20 to 200 tokens, all layers, with several token
+  budgets, with and without batches of similar length. The FLOPs of the model per second, for real
+  tokens, are compared with those of a large product in bfloat16.
+- Training: 10 epochs of 6,000 texts of 40 tokens of size 4096. This package in float32 is compared
+  with the textbook loop (peers.py) in float32 and in bfloat16, both with a `DataLoader` that
+  collates on the CPU.
 
-Prints tables, and a JSON line for each when it is done. Exits with 1 where a check fails.
+Prints tables and JSON lines, and exits with 1 if a check fails.
 """
 
 import argparse

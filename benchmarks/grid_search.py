@@ -3,16 +3,15 @@
     pip install -e ".[benchmarks]" && python benchmarks/grid_search.py
 
 2,000 films (bokeh-sampledata) and their Tomatometer, Gemma-3-270M; 3 x 3 values of n_iterations and
-latent_size, 5 folds and the refit: 46 fits. In one run on one machine it measures
+latent_size, 5 folds and the refit: 46 fits. One run on one machine measures
 
-- the search, on an empty store: seconds, and the tokens that went through the model;
-- what it can't do without: reading the unique texts once, then 46 head fits and predictions on
-  states in hand, with neither store nor scikit-learn between;
-- the same search by a pipeline that keeps nothing: skrub's LLMEncoder (TextEncoder, before) on the
-  same model, then Ridge with 9 values of alpha. It reads all texts in each of its 46 fits; it is
-  timed on a share of the texts in one fit and scaled to all. Its texts have the same tokens.
-- the same with this package's own reading, to tell what the store alone is worth: one reading
-  of all texts, scaled.
+- the search with an empty store: seconds, and the tokens that the model reads;
+- the least possible: reading the unique texts once, then 46 fits and predictions of heads on these
+  states, without a store and without scikit-learn;
+- the same search with a pipeline that keeps nothing: skrub's LLMEncoder (formerly TextEncoder) on
+  the same model, then Ridge with 9 values of alpha. It reads all texts in each of its 46 fits. One
+  fit on a share of the texts is timed, and scaled to all fits and texts. The tokens are the same.
+- what the store alone is worth: one reading of all texts by this package, times 46.
 """
 
 import argparse

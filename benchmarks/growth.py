@@ -2,13 +2,14 @@
 
     pip install -e ".[benchmarks]" && python benchmarks/growth.py --model MODEL
 
-1,000, 10,000 and 100,000 different texts of 8 words, cut from the films' texts (films.py), are
-read at 55 % of the depth and a head is trained on them for one epoch, on random targets, each size
-in a process of its own with a store that may hold 64 MiB of states and puts the rest into files.
-For each: tokens, seconds of reading and of training, and the most memory of the process's own
-beyond what it had with the model loaded (Linux's RssAnon; mapped files are not in it). Then the
-exponents of the seconds in the tokens, fitted on logarithms. MODEL is a Hub id, a folder or a
-.gguf file.
+1,000, 10,000 and 100,000 different texts of 8 words, cut from the texts of films (films.py), are
+read at 55 % of the depth, and a head is trained on random targets for one epoch. Each size has its
+own process, and a store that may hold 64 MiB of states in memory and writes the rest to files.
+
+The table has tokens, seconds of reading and of training, and the peak of the process's own memory
+(RssAnon of Linux, without mapped files) in addition to what it had with the model loaded. Below it
+are the exponents of the seconds as powers of the tokens, fitted on logarithms. MODEL is a Hub id, a
+folder or a .gguf file.
 """
 
 import argparse

@@ -1,11 +1,11 @@
 """The rivals of RELISH, each a scikit-learn regressor on rows of two columns or on texts.
 
-Every family of the published evaluation: words counted (`tfidf_ridge`), a head on pooled states
-(`pooled_linear`, `pooled_mlp`), the number decoded (`DecodingRegressor`), the number's expectation
-(`ExpectationRegressor`, known as RAIL), the model itself fine-tuned (`LoRARegressor`), also for the
-number's expectation (`RAFTRegressor`), and the head of the paper as it was published
-(`published_relish`). Without a large language model: sentence embeddings with a ridge or boosting
-(`embedded_ridge`, `embedded_boosting`), and a fine-tuned cross-encoder (`CrossEncoderRegressor`).
+Every family of the published evaluation: counts of words (`tfidf_ridge`), a head on pooled states
+(`pooled_linear`, `pooled_mlp`), a decoded number (`DecodingRegressor`), the expected number
+(`ExpectationRegressor`, known as RAIL), a fine-tuned model (`LoRARegressor`), also for the expected
+number (`RAFTRegressor`), and the published head (`published_relish`). Without a large language
+model: sentence embeddings with a ridge or boosting (`embedded_ridge`, `embedded_boosting`), and a
+fine-tuned cross-encoder (`CrossEncoderRegressor`).
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     pip install -e ".[benchmarks]" && python benchmarks/storage.py --texts 10000
 
-Random states of texts of 30 tokens, 576 wide, in bfloat16, as SmolLM2-135M gives them: no model is
-needed to measure files. Each keeps them in a fresh folder and reads all back in random order, in
-padded batches of 32 as a training asks for them; what is read comes from the page cache. "Open" is
-what a new process does once: it builds the index and checks the checksums of all states; LMDB has
-no checksums. The formats are measured in turns, and the medians of 3 rounds are printed.
+Random states of texts of 30 tokens of size 576 in bfloat16, the shape of SmolLM2-135M, are written
+to a new folder. Then all of them are read in random order, in padded batches of 32 as in training,
+from the page cache. "Open" is what a new process does once: it reads the index and verifies the
+checksums of all states; LMDB has no checksums. The formats are measured in turns; the table has the
+medians of 3 rounds.
 """
 
 import argparse

@@ -1,15 +1,16 @@
-"""Training the head on a CPU: a step, and a whole fit, compared with common code.
+"""Training the head on a CPU: a step and a complete fit, compared with common code.
 
     python benchmarks/training.py --data FOLDER --model MODEL
 
-Two tables. A training step (batch, forward, backward, clipping, update) of 64 texts of 40 or 256
-tokens, random states of size 576, compared with the published layout made of
-`torch.nn.MultiheadAttention` with a mask, both in float32, both without state norm; the two heads
-have the same weights and are first compared. Then a fit of 10 epochs on STS-B, the best epoch on
-the dev set kept, compared with the same loop with the textbook head, the state norm included, and a
-`DataLoader` that shuffles and pads per batch. FOLDER is that of STS-B, as evaluation.py describes
-it; without it and MODEL the steps alone are measured. Also what this machine's largest matrix
-product and copy reach, and what a step must spend of both.
+- A training step (batch, forward, backward, clipping, update) of 64 texts of 40 or 256 tokens,
+  random states of size 576, compared with the published layout of `torch.nn.MultiheadAttention`
+  with a mask. Both heads are in float32, without state norm, and have the same weights; their
+  outputs are compared first. The lower bound comes from the largest matrix product and the largest
+  copy that this machine can do.
+- A fit of 10 epochs on STS-B, with the best epoch on the dev set, compared with the same loop with
+  the textbook head, state norm included, and a `DataLoader` that shuffles and pads each batch.
+  FOLDER is that of STS-B, as evaluation.py describes it. Without it and MODEL only steps are
+  measured.
 """
 
 import argparse

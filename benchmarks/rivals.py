@@ -104,6 +104,8 @@ def published_relish(model: Any, **parameters: Any) -> RelishRegressor:
         n_estimators=1,
         validation_fraction=0.1,
         linear_path=False,
+        latent_size=256,
+        learning_rate=5e-4,
         **parameters,
     )
 

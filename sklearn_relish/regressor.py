@@ -96,7 +96,7 @@ class RelishRegressor(
         What is done with longer texts. ``"truncate"`` cuts them and warns with their number.
         ``"window"`` reads them in windows that overlap by a quarter, and the head attends to the
         states of all tokens; this costs a third more than the same number of tokens in short texts.
-    latent_size : int, default=256
+    latent_size : int, default=128
         Size of the latent state; a multiple of `n_heads`.
     n_iterations : int, default=3
         Number of refinements of the latent state.
@@ -119,8 +119,9 @@ class RelishRegressor(
         Whether the loss is the mean over the predictions after each iteration [2]_, so that each of
         them is trained, see `staged_predict`. False, the published choice, trains the last one
         alone.
-    learning_rate : float, default=5e-4
-        Peak of the one-cycle schedule of AdamW.
+    learning_rate : float or "auto", default="auto"
+        Peak of the one-cycle schedule of AdamW. ``"auto"`` is 2e-3, times the square root of
+        576 / hidden size for models with a hidden size above 576.
     weight_decay : float, default=0.01
         Weight decay of AdamW.
     batch_size : int, default=32
@@ -251,7 +252,7 @@ class RelishRegressor(
         "loss": [StrOptions(set(LOSSES))],
         "quantile": [Interval(Real, 0, 1, closed="neither"), list, tuple, np.ndarray],
         "deep_supervision": ["boolean"],
-        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "learning_rate": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "max_epochs": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
@@ -274,14 +275,14 @@ class RelishRegressor(
         chat_template: bool = False,
         max_length: int = 512,
         long_text: str = "truncate",
-        latent_size: int = 256,
+        latent_size: int = 128,
         n_iterations: int = 3,
         n_heads: int = 8,
         share_weights: bool = False,
         loss: str = "huber",
         quantile: float | Sequence[float] = 0.5,
         deep_supervision: bool = True,
-        learning_rate: float = 5e-4,
+        learning_rate: float | str = "auto",
         weight_decay: float = 0.01,
         batch_size: int = 32,
         max_epochs: int | str = "auto",

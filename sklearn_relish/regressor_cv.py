@@ -84,7 +84,7 @@ class RelishRegressorCV(
     deep_supervision : bool or list of bool, default=True
         Whether the prediction after each iteration is trained. If not, candidates that differ in
         `n_iterations` are trained separately.
-    learning_rate : float or list of float, default=5e-4
+    learning_rate : float or "auto", or a list of them, default="auto"
         Peak of the one-cycle schedule of AdamW.
     weight_decay : float or list of float, default=0.01
         Weight decay of AdamW.
@@ -198,7 +198,7 @@ class RelishRegressorCV(
         loss: str = "huber",
         quantile: float | Sequence[float] = 0.5,
         deep_supervision: bool | Sequence[bool] = True,
-        learning_rate: float | Sequence[float] = 5e-4,
+        learning_rate: float | str | Sequence[float | str] = "auto",
         weight_decay: float | Sequence[float] = 0.01,
         batch_size: int | Sequence[int] = 32,
         max_epochs: int | str | Sequence[int | str] = "auto",

@@ -41,9 +41,15 @@ def results(name):
     X, new = texts(60, 8, seed=0), texts(5, 16, seed=1)
     y = np.array([len(text) + 5.0 * text.count("red") for text in X])
     y = np.column_stack([y, -y[::-1]]) if name == "two outputs" else y
-    sizes = {"latent_size": 16, "n_heads": 2, "max_epochs": 3, "random_state": 0}
+    sizes = {"latent_size": 16, "n_heads": 2}
+    training = {"learning_rate": 5e-4, "max_epochs": 3, "random_state": 0}
     regressor = RelishRegressor(
-        tiny_model(), device="cpu", dtype="float32", **sizes, **CONFIGURATIONS[name]
+        tiny_model(),
+        device="cpu",
+        dtype="float32",
+        **sizes,
+        **training,
+        **CONFIGURATIONS[name],
     )
     fit = regressor.partial_fit if name == "partial fit" else regressor.fit
     fit(X, y, sample_weight=np.linspace(1, 2, len(X)))

@@ -29,6 +29,7 @@ from sklearn_relish.utils.progress import ProgressBar
 
 GRADIENT_NORM = 1.0  # longer gradients are scaled down to it
 AUTO_EPOCHS, AUTO_STEPS = 10, 200  # a training has at least that many of both
+AUTO_RATE, AUTO_RATE_SIZE = 2e-3, 576  # the learning rate for states of up to that size
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,27 @@ def auto_epochs(n_rows: int, batch_size: int) -> int:
     return max(AUTO_EPOCHS, math.ceil(AUTO_STEPS / steps))
 
 
+def auto_learning_rate(input_size: int) -> float:
+    """The learning rate for a size of the token states: wider states get a lower one.
+
+    A step of AdamW changes each weight by about the learning rate. The projection of a state sums
+    over its `input_size` numbers, so its output changes more, the wider the state is.
+
+    Examples
+    --------
+    >>> auto_learning_rate(576), auto_learning_rate(4 * 576)
+    (0.002, 0.001)
+    """
+    return AUTO_RATE * math.sqrt(min(1.0, AUTO_RATE_SIZE / input_size))
+
+
 def train_head(
     head: RelishHead,
     train: Examples,
     validation: Examples | None,
     *,
     loss_fn: Loss,
-    learning_rate: float,
+    learning_rate: float | str,
     weight_decay: float,
     batch_size: int,
     max_epochs: int,
@@ -140,8 +155,8 @@ def train_head(
         The held-out examples. None: no early stopping.
     loss_fn : Loss
         The loss on standardized targets.
-    learning_rate : float
-        Peak of the schedule.
+    learning_rate : float or "auto"
+        Peak of the schedule. ``"auto"`` is `auto_learning_rate` of the size of the states.
     weight_decay : float
         Of AdamW.
     batch_size : int
@@ -266,7 +281,7 @@ def _train(
     validation: Examples | None,
     *,
     loss_fn: Loss,
-    learning_rate: float,
+    learning_rate: float | str,
     weight_decay: float,
     batch_size: int,
     max_epochs: int,
@@ -284,6 +299,8 @@ def _train(
 
     The head is left with the weights of the last epoch.
     """
+    if isinstance(learning_rate, str):  # "auto"
+        learning_rate = auto_learning_rate(head.sizes["input_size"])
     # torch accepts neither NumPy's integers nor integers of more than 64 bits.
     max_epochs, batch_size = int(max_epochs), min(int(batch_size), len(train.states))
     n_steps = max_epochs * math.ceil(len(train.states) / batch_size)

@@ -121,7 +121,8 @@ class RelishRegressor(
         alone.
     learning_rate : float or "auto", default="auto"
         Peak of the one-cycle schedule of AdamW. ``"auto"`` is 2e-3, times the square root of
-        576 / hidden size for models with a hidden size above 576.
+        576 / hidden size for models with a hidden size above 576. `partial_fit` has a constant
+        rate, with ``"auto"`` a quarter of that.
     weight_decay : float, default=0.01
         Weight decay of AdamW.
     batch_size : int, default=32

@@ -30,6 +30,7 @@ from sklearn_relish.utils.progress import ProgressBar
 GRADIENT_NORM = 1.0  # longer gradients are scaled down to it
 AUTO_EPOCHS, AUTO_STEPS = 10, 200  # a training has at least that many of both
 AUTO_RATE, AUTO_RATE_SIZE = 2e-3, 576  # the learning rate for states of up to that size
+CONSTANT_RATE = 0.25  # a constant learning rate, as a share of the peak of a schedule
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,8 @@ def train_head(
     loss_fn : Loss
         The loss on standardized targets.
     learning_rate : float or "auto"
-        Peak of the schedule. ``"auto"`` is `auto_learning_rate` of the size of the states.
+        Peak of the schedule. ``"auto"`` is `auto_learning_rate` of the size of the states, and a
+        quarter of it if the rate is constant.
     weight_decay : float
         Of AdamW.
     batch_size : int
@@ -301,6 +303,7 @@ def _train(
     """
     if isinstance(learning_rate, str):  # "auto"
         learning_rate = auto_learning_rate(head.sizes["input_size"])
+        learning_rate *= CONSTANT_RATE if constant_rate else 1.0
     # torch accepts neither NumPy's integers nor integers of more than 64 bits.
     max_epochs, batch_size = int(max_epochs), min(int(batch_size), len(train.states))
     n_steps = max_epochs * math.ceil(len(train.states) / batch_size)

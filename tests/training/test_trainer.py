@@ -8,7 +8,7 @@ from tasks import CPU, task, train
 from sklearn_relish.head.losses import HuberLoss, SquaredLoss
 from sklearn_relish.training import batching
 from sklearn_relish.training.inference import predict_states
-from sklearn_relish.training.trainer import Examples, _oof_predictions, auto_epochs
+from sklearn_relish.training.trainer import Examples, _oof_predictions, auto_epochs, new_head
 
 
 def test_learns_a_target_that_pooling_does_not_show():
@@ -85,6 +85,16 @@ def test_learning_rate_rises_and_falls():
     rates = [entry["learning_rate"] for entry in training.history]
     assert rates[0] < max(rates) == pytest.approx(1e-3, rel=0.05)
     assert rates[-1] < 1e-5
+
+
+@pytest.mark.parametrize(("input_size", "rate"), [(12, 2e-3), (2304, 1e-3)])
+def test_the_automatic_learning_rate_is_lower_for_wide_states(input_size, rate):
+    head = new_head(0, input_size=input_size, latent_size=8, n_heads=2)
+    examples = task(320, size=input_size)
+    _, training = train(examples, head=head, learning_rate="auto", max_epochs=10)
+    assert max(entry["learning_rate"] for entry in training.history) == pytest.approx(rate, rel=0.1)
+    _, training = train(examples, head=head, learning_rate="auto", max_epochs=2, constant_rate=True)
+    assert [entry["learning_rate"] for entry in training.history] == pytest.approx([rate / 4] * 2)
 
 
 def test_weight_decay_shrinks_the_weights():

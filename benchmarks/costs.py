@@ -34,7 +34,7 @@ FITS: dict[str, dict[str, Any]] = {
     "1 head": {"n_estimators": 1},
     "1 head, no ridge models": {"n_estimators": 1, "linear_path": False},
     "5 heads": {"n_estimators": 5},
-    "latent size 128": {"latent_size": 128},
+    "latent size 256": {"latent_size": 256},
     "1 iteration": {"n_iterations": 1},
     "twice the epochs": {"max_epochs": 2 * EPOCHS},
     "search, 3 n_iterations": {"n_iterations": [1, 2, 3]},

@@ -46,7 +46,7 @@ def expected(llm, reviews):
 @pytest.mark.parametrize("kind", TEXTS)
 def test_texts(regressor, reviews, expected, kind):
     texts, y = reviews
-    regressor.set_params(max_epochs=2, n_estimators=1, learning_rate=5e-4)
+    regressor.set_params(max_epochs=2, n_estimators=1, learning_rate="auto")
     converted = TEXTS[kind](texts)
     target = datasets.Dataset.from_dict({"y": y})["y"] if kind == "Hugging Face column" else y
     np.testing.assert_array_equal(regressor.fit(converted, target).predict(converted), expected)

@@ -12,6 +12,7 @@ that are better.
 """
 
 import argparse
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -71,18 +72,13 @@ def main() -> None:
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT"
     )
-    parser.add_argument("--rows", type=int, default=1000, help="training rows")
+    parser.add_argument("--rows", type=int, default=1000, help="training rows, fewer than 2,000")
     parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
     results = Results(arguments.output)
     columns = ["text_a", "text_b"]
-    cells = [
-        (seed, name, llm, set_name)
-        for seed in range(arguments.seeds)
-        for name, llm in find_models(arguments.model).items()
-        for set_name in TASKS
-    ]
-    for seed, name, llm, set_name in cells:
+    models = find_models(arguments.model)
+    for seed, name, set_name in product(range(arguments.seeds), models, TASKS):
         task = TASKS[set_name]
         rows = load(arguments.data / set_name, "train", task.train_rows)
         train, other = rows[: arguments.rows], rows[arguments.rows :]
@@ -92,7 +88,7 @@ def main() -> None:
             if results.find(**key):
                 continue
             regressor = RelishRegressor(
-                llm,
+                models[name],
                 prompt=task.prompt,
                 memory=StateStore(arguments.memory),
                 random_state=seed,
@@ -108,6 +104,8 @@ def main() -> None:
     print("| changed | compared with | gain | in cells |\n| --- | --- | --- | --- |")
     for variant in [name for name in VARIANTS if name in table.index]:
         reference = COMPLETE if variant.startswith(COMPLETE) else "one head"
+        if reference not in table.index:
+            continue
         gain = (table.loc[variant] - table.loc[reference]).dropna()
         error = gain.std() / np.sqrt(len(gain))
         print(

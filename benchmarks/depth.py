@@ -148,7 +148,8 @@ def main() -> None:
     reading = fastest(lambda: list(llm.read(texts, layers=[layer], max_length=512)))
     print(f"\nTime of a head on {len(texts)} texts of {set_name}, as a share of reading them\n")
     for depth in DEPTHS:
-        head = new_head(0, input_size=llm.hidden_size, n_iterations=depth)
+        sizes = {"input_size": llm.hidden_size, "latent_size": RelishRegressor().latent_size}
+        head = new_head(0, **sizes, n_iterations=depth)
         seconds = fastest(lambda head=head: predict_states(head, states, llm.torch_device))
         print(f"{depth} iterations: {100 * seconds / reading:.1f} %")
 

@@ -62,6 +62,7 @@ def test_published_relish_is_as_published(llm):
     assert rival.head_.state_norm is None
     assert not rival.deep_supervision
     assert rival.latent_size == 256
+    assert rival.learning_rate == 5e-4
 
 
 @pytest.mark.parametrize("name", ["DecodingRegressor", "ExpectationRegressor"])

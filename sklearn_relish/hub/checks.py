@@ -39,7 +39,7 @@ MAX_CONFIG_BYTES = 2**24
 MAX_ITERATIONS = 1_000  # with shared weights no tensor bounds their number
 # Parameters that belong to the machine or the session and are not saved.
 UNSAVED_PARAMETERS = ("memory", "device", "verbose", "random_state")
-MAX_VECTORS = 1_000  # of a text, that the linear path reads
+MAX_VECTORS = 1_000  # of a text, for the linear path
 COUNT = [Interval(Integral, 1, None, closed="left")]
 # The saved fitted attributes and their types. `_check_fitted` checks contents of lists and dicts.
 FITTED: dict[str, list[Any]] = {

@@ -2,7 +2,8 @@
 
     python benchmarks/evaluation.py --data FOLDER
 
-FOLDER holds a folder for each set with train.csv and test.csv, columns text_a, text_b and score:
+FOLDER holds a folder for each set with train.csv, dev.csv and test.csv, columns text_a, text_b and
+score:
 
 - stsb: the STS benchmark, on the Hugging Face Hub as GLUE's "stsb"
 - sickr: SICK relatedness, SemEval-2014 task 1, on the Hub as "sick"
@@ -18,6 +19,9 @@ it has a line with the current versions and settings; lines with others are left
 picture of all lines come at the end; ``--report`` makes nothing else.
 
 The methods that are fine-tuned are run only if they are named: ``--methods RAFT "LoRA, 6 epochs"``.
+
+``--rows 100 300 1000 --draws 5`` draws the training rows five times, from those of a complete cell,
+and measures on dev.csv, whose rows no default was chosen on. The number of a draw is also the seed.
 """
 
 from __future__ import annotations
@@ -347,7 +351,7 @@ class Results:
 
     def find(self, **key: Any) -> list[dict[str, Any]]:
         """The current lines with these values."""
-        found = [line for line in self.lines if all(line[name] == key[name] for name in key)]
+        found = [line for line in self.lines if all(line.get(name) == key[name] for name in key)]
         return [line for line in found if self.is_current(line)]
 
     def is_current(self, line: dict[str, Any]) -> bool:
@@ -379,7 +383,8 @@ class Cells(Results):
         method = find_method(cell["method"])
         estimator = method.make(TASKS[cell["set"]], llm, store, cell["seed"])
         if method.timed:
-            same = {name: cell[name] for name in ("set", "model", "seed", "train_rows")}
+            names = ("set", "model", "seed", "draw", "train_rows")
+            same = {name: cell.get(name) for name in names}
             for ours in self.find(**same, method=OURS):
                 seconds = ours["reading_seconds"] + ours["fit_seconds"]
                 estimator.set_params(max_seconds=seconds)
@@ -416,11 +421,13 @@ def run(
     methods: list[str],
     seeds: int,
     rows: list[int] | None,
+    draws: int,
     test_rows: int,
 ) -> None:
     """Every cell that the results lack."""
     import pandas as pd
 
+    split = "dev" if draws else "test"
     for model, llm in models.items():
         for name in sets:
             task = TASKS[name]
@@ -430,25 +437,27 @@ def run(
                     "model": model,
                     "method": method,
                     "seed": seed,
+                    "draw": seed if draws else None,
                     "train_rows": n_rows,
                     "test_rows": min(test_rows, find_method(method).test_rows),
                 }
                 for n_rows in rows or [task.train_rows]
                 for method in methods
-                for seed in range(seeds if find_method(method).seeded else 1)
+                for seed in range(draws or (seeds if find_method(method).seeded else 1))
             ]
             wanted = [cell for cell in cells if not results.find(**cell)]
             if not wanted:
                 continue
-            train = load(folder / name, "train", max(cell["train_rows"] for cell in wanted))
-            test = load(folder / name, "test", test_rows)
+            largest = max(cell["train_rows"] for cell in wanted)
+            train = load(folder / name, "train", task.train_rows if draws else largest)
+            test = load(folder / name, split, test_rows)
             layers = {find_method(cell["method"]).layer for cell in wanted} - {None}
             if layers:
                 read_ahead(task, pd.concat([train, test]), llm, store, layers)
             reading = {
                 layer: seconds_to_read(task, train, llm, layer) / len(train) for layer in layers
             }
-            spread = np.ptp(load(folder / name, "test", TEST_ROWS)["score"])
+            spread = np.ptp(load(folder / name, split, TEST_ROWS)["score"])
             for cell in wanted:
                 method, n_rows = find_method(cell["method"]), cell["train_rows"]
                 if not method.uses_llm:
@@ -461,7 +470,8 @@ def run(
                     raise SystemExit(f"{cell['method']} needs the line of {OURS}: name it before.")
                 settings = settings_of(estimator)
                 some = test.head(method.test_rows)
-                found = run_cell(estimator, train.head(n_rows), some, spread)
+                drawn = train.sample(n_rows, random_state=cell["draw"]) if draws else train
+                found = run_cell(estimator, drawn.head(n_rows), some, spread)
                 results.add(
                     **cell,
                     reading_seconds=reading.get(method.layer, 0.0) * n_rows,
@@ -539,6 +549,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--rows", type=int, nargs="+", help="training rows; several make a curve")
+    parser.add_argument("--draws", type=int, default=0, help="draws of the rows, in place of seeds")
     parser.add_argument("--quick", action="store_true", help="two sets, one model, few rows")
     parser.add_argument("--report", action="store_true", help="run no cell")
     arguments = parser.parse_args()
@@ -555,6 +566,7 @@ def main() -> None:
     if models:
         store = StateStore(arguments.memory)
         options = {"sets": sets, "methods": methods, "seeds": seeds, "rows": rows}
+        options["draws"] = arguments.draws
         run(results, models, arguments.data, store, test_rows=test_rows, **options)
     lines = results.frame()
     left_out = len(results.lines) - len(lines)
@@ -562,7 +574,8 @@ def main() -> None:
         print(f"{left_out} lines were left out: they have other versions or settings.")
     if lines.empty:
         raise SystemExit(f"{arguments.output} has no line with the current versions and settings.")
-    chosen = (
+    lines = lines.assign(draw=lines.get("draw"))
+    chosen = lines["draw"].notna().eq(bool(arguments.draws)) & (
         lines["train_rows"].isin(rows)
         if rows
         else lines["train_rows"].eq(

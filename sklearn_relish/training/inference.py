@@ -111,7 +111,8 @@ class _Copy(NamedTuple):
 
     head: Any  # of the class of the original
     made_for: tuple[Any, ...]
-    sample: Tensor
+    views: list[Tensor]  # the sampled entries of the original's weights, which follow its changes
+    sample: Tensor  # their values when the copy was made
 
 
 class _Slot:
@@ -139,15 +140,21 @@ def device_copy(head: Head, device: torch.device, dtype: torch.dtype) -> Head:
         for weight in weights
     ]
     made_for = device, head.state_norm, versions
-    with torch.inference_mode():
-        sample = torch.cat([weight.reshape(-1)[:SAMPLED_WEIGHTS] for weight in weights])
     with _slots_lock:
         slot = _slots.setdefault(head, _Slot())
     with slot.lock:
         kept = slot.copy
-        if kept is None or kept.made_for != made_for or not torch.equal(kept.sample, sample):
-            kept = slot.copy = _Copy(_copy_in_one_tensor(head, device, dtype), made_for, sample)
+        if kept is None or kept.made_for != made_for or not _is_unchanged(kept):
+            views = [weight.detach()[..., :SAMPLED_WEIGHTS] for weight in weights]
+            views = [view[(0,) * (view.ndim - 1)] for view in views]  # (SAMPLED_WEIGHTS or fewer,)
+            sample = torch.cat(views)
+            copied = _copy_in_one_tensor(head, device, dtype)
+            kept = slot.copy = _Copy(copied, made_for, views, sample)
     return kept.head
+
+
+def _is_unchanged(kept: _Copy) -> bool:
+    return torch.equal(torch.cat(kept.views), kept.sample)
 
 
 def _copy_in_one_tensor(head: Head, device: torch.device, dtype: torch.dtype) -> Head:

@@ -12,9 +12,8 @@ import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from evaluation import (
     COUNTED,
     OURS,
@@ -27,6 +26,9 @@ from evaluation import (
 )
 
 from sklearn_relish import RelishRegressor
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "guide" / "accuracy.md"]
@@ -68,6 +70,8 @@ def complete_rows(lines: pd.DataFrame) -> pd.DataFrame:
 
 def means(lines: pd.DataFrame, value: str = "r") -> pd.DataFrame:
     """A row for each method and a column for each cell (model, set): the mean of the seeds."""
+    import pandas as pd
+
     cells = pd.MultiIndex.from_product([lines["model"].unique(), TASKS], names=["model", "set"])
     return lines.pivot_table(value, "method", ["model", "set"], sort=False).reindex(columns=cells)
 
@@ -83,7 +87,7 @@ def numbers(cells: pd.DataFrame, method: str, name: str) -> str:
     shown = []
     for model in cells.columns.unique("model"):
         value = cells[model, name]
-        text = f"{value[method]:.1f}" if pd.notna(value[method]) else "-"
+        text = f"{value[method]:.1f}" if value.notna()[method] else "-"
         best = value.count() > 1 and text == f"{value.max():.1f}"
         shown.append(f"**{text}**" if best else text)
     return shown[0] if not find_method(method).uses_llm else " / ".join(shown)
@@ -186,6 +190,8 @@ def encoders(lines: pd.DataFrame) -> str:
 
 def fine_tuned(lines: pd.DataFrame) -> str:
     """LoRA and RAFT next to the default, by number of training rows."""
+    import pandas as pd
+
     tuned = lines[lines["method"].str.contains("LoRA|RAFT") & lines["draw"].isna()]
     parts = []
     for n_rows, some in tuned.groupby("train_rows"):
@@ -253,6 +259,8 @@ def filled(page: str, lines: pd.DataFrame) -> str:
 
 def read_lines(path: Path) -> pd.DataFrame:
     """The lines of a file, in which a method has the same settings everywhere."""
+    import pandas as pd
+
     lines = pd.DataFrame(Results(path).lines)
     settings = lines["settings"].map(lambda some: str(settings_of_method(some)))
     for method, of_method in settings.groupby(lines["method"]):

@@ -118,7 +118,7 @@ def test_intervals_have_the_requested_coverage(llm, store, lexicon):
     words, ratings = lexicon
     train, test = slice(0, 1500), slice(1500, 5500)
     for changes in ({}, {"loss": "quantile", "quantile": [0.05, 0.5, 0.95]}):
-        short = {"n_estimators": 2, "max_epochs": 4}
+        short = {"layer": 4, "n_estimators": 2, "max_epochs": 4}
         regressor = RelishRegressor(llm, memory=store, random_state=0, **short, **changes)
         regressor.fit(words[train], ratings[train])
         ends = regressor.predict_interval(words[test], coverage=0.9)

@@ -21,7 +21,7 @@ picture of all lines come at the end; ``--report`` makes nothing else.
 The methods that are fine-tuned are run only if they are named: ``--methods RAFT "LoRA, 6 epochs"``.
 
 ``--rows 100 300 1000 --draws 5`` draws the training rows five times, from those of a complete cell,
-and measures on dev.csv, whose rows no default was chosen on. The number of a draw is also the seed.
+and measures on dev.csv, on which no file here chooses a default. A draw's number is also the seed.
 """
 
 from __future__ import annotations

@@ -488,6 +488,12 @@ def run(
                 )
 
 
+def has_all_rows(lines: pd.DataFrame) -> pd.Series:
+    """Whether a line has all training rows of its set."""
+    sizes = {name: task.train_rows for name, task in TASKS.items()}
+    return lines["train_rows"].eq(lines["set"].map(sizes))
+
+
 def table(lines: pd.DataFrame) -> str:
     """Markdown: 100 r of each method on each set, macro averages, and what a fit cost.
 
@@ -576,11 +582,7 @@ def main() -> None:
         raise SystemExit(f"{arguments.output} has no line with the current versions and settings.")
     lines = lines.assign(draw=lines.get("draw"))
     chosen = lines["draw"].notna().eq(bool(arguments.draws)) & (
-        lines["train_rows"].isin(rows)
-        if rows
-        else lines["train_rows"].eq(
-            lines["set"].map({name: task.train_rows for name, task in TASKS.items()})
-        )
+        lines["train_rows"].isin(rows) if rows else has_all_rows(lines)
     )
     lines = lines[chosen & lines["set"].isin(sets) & lines["method"].isin(methods)]
     for n_rows in sorted(lines["train_rows"].unique()) if rows else [None]:

@@ -1,4 +1,4 @@
-"""Write the tables of accuracy in README.md and in the guide from the lines of evaluation.jsonl.
+"""Write the tables of accuracy in the guide from the lines of evaluation.jsonl.
 
     python benchmarks/figures.py
 
@@ -18,10 +18,12 @@ from evaluation import (
     COUNTED,
     OURS,
     PUBLISHED,
+    SHOTS,
     TASKS,
     TEST_ROWS,
     Results,
     find_method,
+    has_all_rows,
     settings_of,
 )
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "guide" / "accuracy.md"]
+PAGE = ROOT / "docs" / "guide" / "accuracy.md"
 LINES = ROOT / "benchmarks" / "evaluation.jsonl"
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -42,7 +44,7 @@ TITLES = {
     "wmt-ru-en": "WMT ru-en",
     "wmt-si-en": "WMT si-en",
 }
-SPEAKING = ["zero-shot", "16-shot"]
+SPEAKING = ["zero-shot", f"{SHOTS}-shot"]
 SHORT = [OURS, "ridge, mean of states", "MLP, mean of states", PUBLISHED, COUNTED]
 ENGLISH = ["stsb", "sickr"]
 ENCODERS = ["sentence embeddings + boosting", "sentence embeddings + ridge", "cross-encoder"]
@@ -64,8 +66,7 @@ def grid(header: list[str], rows: list[list[str]]) -> str:
 
 def complete_rows(lines: pd.DataFrame) -> pd.DataFrame:
     """The lines that have all training rows of their set."""
-    sizes = lines["set"].map({name: task.train_rows for name, task in TASKS.items()})
-    return lines[lines["draw"].isna() & lines["train_rows"].eq(sizes)]
+    return lines[lines["draw"].isna() & has_all_rows(lines)]
 
 
 def means(lines: pd.DataFrame, value: str = "r") -> pd.DataFrame:
@@ -99,7 +100,7 @@ def average(values: pd.Series) -> str:
 
 
 def short(lines: pd.DataFrame) -> str:
-    """README's table: 100 r of a few methods."""
+    """100 r of a few methods."""
     cells = means(complete_rows(lines))
     rows = []
     for method in ordered(cells):
@@ -110,7 +111,7 @@ def short(lines: pd.DataFrame) -> str:
 
 
 def complete(lines: pd.DataFrame) -> str:
-    """The guide's table: all methods that are not fine-tuned and read any language."""
+    """All methods that are not fine-tuned and read any language."""
     lines = complete_rows(lines)
     lines = lines[~lines["method"].str.contains(TUNED) & ~lines["method"].isin(ENCODERS)]
     lines = lines.assign(seconds=lines["reading_seconds"] + lines["fit_seconds"])
@@ -275,12 +276,11 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     lines = read_lines(arguments.lines)
-    for path in PAGES:
-        before = path.read_text("utf-8")
-        after = filled(before, lines)
-        if arguments.check and after != before:
-            raise SystemExit(f"{path.relative_to(ROOT)} differs: run python benchmarks/figures.py")
-        path.write_text(after, "utf-8")
+    before = PAGE.read_text("utf-8")
+    after = filled(before, lines)
+    if arguments.check and after != before:
+        raise SystemExit(f"{PAGE.relative_to(ROOT)} differs: run python benchmarks/figures.py")
+    PAGE.write_text(after, "utf-8")
 
 
 if __name__ == "__main__":

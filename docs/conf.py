@@ -124,5 +124,19 @@ def link_names(app: Sphinx, doctree: nodes.document) -> None:
             reference += literal
 
 
+FILES = [  # what the guide links to in the repository, and its pages on the site
+    (re.compile(r"\]\(\.\./\.\./benchmarks/README\.md#"), "](../lab_book.md#"),
+    (re.compile(r"\]\(\.\./\.\./examples/(\w+)\.py\)"), r"](../gallery/\1.rst)"),
+]
+
+
+def link_pages(app: Sphinx, name: str, source: list[str]) -> None:
+    """Let links to files of the repository lead to pages of the site."""
+    if name.startswith("guide/"):
+        for file, page in FILES:
+            source[0] = file.sub(page, source[0])
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("source-read", link_pages)
     app.connect("doctree-read", link_names)

@@ -47,11 +47,8 @@ def missing(page):
     text = file.read_text("utf-8")
     links = [(ROOT / target, section) for target, section in OWN_LINK.findall(text)]
     for target, section in RELATIVE_LINK.findall(text):
-        path = file.parent / target if target else file
-        if path.parent.name == "gallery" and path.stem != "index":  # made of the examples
-            path = ROOT / "examples" / f"{path.stem}.py"
-        if target != "../gallery/index.rst" and target != "gallery/index.rst":
-            links.append((path, section))
+        if target != "gallery/index.rst":  # made of the examples
+            links.append((file.parent / target if target else file, section))
     return [
         f"{path}#{section}"
         for path, section in links

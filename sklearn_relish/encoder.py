@@ -68,7 +68,7 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
     n_features_in_ : int
         Number of columns of `X`; 1 for one-dimensional `X`.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
-        Column names, if `X` is a data frame whose column names are all strings.
+        Column names, if `X` is a data frame or a dict whose column names are all strings.
 
     See Also
     --------

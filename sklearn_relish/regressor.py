@@ -192,7 +192,7 @@ class RelishRegressor(
     n_features_in_ : int
         Number of columns of `X`; 1 for one-dimensional `X`.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
-        Column names, if `X` is a data frame whose column names are all strings.
+        Column names, if `X` is a data frame or a dict whose column names are all strings.
     history_ : list of dict
         One entry per epoch: ``estimator``, from 0, ``epoch``, ``learning_rate``, ``train_loss``
         and, with early stopping, ``validation_loss`` and ``validation_r2``; losses are in
@@ -358,8 +358,9 @@ class RelishRegressor(
         Raises
         ------
         ValueError, TypeError
-            If the input is not as described; the message names the rows. Nothing has been read at
-            that point.
+            If the input is not as described. The message names the rows; nothing has been read.
+        FloatingPointError
+            If states or a training are not finite.
         OSError
             If the model is not found.
 

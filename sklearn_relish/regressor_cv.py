@@ -67,7 +67,7 @@ class RelishRegressorCV(
     Parameters
     ----------
     model, layer, prompt, chat_template, max_length, long_text
-        As in `RelishRegressor`.
+        As in `RelishRegressor`. ``layer="auto"`` chooses a layer before the search, from all rows.
     state_norm : {"rms", None} or list, default="rms"
         As in `RelishRegressor`. This and all other parameters that can be lists can also be tuples
         or arrays.
@@ -125,11 +125,12 @@ class RelishRegressorCV(
         A fitted regressor with the parameters of the best candidate and the same predictions, for
         example to continue with `partial_fit`.
     cv_results_ : dict of ndarray
-        As in `GridSearchCV`: ``params``, ``param_...``, ``split0_test_score`` and so on,
-        ``mean_test_score``, ``std_test_score``, ``rank_test_score``, ``mean_fit_time`` and
-        ``std_fit_time``. ``n_folds`` is the number of folds that the candidate was trained on;
-        means are over these, and candidates with more folds have better ranks. The times are the
-        seconds of training a head; candidates that share a training have the same.
+        As in `GridSearchCV`, without the times of scoring: ``params``, ``param_...``,
+        ``split0_test_score`` and so on, ``mean_test_score``, ``std_test_score``,
+        ``rank_test_score``, ``mean_fit_time`` and ``std_fit_time``. ``n_folds`` is the number of
+        folds that the candidate was trained on; means are over these, and candidates with more
+        folds have better ranks. The times are the seconds of training a head; candidates that share
+        a training have the same.
     n_splits_ : int
         Number of folds.
     head_ : RelishEnsemble
@@ -148,8 +149,8 @@ class RelishRegressorCV(
 
     Notes
     -----
-    The score of a head is the score of its best epoch, which is chosen for each half of the fold by
-    the other half.
+    To score a head, the rows of its fold are split into two halves. The epoch for each half is the
+    one with the lowest loss on the other half.
 
     An interrupted `fit` can be continued in the same process: call it again on the same estimator
     with the same data and parameters. Heads that were trained to the end are not trained again, if

@@ -37,8 +37,8 @@ FITS: dict[str, dict[str, Any]] = {
     "latent size 256": {"latent_size": 256},
     "1 iteration": {"n_iterations": 1},
     "twice the epochs": {"max_epochs": 2 * EPOCHS},
-    "search, 3 n_iterations": {"n_iterations": [1, 2, 3]},
-    "search, 3 latent sizes": {"latent_size": [64, 128, 256]},
+    "search, 3 n_iterations": {"n_iterations": [1, 2, 3], "latent_size": 128},
+    "search, 3 latent sizes": {"n_iterations": 3, "latent_size": [64, 128, 256]},
     "search, 3 x 3": {"n_iterations": [1, 2, 3], "latent_size": [64, 128, 256]},
 }
 

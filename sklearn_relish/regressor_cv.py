@@ -41,7 +41,7 @@ from sklearn_relish.training.search import (
     search_heads,
     shared_trainings,
 )
-from sklearn_relish.training.stacking import Fold, combine
+from sklearn_relish.training.stacking import Fold, combine, fit_linear_path, with_ridges
 from sklearn_relish.training.summary import history_of
 from sklearn_relish.training.trainer import Examples
 
@@ -57,8 +57,9 @@ class RelishRegressorCV(
     r"""`RelishRegressor` with built-in cross-validation of the parameters of head and training.
 
     Each combination of the listed values is a candidate. For each fold, a head of the candidate is
-    trained on the other folds. Its predictions for the fold give the score, and the heads of the
-    best candidate are the ensemble: nothing is trained again after the search.
+    trained on the other folds. Its predictions for the fold, weighted with those of the ridges,
+    give the score, and the heads of the best candidate are the ensemble: nothing is trained again
+    after the search.
 
     Two things make this cheaper than `GridSearchCV`. After each fold, the worse half of the
     trainings is dropped (successive halving [1]_). And with `deep_supervision`, candidates that
@@ -93,7 +94,7 @@ class RelishRegressorCV(
     max_epochs : int or "auto", or a list of them, default="auto"
         Passes over the training rows, the length of the schedule.
     linear_path, n_iter_no_change
-        As in `RelishRegressor`. The ridges are fitted once, after the search. With groups or a
+        As in `RelishRegressor`. The ridges are fitted once, before the heads. With groups or a
         splitter their weight follows from the same folds.
     cv : int, splitter or iterable, default=None
         The folds. An int is a number of random folds, in which equal texts are together, or the
@@ -102,9 +103,10 @@ class RelishRegressorCV(
         but no texts.
     scoring : str or callable, default=None
         A name or scorer as in `GridSearchCV`. None is R²; for quantiles, a pinball loss is a better
-        choice. It scores the prediction of a single head for each fold. A callable gets an object
-        whose `predict` returns these predictions, and can't use the texts. With `sample_weight`,
-        scores are weighted if the metric has this parameter.
+        choice. It scores the prediction of a single head for each fold, weighted with the ridges if
+        there are any: heads of one candidate differ much more than ensembles. A callable gets an
+        object whose `predict` returns these predictions, and can't use the texts. With
+        `sample_weight`, scores are weighted if the metric has this parameter.
     memory, device, dtype, model_kwargs
         As in `RelishRegressor`.
     random_state : int, RandomState instance or None, default=None
@@ -118,7 +120,7 @@ class RelishRegressorCV(
     best_params_ : dict
         The values of the best candidate for the parameters that are lists.
     best_score_ : float
-        Its mean score on the folds, of single heads without ridges.
+        Its mean score on the folds, each of a single head with the ridges.
     best_index_ : int
         Its row in `cv_results_`. Of several candidates with the same score, the first.
     best_estimator_ : RelishRegressor
@@ -365,14 +367,33 @@ class RelishRegressorCV(
             weight = None
             if sample_weight is not None:
                 weight = _check_sample_weight(sample_weight, np.empty(len(rows.pairs)))
+            ridges = fit_linear_path(
+                examples,
+                rows.groups,
+                folds,
+                [candidate.sizes["state_norm"] for candidate in candidates],
+                linear_path=bool(self.linear_path),
+                by_fold=splits is not None or labels is not None,
+                loss_fn=loss_fn,
+                random=random,
+                max_memory=options["max_memory"],
+            )
             scorer = Scorer(
                 self.scoring, first, loss_fn, np.asarray(y), weight, rows, folds, splits
             )
+
+            def score(candidate: Candidate, fold: int, predictions: np.ndarray) -> float:
+                fits = ridges.get(candidate.sizes["state_norm"])
+                if fits is not None:
+                    parts = (examples, rows.groups, folds[fold], predictions, fits)
+                    predictions = with_ridges(*parts)
+                return scorer(fold, predictions)
+
             result = search_heads(
                 examples,
                 folds,
                 candidates,
-                scorer,
+                score,
                 seeds=seeds,
                 trained=unfinished.trained,
                 progress=bool(self.verbose),
@@ -387,11 +408,8 @@ class RelishRegressorCV(
                 folds,
                 [cast(RelishHead, head.head) for head in result.heads],
                 trainings,
-                linear_path=bool(self.linear_path),
-                ridges_by_fold=splits is not None or labels is not None,
+                ridges.get(candidates[result.best_index].sizes["state_norm"]),
                 loss_fn=loss_fn,
-                random=random,
-                max_memory=options["max_memory"],
             )
         own = best._get_param_names()
         best.__dict__ |= {name: value for name, value in vars(first).items() if name not in own}
@@ -547,9 +565,10 @@ class Scorer:
             self._positions.append(np.searchsorted(held_out, rows.pairs[tested]))
 
     def __call__(self, fold: int, predictions: np.ndarray) -> float:
-        """The score of the predictions for the held-out pairs of a fold."""
-        rows = self._rows[fold]
+        """The score of the predictions for the held-out pairs of a fold, without those of NaN."""
         point = self._loss_fn.point_prediction(predictions)[self._positions[fold]]
+        known = np.isfinite(point).all(axis=1)
+        rows, point = self._rows[fold][known], point[known]
         predicted = self._regressor._to_target_units(point[:, :, None])[..., 0]
         weight = {} if self._weight is None else {"sample_weight": self._weight[rows]}
         return float(self._scorer(_Predicted(), predicted, self._y[rows], **weight))

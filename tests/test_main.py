@@ -148,6 +148,10 @@ def test_the_prompt_chooses_the_columns(tmp_path, capsys):
             ["fit", "films.csv", "--target", "score", "--output", "o", "--set", "depth=3"],
             "Invalid parameter 'depth'",
         ),
+        (
+            ["fit", "films.csv", "--target", "score", "--output", "o", "--set=learning_rate=1e30"],
+            "Training diverged",
+        ),
     ],
 )
 def test_errors_are_sentences(folder, tmp_path, monkeypatch, capsys, arguments, message):

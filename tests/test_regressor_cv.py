@@ -250,6 +250,18 @@ def test_ridges_are_judged_on_the_same_folds(llm):
     assert make(llm, **quick).fit(texts, effect[groups]).validation_score_ > 0.5
 
 
+def test_candidates_are_scored_with_the_ridges(llm):
+    """Heads that learn nothing do not hide what the ridges know."""
+    texts, y = reviews(60)
+    quick = {"latent_size": 8, "n_iterations": 1, "max_epochs": 1, "learning_rate": 1e-9}
+    assert make(llm, **quick).fit(texts, y).best_score_ > 0.5
+    assert make(llm, **quick, linear_path=False).fit(texts, y).best_score_ < 0.1
+    search = make(llm, **quick, state_norm=["rms", None]).fit(texts, y)
+    first, second = search.cv_results_["split0_test_score"]
+    assert min(first, second) > 0.3
+    assert first != second  # each with ridges of its own
+
+
 def test_losses(llm):
     texts, y = reviews(60)
     quick = {"latent_size": 8, "max_epochs": 2}

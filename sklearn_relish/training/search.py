@@ -120,7 +120,7 @@ def search_heads(
     examples: Examples,
     folds: Sequence[Fold],
     candidates: Sequence[Candidate],
-    score: Callable[[int, np.ndarray], float],
+    score: Callable[[Candidate, int, np.ndarray], float],
     *,
     seeds: Sequence[tuple[int, int]],
     trained: dict[tuple[int, int], list[TrainedHead]],
@@ -139,8 +139,9 @@ def search_heads(
     folds : sequence of (int64 ndarray, int64 ndarray)
     candidates : sequence of Candidate
     score : callable
-        Returns the score of predictions for the held-out rows of a fold, given its number and the
-        predictions, of shape (n_held_out, n_outputs * n_predictions). Higher is better.
+        Returns the score of a candidate for the held-out rows of a fold, given the candidate, the
+        number of the fold and the head's predictions, of shape (n_held_out, n_outputs *
+        n_predictions). Higher is better.
     seeds : sequence of (int, int)
         For each fold the seeds of the heads' weights and of the order of the texts.
     trained : dict
@@ -208,7 +209,7 @@ def search_heads(
             for number in alive:
                 for index, result in zip(trainings[number], trained[fold, number], strict=True):
                     predictions = cast(np.ndarray, result.training.oof_predictions)
-                    scores[index, fold] = score(fold, predictions)
+                    scores[index, fold] = score(candidates[index], fold, predictions)
                     seconds[index, fold] = result.seconds
             n_before = len(alive)
             alive = _better_half(alive, trainings, scores[:, : fold + 1])

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -86,6 +86,21 @@ class RidgeFit(NamedTuple):
     target_means: np.ndarray
 
 
+class Ridges(NamedTuple):
+    """The ridges of a linear path.
+
+    Parameters
+    ----------
+    texts : int64 ndarray of shape (n_fitted,)
+        Numbers of the texts that they are fitted on.
+    fits : list of RidgeFit
+        One for each of `LINEAR_POOLINGS`.
+    """
+
+    texts: np.ndarray
+    fits: list[RidgeFit]
+
+
 def fit_ensemble(
     examples: Examples,
     groups: np.ndarray,
@@ -134,6 +149,17 @@ def fit_ensemble(
     folds = [(np.setdiff1d(np.arange(n_rows), rows), rows) for rows in held_out]
     seeds = random.randint(np.iinfo(np.int32).max, size=(len(folds), 2)).tolist()
     heads = [make_head(number, seed) for number, (seed, _) in enumerate(seeds)]
+    norm = heads[0].sizes["state_norm"]
+    ridges = fit_linear_path(
+        examples,
+        groups,
+        folds,
+        [norm],
+        linear_path=linear_path,
+        loss_fn=loss_fn,
+        random=random,
+        max_memory=max_memory,
+    )
     trainings = train_all(
         heads,
         [(examples[train], examples[rows] if len(rows) else None) for train, rows in folds],
@@ -142,17 +168,58 @@ def fit_ensemble(
         max_memory=max_memory,
         **training,
     )
-    return combine(
-        examples,
-        groups,
-        folds,
-        heads,
-        trainings,
-        linear_path=linear_path,
-        loss_fn=loss_fn,
-        random=random,
-        max_memory=max_memory,
-    )
+    return combine(examples, groups, folds, heads, trainings, ridges.get(norm), loss_fn=loss_fn)
+
+
+def fit_linear_path(
+    examples: Examples,
+    groups: np.ndarray,
+    folds: Sequence[Fold],
+    state_norms: Iterable[str | None],
+    *,
+    linear_path: bool,
+    by_fold: bool = False,
+    loss_fn: Loss,
+    random: np.random.RandomState,
+    max_memory: float = math.inf,
+) -> dict[str | None, Ridges]:
+    """Fit the ridges on a sample of at most `MAX_RIDGE_TEXTS` texts.
+
+    Parameters
+    ----------
+    examples, groups
+        As of `fit_ensemble`.
+    folds : sequence of (int64 ndarray, int64 ndarray)
+        For each head, the rows that it is trained on, and its held-out rows.
+    state_norms : iterable of {"rms", None}
+        Those of the heads.
+    by_fold : bool, default=False
+        Whether the ridges' out-of-fold predictions are those of ridges fitted on the training rows
+        of a fold, not leave-one-out. Needed if texts of a fold are related, such as groups.
+    linear_path, loss_fn, random, max_memory
+        As of `fit_ensemble`.
+
+    Returns
+    -------
+    dict of Ridges
+        For each of `state_norms`; empty if there is no linear path.
+    """
+    _, first = np.unique(groups, return_index=True)  # the first row of each text
+    chosen = np.sort(random.permutation(len(first))[:MAX_RIDGE_TEXTS])
+    held_out = np.concatenate([rows for _, rows in folds])
+    n_held_out = np.count_nonzero(np.isin(first[chosen], held_out))
+    if not (linear_path and loss_fn.allows_linear_path and n_held_out >= MIN_TEXTS):
+        return {}
+    texts = examples.merged(groups)[chosen]
+    y, weight = texts.y.double().numpy(), texts.weight.double().numpy()
+    window_bytes = window_size(examples.states.n_bytes, max_memory)
+    text_folds = _text_folds(folds, groups, chosen) if by_fold else None
+    fits = {}
+    with ProgressBar(1, "Fitting the ridge models", "", shown=False):
+        for norm in dict.fromkeys(state_norms):
+            found = fit_ridges(texts.states, norm, y, weight, window_bytes, text_folds)
+            fits[norm] = Ridges(chosen, found)
+    return fits
 
 
 def combine(
@@ -161,14 +228,11 @@ def combine(
     folds: Sequence[Fold],
     heads: list[RelishHead],
     trainings: list[Training],
+    ridges: Ridges | None,
     *,
-    linear_path: bool,
-    ridges_by_fold: bool = False,
     loss_fn: Loss,
-    random: np.random.RandomState,
-    max_memory: float = math.inf,
 ) -> FittedEnsemble:
-    """Make an ensemble of trained heads, and fit the linear path; see `fit_ensemble`.
+    """Make an ensemble of trained heads and ridges; see `fit_ensemble`.
 
     Parameters
     ----------
@@ -179,11 +243,9 @@ def combine(
     heads : list of RelishHead
     trainings : list of Training
         With the predictions for the held-out rows.
-    ridges_by_fold : bool, default=False
-        Whether the ridges' out-of-fold predictions are those of ridges fitted on the training rows
-        of a fold, not leave-one-out. Needed if texts of a fold are related, such as groups.
-    linear_path, loss_fn, random, max_memory
-        As of `fit_ensemble`.
+    ridges : Ridges or None
+        None: there is no linear path.
+    loss_fn : Loss
 
     Returns
     -------
@@ -192,37 +254,30 @@ def combine(
     oof_predictions = np.zeros((len(groups), examples.y.shape[1] * loss_fn.n_predictions))
     target_means = np.zeros_like(oof_predictions)  # of the rows that each prediction learned from
     n_held_out = np.zeros(len(groups))  # how often each row was held out
-    linear_path = linear_path and loss_fn.allows_linear_path
     for (train_rows, rows), training in zip(folds, trainings, strict=True):
         if training.oof_predictions is not None:
             oof_predictions[rows] += training.oof_predictions
             n_held_out[rows] += 1
-            if linear_path:
-                y, weight = examples.y[train_rows].numpy(), examples.weight[train_rows].numpy()
-                target_means[rows] += np.average(y, axis=0, weights=weight)
+            if ridges is not None:
+                target_means[rows] += _mean_target(examples, train_rows)
     oof_predictions[n_held_out == 0] = np.nan
     oof_predictions /= np.maximum(n_held_out, 1)[:, None]
     target_means /= np.maximum(n_held_out, 1)[:, None]
 
-    _, first = np.unique(groups, return_index=True)  # the first row of each text
-    chosen = np.sort(random.permutation(len(first))[:MAX_RIDGE_TEXTS])
-    has_oof = n_held_out[first[chosen]] > 0
-    linear_path = linear_path and bool(np.count_nonzero(has_oof) >= MIN_TEXTS)
     n_vectors = 0 if examples.states.vectors is None else N_VECTORS
-    ensemble = RelishEnsemble(heads, linear_path, loss_fn, n_vectors)
+    ensemble = RelishEnsemble(heads, ridges is not None, loss_fn, n_vectors)
     summary = summarize_heads(examples, folds, trainings, loss_fn)
-    if ensemble.linear is not None:
-        centred = (oof_predictions - target_means)[first[chosen]]
+    if ridges is not None:
+        _, first = np.unique(groups, return_index=True)
+        rows = first[ridges.texts]
         stacked = np.full((len(first), oof_predictions.shape[1]), np.nan)
-        stacked[chosen], summary = _fit_linear_path(
+        stacked[ridges.texts], summary = _weight_parts(
             ensemble,
-            ensemble.linear,
             summary,
-            examples.merged(groups)[chosen],
-            has_oof,
-            centred,
-            window_size(examples.states.n_bytes, max_memory),
-            _text_folds(folds, groups, chosen) if ridges_by_fold else None,
+            examples.merged(groups)[ridges.texts],
+            n_held_out[rows] > 0,
+            (oof_predictions - target_means)[rows],
+            ridges.fits,
         )
         oof_predictions = stacked[groups]
     parts = ", ".join(f"{row['part']} {row['contribution']:.2f}" for row in summary)
@@ -244,27 +299,67 @@ def _text_folds(folds: Sequence[Fold], groups: np.ndarray, chosen: np.ndarray) -
     return text_folds
 
 
-def _fit_linear_path(
+def with_ridges(
+    examples: Examples, groups: np.ndarray, fold: Fold, predictions: np.ndarray, ridges: Ridges
+) -> np.ndarray:
+    """A head's predictions for its held-out rows, weighted with those of the ridges.
+
+    The weights come from these rows, see `stack`.
+
+    Parameters
+    ----------
+    examples, groups
+        As of `fit_ensemble`.
+    fold : (int64 ndarray, int64 ndarray)
+        The rows that the head was trained on, and its held-out rows.
+    predictions : ndarray of shape (n_held_out, n_outputs)
+    ridges : Ridges
+
+    Returns
+    -------
+    ndarray of shape (n_held_out, n_outputs)
+        NaN for rows whose text has no out-of-fold prediction of the ridges, unless all are such
+        rows: then the predictions of the head.
+    """
+    train_rows, rows = fold
+    y, weight = examples.y[rows].double().numpy(), examples.weight[rows].double().numpy()
+    mean = _mean_target(examples, train_rows)
+    of_texts = np.full((groups.max() + 1, len(ridges.fits), y.shape[1]), np.nan)
+    of_texts[ridges.texts] = np.stack([fit.oof_predictions for fit in ridges.fits], axis=1)
+    of_rows = of_texts[groups[rows]]
+    known = np.isfinite(of_rows).all(axis=(1, 2))
+    if not known.any():
+        return predictions
+    weighted = np.full(predictions.shape, np.nan)
+    for j in range(y.shape[1]):
+        parts = np.column_stack([predictions[:, j] - mean[j], of_rows[:, :, j]])[known]
+        weights = stack(parts, y[known, j], weight[known], PRIOR_WEIGHTS)
+        weighted[known, j] = parts @ weights + mean[j]
+    return weighted
+
+
+def _mean_target(examples: Examples, rows: np.ndarray) -> np.ndarray:
+    """Mean of the targets of some rows, of shape (n_outputs,)."""
+    return np.average(examples.y[rows].numpy(), axis=0, weights=examples.weight[rows].numpy())
+
+
+def _weight_parts(
     ensemble: RelishEnsemble,
-    linear: nn.Linear,
     summary: list[dict[str, Any]],
     texts: Examples,
     has_oof: np.ndarray,
     oof_predictions: np.ndarray,
-    window_bytes: float,
-    folds: Sequence[Fold] | None,
+    ridges: list[RidgeFit],
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Fit the ridges, and set the weights of heads and ridges; `linear` is the ensemble's path.
+    """Set the weights of the heads, and the linear path of the ensemble.
 
     The weights come from the texts that are `has_oof`, a bool array: those with an out-of-fold
     prediction of the heads. These predictions are minus the mean of their training targets. The
     weighted predictions of all texts are returned, and the summary of the heads with the ridges.
     """
+    linear = cast(nn.Linear, ensemble.linear)
     y, weight = texts.y.double().numpy(), texts.weight.double().numpy()
-    with ProgressBar(1, "Fitting the ridge models", "", shown=False):
-        ridges = fit_ridges(texts.states, ensemble.state_norm, y, weight, window_bytes, folds)
-    if folds is not None:
-        has_oof = has_oof & np.isfinite(ridges[0].oof_predictions[:, 0])
+    has_oof = has_oof & np.isfinite(ridges[0].oof_predictions[:, 0])
     stacked = np.empty_like(oof_predictions)
     sizes, all_weights = np.empty((2, y.shape[1], 1 + len(ridges)))
     for j in range(y.shape[1]):

@@ -32,7 +32,7 @@ def run(candidates, n_folds=4, score=None, trained=None, **changes):
     examples = linear_examples(80)
     folds = folds_of(80, n_folds)
 
-    def r2(fold, predictions):
+    def r2(candidate, fold, predictions):
         raw = torch.from_numpy(predictions).float()
         return evaluate(raw, examples[folds[fold][1]], OPTIONS["loss_fn"])["validation_r2"]
 
@@ -54,7 +54,7 @@ def test_the_worse_half_of_the_trainings_is_dropped_after_each_fold():
     quality = [0.1, 0.5, 0.3, 0.4, 0.2]
     seen = []
 
-    def score(fold, predictions):
+    def score(candidate, fold, predictions):
         seen.append(fold)
         number = seen.count(fold) - 1
         return [quality, [0.5, 0.3, 0.4], [0.5, 0.4], [0.5]][fold][number]
@@ -70,7 +70,7 @@ def test_the_worse_half_of_the_trainings_is_dropped_after_each_fold():
 
 def test_the_first_of_equal_candidates_is_taken():
     candidates = [candidate(n, latent_size=size) for size in (2, 4) for n in (1, 2)]
-    assert run(candidates, score=lambda fold, predictions: 0.5).best_index == 0
+    assert run(candidates, score=lambda *_: 0.5).best_index == 0
 
 
 def test_numbers_of_iterations_share_a_training_with_deep_supervision_alone(monkeypatch):
@@ -128,7 +128,9 @@ def test_a_diverging_candidate_is_left_out():
 
 def test_a_fold_without_a_score_is_an_error():
     with pytest.raises(ValueError, match=r"No score is finite on fold 1: .*more texts"):
-        run([candidate()], score=lambda fold, predictions: [0.5, np.nan][fold], n_folds=2)
+        run(
+            [candidate()], score=lambda candidate, fold, predictions: [0.5, np.nan][fold], n_folds=2
+        )
 
 
 @pytest.mark.usefixtures("one_thread")

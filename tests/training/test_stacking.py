@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import RidgeCV
+from sklearn.metrics import r2_score
 from sklearn.preprocessing import StandardScaler
 
 from sklearn_relish.head.ensemble import RelishEnsemble
@@ -11,7 +12,14 @@ from sklearn_relish.head.head import RelishHead
 from sklearn_relish.head.losses import HuberLoss
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.inference import pool_states, predict_states
-from sklearn_relish.training.stacking import PENALTIES, fit_ensemble, fit_ridges, stack
+from sklearn_relish.training.stacking import (
+    PENALTIES,
+    fit_ensemble,
+    fit_linear_path,
+    fit_ridges,
+    stack,
+    with_ridges,
+)
 from sklearn_relish.training.trainer import Examples, new_head
 
 SIZES = {"input_size": 6, "latent_size": 8, "n_heads": 2}
@@ -191,3 +199,42 @@ def test_the_ridges_take_equal_texts_as_one():
     torch.testing.assert_close(merged.y, examples.y)
     assert (merged.weight == 2).all()
     torch.testing.assert_close(list(merged.states), list(examples.states))
+
+
+@pytest.fixture(scope="module")
+def fold_with_ridges():
+    """240 texts, a fold whose held-out rows are the last 40, and the ridges."""
+    examples, groups = linear_examples(240), np.arange(240)
+    fold = (np.arange(200), np.arange(200, 240))
+    ridges = fit_linear_path(
+        examples,
+        groups,
+        [fold],
+        ["rms"],
+        linear_path=True,
+        loss_fn=HuberLoss(),
+        random=np.random.RandomState(0),
+    )
+    return examples, groups, fold, ridges["rms"]
+
+
+def test_a_head_is_scored_with_the_ridges(fold_with_ridges):
+    examples, groups, fold, ridges = fold_with_ridges
+    y, noise = examples.y[fold[1]].numpy(), np.random.RandomState(1).randn(40, 1)
+    assert r2_score(y, noise) < 0
+    assert r2_score(y, with_ridges(examples, groups, fold, noise, ridges)) > 0.5
+    better = with_ridges(examples, groups, fold, y, ridges)
+    assert r2_score(y, better) > r2_score(y, with_ridges(examples, groups, fold, noise, ridges))
+
+
+def test_only_texts_of_the_ridges_are_scored_with_them(fold_with_ridges):
+    examples, groups, fold, ridges = fold_with_ridges
+    noise = np.random.RandomState(1).randn(40, 1)
+
+    def known(n_texts):
+        fits = [fit._replace(oof_predictions=fit.oof_predictions[:n_texts]) for fit in ridges.fits]
+        some = ridges._replace(texts=ridges.texts[:n_texts], fits=fits)
+        return with_ridges(examples, groups, fold, noise, some)
+
+    assert np.isfinite(known(225)[:, 0]).tolist() == [True] * 25 + [False] * 15
+    np.testing.assert_array_equal(known(200), noise)

@@ -383,10 +383,9 @@ class RelishRegressorCV(
             )
 
             def score(candidate: Candidate, fold: int, predictions: np.ndarray) -> float:
-                fits = ridges.get(candidate.sizes["state_norm"])
-                if fits is not None:
-                    parts = (examples, rows.groups, folds[fold], predictions, fits)
-                    predictions = with_ridges(*parts)
+                own = ridges.get(candidate.sizes["state_norm"])
+                if own is not None:
+                    predictions = with_ridges(examples, rows.groups, folds[fold], predictions, own)
                 return scorer(fold, predictions)
 
             result = search_heads(

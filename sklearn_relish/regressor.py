@@ -360,7 +360,7 @@ class RelishRegressor(
         ValueError, TypeError
             If the input is not as described. The message names the rows; nothing has been read.
         FloatingPointError
-            If states or a training are not finite.
+            If token states are not finite, or if a training diverges.
         OSError
             If the model is not found.
 

@@ -564,7 +564,7 @@ class Scorer:
             self._positions.append(np.searchsorted(held_out, rows.pairs[tested]))
 
     def __call__(self, fold: int, predictions: np.ndarray) -> float:
-        """The score of the predictions for the held-out pairs of a fold, without those of NaN."""
+        """The score of the predictions for the held-out pairs of a fold; NaN is left out."""
         point = self._loss_fn.point_prediction(predictions)[self._positions[fold]]
         known = np.isfinite(point).all(axis=1)
         rows, point = self._rows[fold][known], point[known]

@@ -128,9 +128,7 @@ def test_a_diverging_candidate_is_left_out():
 
 def test_a_fold_without_a_score_is_an_error():
     with pytest.raises(ValueError, match=r"No score is finite on fold 1: .*more texts"):
-        run(
-            [candidate()], score=lambda candidate, fold, predictions: [0.5, np.nan][fold], n_folds=2
-        )
+        run([candidate()], score=lambda _, fold, predictions: [0.5, np.nan][fold], n_folds=2)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -17,12 +17,14 @@ from sklearn.utils.validation import validate_data
 
 from sklearn_relish.inputs.prompts import (
     Table,
+    pair_literals,
     read_table,
     record_batch_to_frame,
     render,
     write_cells,
 )
 from sklearn_relish.llm.frozen import FrozenLLM, shared_llm
+from sklearn_relish.states.pairs import PairTemplate
 from sklearn_relish.states.reader import TokenStateReader, check_reader
 from sklearn_relish.states.store import StateStore, open_store
 from sklearn_relish.states.token_states import TokenStates
@@ -170,9 +172,15 @@ class BaseLLMEstimator(BaseEstimator):
         store = open_store(self.memory)
         return store.stream(texts, self._llm(), layer=layer, **self._reading_options())
 
+    def _pair(self) -> PairTemplate | None:
+        """The template of rows whose text is made of two columns of texts."""
+        literals = pair_literals(self._column_names, self._column_kinds, self.prompt)
+        return None if literals is None else PairTemplate(*literals)
+
     def _reading_options(self) -> dict[str, Any]:
         return {
             "max_length": self.max_length,
             "windows": self.long_text == "window",
+            "pair": self._pair(),
             "progress": bool(self.verbose),
         }

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from sklearn_relish.llm.frozen import FrozenLLM
+from sklearn_relish.states.pairs import N_PAIR_VECTORS
 from sklearn_relish.states.quantization import QUANTIZERS, n_rows
 from sklearn_relish.states.reader import read_batches
 from sklearn_relish.states.store import open_store
@@ -208,7 +209,8 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
         n_read, full_lengths = llm.count_tokens(distinct, **reading)
         n_tokens, n_cut = int(n_read.sum()), int((full_lengths > n_read).sum())
 
-    vector_bytes = N_VECTORS * pieces[0][0].nbytes if len(layers) > 1 else 0
+    n_vectors = N_VECTORS if regressor._pair() is None else N_VECTORS + N_PAIR_VECTORS
+    vector_bytes = n_vectors * pieces[0][0].nbytes if len(layers) > 1 else 0
     values, bits = torch.cat(pieces), open_store(regressor.memory).bits
     lengths = torch.tensor([len(piece) for piece in pieces])
     values = values if bits is None else QUANTIZERS[bits].quantize_texts(values, lengths)

@@ -102,7 +102,7 @@ def test_each_ridge_reads_the_vector_of_its_pooling(number):
     further = TokenStates.from_lengths(vectors.flatten(0, 1), torch.full((n_texts,), N_VECTORS))
     y = vectors[:, number].sum(dim=1, keepdim=True).double().numpy()
     ridges = fit_ridges(replace(states, vectors=further), "rms", y, np.ones(n_texts))
-    r = [np.corrcoef(ridge.oof_predictions[:, 0], y[:, 0])[0, 1] for ridge in ridges]
+    r = [np.corrcoef(ridge.oof_predictions[:, 0], y[:, 0])[0, 1] for ridge in ridges.values()]
     assert r.pop(number) > 0.99
     assert max(r) < 0.5
 

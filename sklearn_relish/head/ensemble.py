@@ -136,7 +136,7 @@ class RelishEnsemble(nn.Module):
     def forward(self, states: Tensor, mask: Tensor, vectors: Tensor | None = None) -> Tensor:
         """Predict for each text of a padded batch, in standardized units; see `RelishHead`.
 
-        `vectors` is (B, n_vectors, D); it is ignored if the linear path reads none.
+        `vectors` is (B, n, D), of which the linear path reads the first `n_vectors`.
 
         Examples
         --------
@@ -225,10 +225,11 @@ class RelishEnsemble(nn.Module):
             return mean
         pooled = [pool(states, mask, pooling, self.state_norm) for pooling in LINEAR_POOLINGS]
         if self.n_vectors:
-            if vectors is None:
+            if vectors is None or vectors.shape[1] < self.n_vectors:
                 raise ValueError(
                     f"The linear path reads {self.n_vectors} vectors of each text next to the"
                     " states of its tokens: pass them as vectors."
                 )
-            pooled.append(vectors.to(states.dtype).flatten(1))  # (B, n_vectors * D)
+            used = vectors[:, : self.n_vectors].to(states.dtype)
+            pooled.append(used.flatten(1))  # (B, n_vectors * D)
         return self.head_weight * mean + self.linear(torch.cat(pooled, dim=1))

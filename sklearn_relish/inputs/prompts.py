@@ -340,6 +340,51 @@ def parse_prompt(prompt: str, names: Sequence[str]) -> list[tuple[str, int | Non
     return [(literal, None if field is None else index[field]) for literal, field in parsed]
 
 
+def pair_literals(
+    names: Sequence[str], kinds: Sequence[str], prompt: str | None
+) -> tuple[str, str, str] | None:
+    r"""What stands before, between and after two columns of texts in the text of a row.
+
+    Parameters
+    ----------
+    names, kinds : sequence of str
+        Names and kinds of the columns.
+    prompt : str or None
+        As of `render`.
+
+    Returns
+    -------
+    tuple of (str, str, str), or None
+        None if the text is not made of exactly two columns of texts, each used once, or if nothing
+        but spaces is between them: then it is not clear where the first one ends.
+
+    Examples
+    --------
+    >>> pair_literals(["source", "target"], ["text", "text"], None)
+    ('source: ', '\ntarget: ', '')
+    >>> pair_literals(["a", "b"], ["text", "text"], "{b} means {a}.")
+    ('', ' means ', '.')
+    """
+    pieces: list[tuple[str, int | None]]
+    if prompt is None:
+        pieces = [(("\n" if i else "") + f"{name}: ", i) for i, name in enumerate(names)]
+    else:
+        pieces = parse_prompt(prompt, names)
+    literals, used = [""], []
+    for literal, column in pieces:
+        literals[-1] += literal
+        if column is not None:
+            used.append(column)
+            literals.append("")
+    is_pair = len(used) == len(set(used)) == 2 and all(
+        kinds[column].startswith("text") for column in used
+    )
+    if not (is_pair and (literals[1].strip() or "\n" in literals[1])):
+        return None
+    before, between, after = literals
+    return before, between, after
+
+
 def _is_unicode(text: str) -> bool:
     try:
         text.encode("utf-8")

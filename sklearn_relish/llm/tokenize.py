@@ -167,8 +167,11 @@ class TextTokenizer:
                 " the text: only a fast tokenizer can."
             )
         result, limit = [], self.token_limit(max_length)
-        for text in texts:
-            ((ids, special, spans, shift),) = self._encode([text], None if windows else limit)
+        encodings = itertools.chain.from_iterable(
+            self._encode(texts[start : start + TOKENIZE_TEXTS], None if windows else limit)
+            for start in range(0, len(texts), TOKENIZE_TEXTS)
+        )
+        for text, (ids, special, spans, shift) in zip(texts, encodings, strict=True):
             if not windows and len(ids) > limit:
                 kept = self._kept_tokens(special, limit)
                 ids, spans = [ids[i] for i in kept], [spans[i] for i in kept]

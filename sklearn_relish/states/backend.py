@@ -23,7 +23,8 @@ from sklearn_relish.utils.files import check_no_links
 LEFT_BEHIND_SECONDS = 3600.0  # older unfinished files are removed
 FILE_NAME = re.compile(r"([0-9a-f]{32})\.safetensors")
 COLLECTION_NAME = re.compile(
-    rf"layer(?P<layer>\d+)-(?P<dtype>\w+({'|'.join(SUFFIXES)})?)-(?P<max_length>\d+)(-windows)?"
+    rf"layer(?P<layer>\d+)-(?P<dtype>\w+({'|'.join(SUFFIXES)})?)-(?P<max_length>\d+)"
+    r"(-windows)?(-pair[0-9a-f]{16})?"
 )
 COLLECTION_FOLDERS = "[0-9a-f]" * 32 + "/layer*-*-*/"
 

@@ -27,7 +27,6 @@ from sklearn_relish.states.shard import (
 )
 from sklearn_relish.states.temporary import remove_temporary_file
 from sklearn_relish.states.token_states import TokenStates
-from sklearn_relish.states.vectors import N_VECTORS
 
 STATES_VERSION = 1  # goes up when this package computes other states for the same text
 MERGE_SHARDS = 32  # small shards of similar size that are merged
@@ -310,12 +309,13 @@ def gather(entries: Sequence[Entry[Shard | MemoryStates]]) -> TokenStates:
     numbers = {holder: i for i, holder in enumerate(dict.fromkeys(e.holder for e in entries))}
     array_index = torch.tensor([numbers[entry.holder] for entry in entries])
     vectors = None
-    if all(holder.vectors.shape[1] == N_VECTORS for holder in numbers):
+    n_vectors = min(holder.vectors.shape[1] for holder in numbers)
+    if n_vectors > 0:
         vectors = TokenStates(
             arrays=tuple(holder.vectors.flatten(0, 1) for holder in numbers),
             array_index=array_index,
-            starts=torch.tensor([N_VECTORS * entry.number for entry in entries]),
-            lengths=torch.full((len(entries),), N_VECTORS),
+            starts=torch.tensor([e.holder.vectors.shape[1] * e.number for e in entries]),
+            lengths=torch.full((len(entries),), n_vectors),
         )
     return TokenStates(
         arrays=tuple(holder.states for holder in numbers),

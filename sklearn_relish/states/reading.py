@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sklearn_relish.states.contents import Call, Contents
 from sklearn_relish.states.index import ShardIndex, text_key
+from sklearn_relish.states.pairs import PairTemplate
 from sklearn_relish.states.quantization import QUANTIZERS, kept_dtype_name, n_rows
 from sklearn_relish.states.reader import TokenStateReader, read_batches
 from sklearn_relish.states.retention import Retention
@@ -46,6 +47,8 @@ class Reading:
     llm : TokenStateReader
     max_length, windows
         As of `TokenStateReader.read`.
+    pair : PairTemplate or None
+        Of texts that are made of two; None: they are not.
     bits : {4, 8, None}
         A number quantizes the states that are read, see `quantization`.
     progress : bool
@@ -66,6 +69,7 @@ class Reading:
         *,
         max_length: int,
         windows: bool,
+        pair: PairTemplate | None,
         bits: int | None,
         progress: bool,
     ) -> None:
@@ -75,6 +79,7 @@ class Reading:
         self.llm = llm
         self.max_length = max_length
         self.windows = windows
+        self.pair = pair
         self.bits = bits
         self.progress = progress
         self.n_read = self.n_tokens = 0
@@ -86,8 +91,9 @@ class Reading:
 
     def collection(self, layer: int) -> str:
         """Name of the collection of the model's states at a layer, see `Backend`."""
-        length = f"{self.max_length}{'-windows' if self.windows else ''}"
-        return f"{self.llm.fingerprint}/layer{layer}-{self.dtype_name}-{length}"
+        way = "-windows" if self.windows else ""
+        way += "" if self.pair is None else f"-{self.pair.name}"
+        return f"{self.llm.fingerprint}/layer{layer}-{self.dtype_name}-{self.max_length}{way}"
 
     def index(self, layer: int) -> ShardIndex:
         """The index of a layer's states; it accepts only states of the model's size."""
@@ -300,16 +306,33 @@ class Reading:
             self.llm, texts, layers=numbers, max_length=self.max_length, windows=self.windows
         ):
             read = dict(zip(numbers, states_of_layers, strict=True))
+            parts = self._parts([texts[row] for row in rows])
             batches = []
             for name, layer in zip(names, layers, strict=True):
                 states, lower = read[layer], lower_layer(layer)
                 keys = [text_key(name, texts[row]) for row in rows]
-                vectors = text_vectors(states, None if lower is None else read[lower])
+                vectors = text_vectors(states, None if lower is None else read[lower], parts)
                 kept = self._kept_values(states)
                 batches.append(_Batch(keys, kept, vectors, states.lengths, full_lengths))
             self.n_read += len(rows)
             self.n_tokens += int(batches[0].lengths.sum())
             yield rows, batches
+
+    def _parts(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]] | None:
+        """The tokens of the two parts of each text; None if they are not pairs.
+
+        Also None if the model does not know which part of a text its tokens are.
+        """
+        if self.pair is None:
+            return None
+        try:
+            tokens = self.llm.tokens(texts, max_length=self.max_length, windows=self.windows)
+        except ValueError:
+            return None
+        return [
+            self.pair.tokens_of_parts(text, spans)
+            for text, (_, spans) in zip(texts, tokens, strict=True)
+        ]
 
     def _keep(self, gathered: _Gathered, mine: set[bytes]) -> None:
         """Keep the gathered states of each layer as a shard, and release their texts."""

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sklearn_relish.states.pairs import N_PAIR_VECTORS
 from sklearn_relish.states.quantization import n_rows, quantizer_of, state_size
 from sklearn_relish.states.vectors import N_VECTORS
 from sklearn_relish.utils.files import check_no_links, open_regular
@@ -310,7 +311,7 @@ def _fits(
         and (states.is_floating_point() or quantizer_of(states) is not None)
         and state_size(states) > 0
         and vectors.ndim == 3
-        and vectors.shape[1] in (0, N_VECTORS)
+        and vectors.shape[1] in (0, N_VECTORS, N_VECTORS + N_PAIR_VECTORS)
         and vectors.is_floating_point()
         and (len(vectors), vectors.shape[2]) == (len(lengths), state_size(states))
         and keys.dtype == torch.uint8

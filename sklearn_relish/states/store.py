@@ -21,6 +21,7 @@ import numpy as np
 
 from sklearn_relish.states.contents import Call, Contents, contents_of
 from sklearn_relish.states.index import ShardIndex, gather, text_key
+from sklearn_relish.states.pairs import PairTemplate
 from sklearn_relish.states.quantization import QUANTIZERS
 from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.reading import Reading, unreadable, warn_unusable
@@ -155,6 +156,7 @@ class StateStore:
         also: Sequence[int] = (),
         max_length: int,
         windows: bool = False,
+        pair: PairTemplate | None = None,
         progress: bool,
     ) -> TokenStates:
         """Return the states of texts. The model reads missing texts, and their states are kept.
@@ -175,6 +177,8 @@ class StateStore:
             Number of tokens after which a text is cut.
         windows : bool, default=False
             If True, longer texts are read completely, in windows of `max_length` tokens.
+        pair : PairTemplate, default=None
+            The template of texts that are made of two. Vectors that compare the two are kept then.
         progress : bool
             Whether a bar counts the texts that are read.
 
@@ -212,6 +216,7 @@ class StateStore:
             llm,
             max_length=max_length,
             windows=windows,
+            pair=pair,
             bits=self.bits,
             progress=progress,
         )
@@ -262,6 +267,7 @@ class StateStore:
         layer: int,
         max_length: int,
         windows: bool = False,
+        pair: PairTemplate | None = None,
         progress: bool = False,
     ) -> Iterator[tuple[np.ndarray, TokenStates]]:
         """Yield the states of texts in pieces of some MiB, for predictions. No file is written.
@@ -287,6 +293,8 @@ class StateStore:
             Number of tokens after which a text is cut.
         windows : bool, default=False
             If True, longer texts are read completely, in windows of `max_length` tokens.
+        pair : PairTemplate, default=None
+            The template of texts that are made of two. Vectors that compare the two are kept then.
         progress : bool, default=False
             Whether a bar counts the texts whose states were yielded.
 
@@ -324,6 +332,7 @@ class StateStore:
             llm,
             max_length=max_length,
             windows=windows,
+            pair=pair,
             bits=self.bits,
             progress=progress,
         )
@@ -384,9 +393,7 @@ class StateStore:
                             "layer": int(label["layer"]),
                             "dtype": label["dtype"],
                             "max_length": int(label["max_length"]),
-                            "long_text": (
-                                "window" if collection.endswith("-windows") else "truncate"
-                            ),
+                            "long_text": ("window" if "-windows" in collection else "truncate"),
                             "n_texts": len(index.entries),
                             "n_bytes": index.n_bytes,
                             "fingerprint": collection.partition("/")[0],

@@ -100,6 +100,11 @@ class TokenStates:
             yield kept if form is None else form.dequantize_texts(kept[None], length[None])[0]
 
     @property
+    def n_vectors(self) -> int:
+        """Number of vectors of each text."""
+        return 0 if self.vectors is None else int(self.vectors.lengths[0])
+
+    @property
     def n_rows(self) -> Tensor:
         """Rows of each text in its array, int64 (n_texts,): its tokens, or more if quantized."""
         return n_rows(self.arrays[0], self.lengths)

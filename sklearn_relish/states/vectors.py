@@ -6,10 +6,14 @@ the pass computes the lower layer anyway.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
+from sklearn_relish.states.pairs import N_PAIR_VECTORS, pair_vectors
 from sklearn_relish.states.token_states import TokenStates
 
 SHARE = 5 / 6  # of the layer that is read: half of the depth, where that is 60 %
@@ -41,17 +45,24 @@ def layers_to_read(layers: list[int]) -> list[int]:
     return list(dict.fromkeys([*layers, *lower]))
 
 
-def text_vectors(states: TokenStates, lower: TokenStates | None) -> Tensor:
-    """The vectors of a batch of texts, (n_texts, N_VECTORS, D) in the dtype of the states.
+def text_vectors(
+    states: TokenStates,
+    lower: TokenStates | None,
+    parts: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
+) -> Tensor:
+    """The vectors of a batch of texts, (n_texts, n_vectors, D) in the dtype of the states.
 
-    They are the mean, the last and the standard deviation of the states of a lower layer, each
-    divided by its root mean square. Those of a text do not depend on the other texts. There are
-    none, (n_texts, 0, D), without a lower layer, or if its states have another size.
+    The first `N_VECTORS` are the mean, the last and the standard deviation of the states of a lower
+    layer, each divided by its root mean square. Pairs have those of `pair_vectors` in addition. The
+    vectors of a text do not depend on the other texts. There are none, (n_texts, 0, D), without a
+    lower layer, or if its states have another size.
 
     Parameters
     ----------
     states, lower : TokenStates
         Of one array each, of the layer that is read and of the lower one.
+    parts : sequence of (bool ndarray, bool ndarray), default=None
+        For each text, the tokens of the two parts of a pair. None: the texts are not pairs.
 
     Examples
     --------
@@ -63,11 +74,15 @@ def text_vectors(states: TokenStates, lower: TokenStates | None) -> Tensor:
     dtype, size = states.arrays[0].dtype, states.hidden_size
     if lower is None or lower.hidden_size != size:
         return torch.empty(len(states), 0, size, dtype=dtype)
-    vectors = torch.empty(len(states), N_VECTORS, size, dtype=dtype)
-    for text, of_text in zip(lower, vectors, strict=True):
+    n_vectors = N_VECTORS if parts is None else N_VECTORS + N_PAIR_VECTORS
+    vectors = torch.empty(len(states), n_vectors, size, dtype=dtype)
+    for number, (text, of_text) in enumerate(zip(lower, vectors, strict=True)):
         text = text.to(torch.promote_types(dtype, torch.float32))  # (S, D)
         text = rms_norm(text, (size,), eps=RMS_EPSILON)
         mean = text.mean(dim=0)
         of_text[0], of_text[1] = mean, text[-1]
         of_text[2] = (text - mean).square_().mean(dim=0).sqrt_()
+        if parts is not None:
+            first, second = map(torch.from_numpy, parts[number])
+            of_text[N_VECTORS:] = pair_vectors(text, first, second)
     return vectors

@@ -128,7 +128,7 @@ def _squared_errors(
     ridges = fit_ridges(texts.states, state_norm, y, weight)
     squared = np.zeros(len(y))
     for j in range(y.shape[1]):
-        predictions = np.column_stack([ridge.oof_predictions[:, j] for ridge in ridges])
+        predictions = np.column_stack([ridge.oof_predictions[:, j] for ridge in ridges.values()])
         weights = stack(predictions, y[:, j], weight, [1 / len(ridges)] * len(ridges))
         squared += (predictions @ weights - y[:, j]) ** 2
     return squared / y.shape[1]

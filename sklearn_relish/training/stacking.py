@@ -16,7 +16,7 @@ from scipy.optimize import nnls
 from sklearn import config_context
 from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.preprocessing import StandardScaler
-from torch import nn
+from torch import Tensor, nn
 
 from sklearn_relish.head.ensemble import LINEAR_POOLINGS, RelishEnsemble
 from sklearn_relish.head.head import RelishHead
@@ -35,8 +35,11 @@ logger = logging.getLogger(__name__)
 MIN_TEXTS = 10  # held-out texts; with fewer there are no ridges
 MAX_RIDGE_TEXTS = 10_000  # that the ridges are fitted on
 PENALTIES = np.logspace(0, 6, 19)  # of the ridges, on standardized features and targets
+# The vectors of a pair that its further ridges read, see `pair_vectors`.
+PAIR_RIDGES = {"pair means": slice(N_VECTORS, -2), "pair distances": slice(-2, None)}
 # Weights without any rows to estimate them from: of the heads, and of the ridge of each pooling.
 PRIOR_WEIGHTS = (0.5, 0.2, 0.15, 0.15)
+PAIR_PRIOR_WEIGHTS = (0.5, 0.1, 0.1, 0.1, 0.1, 0.1)  # of pairs, which have further ridges
 PRIOR_ROWS = 100.0  # rows that the prior weights count for
 # How large the weighted sum is, relative to its least squares fit: prior, its rows, and minimum.
 PRIOR_SCALE, PRIOR_SCALE_ROWS, MIN_SCALE = 0.6, 30.0, 0.1
@@ -72,6 +75,7 @@ class RidgeFit(NamedTuple):
     Parameters
     ----------
     coef : ndarray of shape (n_outputs, D or 2 * D)
+        Of the pooled states, and of the vectors of the text.
     intercept : ndarray of shape (n_outputs,)
     oof_predictions : ndarray of shape (n_texts, n_outputs)
         Prediction for each training row by the ridge without that row, minus the mean of the
@@ -93,12 +97,12 @@ class Ridges(NamedTuple):
     ----------
     texts : int64 ndarray of shape (n_fitted,)
         Numbers of the texts that they are fitted on.
-    fits : list of RidgeFit
-        One for each of `LINEAR_POOLINGS`.
+    fits : dict of str to RidgeFit
+        By the names of the ridges, see `fit_ridges`.
     """
 
     texts: np.ndarray
-    fits: list[RidgeFit]
+    fits: dict[str, RidgeFit]
 
 
 def fit_ensemble(
@@ -116,10 +120,10 @@ def fit_ensemble(
     """Train a head for each set of held-out rows, and fit the linear path.
 
     Each head is trained on all rows but its held-out ones, which decide on early stopping. The
-    linear path has a ridge for each of `LINEAR_POOLINGS`, with leave-one-out predictions in closed
-    form. Heads and ridges are weighted by their out-of-fold predictions, see `stack`. A row's
-    out-of-fold prediction is that of a single head where each row is held out once, so the mean of
-    the heads has the weight of one of them.
+    linear path has the ridges of `fit_ridges`, with leave-one-out predictions in closed form. Heads
+    and ridges are weighted by their out-of-fold predictions, see `stack`. A row's out-of-fold
+    prediction is that of a single head where each row is held out once, so the mean of the heads
+    has the weight of one of them.
 
     Parameters
     ----------
@@ -264,7 +268,7 @@ def combine(
     oof_predictions /= np.maximum(n_held_out, 1)[:, None]
     target_means /= np.maximum(n_held_out, 1)[:, None]
 
-    n_vectors = 0 if examples.states.vectors is None else N_VECTORS
+    n_vectors = examples.states.n_vectors
     ensemble = RelishEnsemble(heads, ridges is not None, loss_fn, n_vectors)
     summary = summarize_heads(examples, folds, trainings, loss_fn)
     if ridges is not None:
@@ -325,7 +329,8 @@ def with_ridges(
     y, weight = examples.y[rows].double().numpy(), examples.weight[rows].double().numpy()
     mean = _mean_target(examples, train_rows)
     of_texts = np.full((groups.max() + 1, len(ridges.fits), y.shape[1]), np.nan)
-    of_texts[ridges.texts] = np.stack([fit.oof_predictions for fit in ridges.fits], axis=1)
+    fits = ridges.fits.values()
+    of_texts[ridges.texts] = np.stack([fit.oof_predictions for fit in fits], axis=1)
     of_rows = of_texts[groups[rows]]
     known = np.isfinite(of_rows).all(axis=(1, 2))
     if not known.any():
@@ -333,7 +338,7 @@ def with_ridges(
     weighted = np.full(predictions.shape, np.nan)
     for j in range(y.shape[1]):
         parts = np.column_stack([predictions[:, j] - mean[j], of_rows[:, :, j]])[known]
-        weights = stack(parts, y[known, j], weight[known], PRIOR_WEIGHTS)
+        weights = stack(parts, y[known, j], weight[known], prior_weights(len(fits)))
         weighted[known, j] = parts @ weights + mean[j]
     return weighted
 
@@ -349,7 +354,7 @@ def _weight_parts(
     texts: Examples,
     has_oof: np.ndarray,
     oof_predictions: np.ndarray,
-    ridges: list[RidgeFit],
+    ridges: dict[str, RidgeFit],
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Set the weights of the heads, and the linear path of the ensemble.
 
@@ -359,36 +364,39 @@ def _weight_parts(
     """
     linear = cast(nn.Linear, ensemble.linear)
     y, weight = texts.y.double().numpy(), texts.weight.double().numpy()
-    has_oof = has_oof & np.isfinite(ridges[0].oof_predictions[:, 0])
+    fits = list(ridges.values())
+    has_oof = has_oof & np.isfinite(fits[0].oof_predictions[:, 0])
     stacked = np.empty_like(oof_predictions)
-    sizes, all_weights = np.empty((2, y.shape[1], 1 + len(ridges)))
+    sizes, all_weights = np.empty((2, y.shape[1], 1 + len(fits)))
     for j in range(y.shape[1]):
         predictions = np.column_stack(
-            [oof_predictions[:, j], *(ridge.oof_predictions[:, j] for ridge in ridges)]
+            [oof_predictions[:, j], *(fit.oof_predictions[:, j] for fit in fits)]
         )
-        weights = stack(predictions[has_oof], y[has_oof, j], weight[has_oof], PRIOR_WEIGHTS)
+        prior = prior_weights(len(fits))
+        weights = stack(predictions[has_oof], y[has_oof, j], weight[has_oof], prior)
         stacked[:, j] = predictions @ weights
         sizes[j], all_weights[j] = _sizes(predictions[has_oof], weight[has_oof]), weights
         head_weight, *ridge_weights = weights
         ensemble.head_weight[j] = head_weight
-        weighted = list(zip(ridge_weights, ridges, strict=True))
-        n_layers = linear.in_features // (len(ridges) * texts.states.hidden_size)
-        coefs = [part * ridge.coef[j].reshape(n_layers, -1) for part, ridge in weighted]
-        linear.weight[j] = torch.from_numpy(np.stack(coefs, axis=1).ravel())
-        linear.bias[j] = sum(part * ridge.intercept[j] for part, ridge in weighted)
-    rows = [
-        _ridge_row(pooling, ridge, y, weight)
-        for pooling, ridge in zip(LINEAR_POOLINGS, ridges, strict=True)
-    ]
+        weighted = list(zip(ridge_weights, fits, strict=True))
+        coefs = [part * fit.coef[j].reshape(-1, texts.states.hidden_size) for part, fit in weighted]
+        n_poolings = len(LINEAR_POOLINGS)
+        # All pooled states come before the vectors of the lower layer, and those of pairs last.
+        pooled = np.stack(coefs[:n_poolings], axis=1).ravel()
+        linear.weight[j] = torch.from_numpy(
+            np.concatenate([pooled, *(coef.ravel() for coef in coefs[n_poolings:])])
+        )
+        linear.bias[j] = sum(part * fit.intercept[j] for part, fit in weighted)
+    rows = [_ridge_row(name, fit, y, weight) for name, fit in ridges.items()]
     return stacked, add_ridges(summary, rows, all_weights, sizes)
 
 
-def _ridge_row(pooling: str, ridge: RidgeFit, y: np.ndarray, weight: np.ndarray) -> dict[str, Any]:
+def _ridge_row(name: str, ridge: RidgeFit, y: np.ndarray, weight: np.ndarray) -> dict[str, Any]:
     """The row of a ridge in the summary of the ensemble, without its weight."""
     held_out = np.isfinite(ridge.oof_predictions[:, 0])
     predictions = (ridge.oof_predictions + ridge.target_means)[held_out]
     return {
-        "part": f"ridge {pooling}",
+        "part": f"ridge {name}",
         "best_epoch": None,
         "n_rows": len(y),
         "n_held_out": int(np.count_nonzero(held_out)),
@@ -408,11 +416,12 @@ def fit_ridges(
     weight: np.ndarray,
     window_bytes: float = math.inf,
     folds: Sequence[Fold] | None = None,
-) -> list[RidgeFit]:
+) -> dict[str, RidgeFit]:
     """A ridge for each of `LINEAR_POOLINGS`, with the penalty of the lowest out-of-fold error.
 
     It reads the pooled states and, side by side with them, those of the lower layer that the states
-    have as vectors, in the same order.
+    have as vectors, in the same order. If the texts are pairs, each of `PAIR_RIDGES` reads two of
+    their further vectors.
 
     Parameters
     ----------
@@ -429,23 +438,35 @@ def fit_ridges(
 
     Returns
     -------
-    list of RidgeFit
-        With NaN as prediction of the texts in no fold.
+    dict of str to RidgeFit
+        By the name of the pooling or of the vectors. With NaN as prediction of the texts in no
+        fold.
     """
     vectors = None
     if states.vectors is not None:
-        vectors, _ = states.vectors.batch(torch.arange(len(states)))  # (n_texts, N_VECTORS, D)
-    ridges = []
+        vectors, _ = states.vectors.batch(torch.arange(len(states)))  # (n_texts, n_vectors, D)
+
+    def fit(features: Tensor) -> RidgeFit:
+        X = features.double().numpy()
+        if folds is None:
+            return _fit_ridge(X, y, weight)
+        return _fit_ridge_by_fold(X, y, weight, folds)
+
+    ridges = {}
     for number, pooling in enumerate(LINEAR_POOLINGS):
         pooled = pool_states(states, pooling, state_norm, window_bytes)
         if vectors is not None:
             pooled = torch.cat([pooled, vectors[:, number]], dim=1)
-        X = pooled.double().numpy()
-        if folds is None:
-            ridges.append(_fit_ridge(X, y, weight))
-        else:
-            ridges.append(_fit_ridge_by_fold(X, y, weight, folds))
+        ridges[pooling] = fit(pooled)
+    if vectors is not None and vectors.shape[1] > N_VECTORS:
+        for name, numbers in PAIR_RIDGES.items():
+            ridges[name] = fit(vectors[:, numbers].flatten(1))
     return ridges
+
+
+def prior_weights(n_ridges: int) -> tuple[float, ...]:
+    """Prior weights of the heads and of each ridge."""
+    return PRIOR_WEIGHTS if n_ridges == len(PRIOR_WEIGHTS) - 1 else PAIR_PRIOR_WEIGHTS
 
 
 def _fit_ridge(X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> RidgeFit:

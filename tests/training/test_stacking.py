@@ -96,7 +96,7 @@ def test_a_prediction_is_the_weighted_mean_of_the_heads_plus_the_linear_path():
 def test_a_ridge_predicts_each_row_without_it():
     examples = linear_examples(40, n_outputs=2, noise=1.0)
     X, y = pool_states(examples.states, "mean", "rms"), examples.y.double().numpy()
-    coef, intercept, predicted, means = fit_ridges(examples.states, "rms", y, np.ones(40))[0]
+    coef, intercept, predicted, means = fit_ridges(examples.states, "rms", y, np.ones(40))["mean"]
     Z = StandardScaler().fit_transform(X.double().numpy())
     ridge = RidgeCV(PENALTIES, alpha_per_target=True).fit(Z, y)
     np.testing.assert_allclose(X.double().numpy() @ coef.T + intercept, ridge.predict(Z))
@@ -182,7 +182,7 @@ def test_a_ridge_that_predicts_little_more_than_the_mean_keeps_its_weight():
         examples = linear_examples(60, noise=5.0, seed=seed)
         y = examples.y.double().numpy()
         ridges = fit_ridges(examples.states, "rms", y, np.ones(60))
-        predictions = np.column_stack([ridge.oof_predictions[:, 0] for ridge in ridges])
+        predictions = np.column_stack([r.oof_predictions[:, 0] for r in ridges.values()])
         sums.append(stack(predictions, y[:, 0], np.ones(60), [1 / 3] * 3).sum())
     assert np.mean(sums) > 0.5
 
@@ -231,7 +231,10 @@ def test_only_texts_of_the_ridges_are_scored_with_them(fold_with_ridges):
     noise = np.random.RandomState(1).randn(40, 1)
 
     def known(n_texts):
-        fits = [fit._replace(oof_predictions=fit.oof_predictions[:n_texts]) for fit in ridges.fits]
+        fits = {
+            name: fit._replace(oof_predictions=fit.oof_predictions[:n_texts])
+            for name, fit in ridges.fits.items()
+        }
         some = ridges._replace(texts=ridges.texts[:n_texts], fits=fits)
         return with_ridges(examples, groups, fold, noise, some)
 

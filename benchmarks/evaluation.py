@@ -56,11 +56,14 @@ from rivals import (
 from scipy.stats import pearsonr, spearmanr
 
 from sklearn_relish import FrozenLLM, RelishRegressor, StateStore, __version__
+from sklearn_relish.inputs.prompts import pair_literals
+from sklearn_relish.states.pairs import PairTemplate
 from sklearn_relish.states.vectors import layers_to_read
 
 if TYPE_CHECKING:
     import pandas as pd
 
+COLUMNS = ["text_a", "text_b"]
 PAIR = "Sentence 1: {text_a}\nSentence 2: {text_b}\n"
 TRANSLATION = "Source: {text_a}\nTranslation: {text_b}\nQuality score:"
 
@@ -73,6 +76,12 @@ class Task:
     instruction: str
     decimals: int
     train_rows: int
+
+    @property
+    def pair(self) -> PairTemplate | None:
+        """The template by which the estimators find the two texts of a row."""
+        literals = pair_literals(COLUMNS, ["text", "text"], self.prompt)
+        return None if literals is None else PairTemplate(*literals)
 
 
 def translation(source: str, target: str) -> Task:
@@ -306,7 +315,7 @@ def run_cell(
     estimator: Any, train: pd.DataFrame, test: pd.DataFrame, spread: float
 ) -> dict[str, float]:
     """Fit, predict, and what came of it; `spread` is the range of all of the test set's numbers."""
-    columns = ["text_a", "text_b"]
+    columns = COLUMNS
     start = time.perf_counter()
     estimator.fit(train[columns], train["score"])
     middle = time.perf_counter()
@@ -397,7 +406,9 @@ def read_ahead(
     """One pass for the layers of all methods."""
     texts = [task.prompt.format_map(row) for row in frame.to_dict("records")]
     deepest, *others = sorted(set(map(llm.resolve_layer, layers)), reverse=True)
-    store.fetch(texts, llm, layer=deepest, also=others, max_length=512, progress=True)
+    store.fetch(
+        texts, llm, layer=deepest, also=others, max_length=512, pair=task.pair, progress=True
+    )
 
 
 def seconds_to_read(task: Task, frame: pd.DataFrame, llm: FrozenLLM, layer: float) -> float:

@@ -143,9 +143,10 @@ class RelishRegressor(
     linear_path : bool or "auto", default="auto"
         If true, ridge models on the mean, the standard deviation and the last one of the token
         states, at `layer` and at a lower one, are added, weighted together with the heads by
-        out-of-fold error. For small or noisy sets they make up most of the prediction. They need a
-        loss that predicts a mean, ``"huber"`` or ``"squared_error"``: ``"auto"`` adds them with
-        these, True raises an error with others. They need at least 10 held-out texts.
+        out-of-fold error; for two columns of texts also on what tells the two apart. For small or
+        noisy sets they make up most of the prediction. They need 10 held-out texts and a loss that
+        predicts a mean: ``"auto"`` adds them with ``"huber"`` and ``"squared_error"``, True raises
+        an error with other losses.
     n_iter_no_change : int, default=None
         Stop training after this many epochs without a lower validation loss. None runs the schedule
         to its end, where the learning rate is low and most is gained.

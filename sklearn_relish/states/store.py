@@ -70,7 +70,8 @@ class StateStore:
         of the randomly rotated state, but for its 4 largest values (18 more bytes per token), in
         about a quarter of the bytes. In both, the state of a text's last token is kept in bfloat16;
         in 4 bits a text also has a scale for each value. The vectors of a lower layer, three for
-        each text, are never quantized. States that are kept in one form are read again for another.
+        each text and seven for a pair of texts, are never quantized. States that are kept in one
+        form are read again for another.
 
     Raises
     ------

@@ -251,7 +251,9 @@ def installed_version(package: str) -> str | None:
 
 
 PACKAGES = ["torch", "transformers", "scikit-learn", "sentence-transformers", "peft"]
-VERSIONS = {"sklearn_relish": __version__} | {name: installed_version(name) for name in PACKAGES}
+REVISION = 2  # goes up when a change of the package changes results with the same settings
+VERSIONS = {"sklearn_relish": f"{__version__} (revision {REVISION})"}
+VERSIONS |= {name: installed_version(name) for name in PACKAGES}
 NO_LLM: Any = SimpleNamespace(_source=None, torch_device=None)  # settings depend on no model
 
 
@@ -315,11 +317,10 @@ def run_cell(
     estimator: Any, train: pd.DataFrame, test: pd.DataFrame, spread: float
 ) -> dict[str, float]:
     """Fit, predict, and what came of it; `spread` is the range of all of the test set's numbers."""
-    columns = COLUMNS
     start = time.perf_counter()
-    estimator.fit(train[columns], train["score"])
+    estimator.fit(train[COLUMNS], train["score"])
     middle = time.perf_counter()
-    predicted = estimator.predict(test[columns])
+    predicted = estimator.predict(test[COLUMNS])
     y = test["score"].to_numpy()
     few = {
         f"r_{n}": correlation(pearsonr, predicted[:n], y[:n]) for n in (ANSWER_ROWS, LORA_TEST_ROWS)

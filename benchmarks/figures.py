@@ -1,4 +1,4 @@
-"""Write the tables of accuracy in the guide from the lines of evaluation.jsonl.
+"""Write the tables of accuracy in guide and README from the lines of evaluation.jsonl.
 
     python benchmarks/figures.py
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "guide" / "accuracy.md"
+PAGES = [ROOT / "docs" / "guide" / "accuracy.md", ROOT / "README.md"]
 LINES = ROOT / "benchmarks" / "evaluation.jsonl"
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -259,14 +259,15 @@ def filled(page: str, lines: pd.DataFrame) -> str:
 
 
 def read_lines(path: Path) -> pd.DataFrame:
-    """The lines of a file, in which a method has the same settings everywhere."""
+    """The lines of a file, in which a method has the same settings and version everywhere."""
     import pandas as pd
 
     lines = pd.DataFrame(Results(path).lines)
     settings = lines["settings"].map(lambda some: str(settings_of_method(some)))
-    for method, of_method in settings.groupby(lines["method"]):
+    versions = lines["versions"].map(lambda some: str(some.get("sklearn_relish")))
+    for method, of_method in (settings + versions).groupby(lines["method"]):
         if of_method.nunique() > 1:
-            raise SystemExit(f"The lines of {method!r} have different settings: {path}")
+            raise SystemExit(f"The lines of {method!r} have different settings or versions: {path}")
     return lines.assign(draw=lines.get("draw"))
 
 
@@ -276,11 +277,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     lines = read_lines(arguments.lines)
-    before = PAGE.read_text("utf-8")
-    after = filled(before, lines)
-    if arguments.check and after != before:
-        raise SystemExit(f"{PAGE.relative_to(ROOT)} differs: run python benchmarks/figures.py")
-    PAGE.write_text(after, "utf-8")
+    for page in PAGES:
+        before = page.read_text("utf-8")
+        after = filled(before, lines)
+        if arguments.check and after != before:
+            raise SystemExit(f"{page.relative_to(ROOT)} differs: run python benchmarks/figures.py")
+        page.write_text(after, "utf-8")
 
 
 if __name__ == "__main__":

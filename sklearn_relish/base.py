@@ -175,7 +175,12 @@ class BaseLLMEstimator(BaseEstimator):
     def _pair(self) -> PairTemplate | None:
         """The template of rows whose text is made of two columns of texts."""
         literals = pair_literals(self._column_names, self._column_kinds, self.prompt)
-        return None if literals is None else PairTemplate(*literals)
+        if literals is None or not self.chat_template:
+            return None if literals is None else PairTemplate(*literals)
+        mark = "\x00"  # templates strip the text that they are given
+        begin, _, end = self._llm().as_chat([mark])[0].partition(mark)
+        before, between, after = literals
+        return PairTemplate(begin + before.lstrip(), between, after.rstrip() + end)
 
     def _reading_options(self) -> dict[str, Any]:
         return {

@@ -38,13 +38,13 @@ from sklearn_relish.training.layer_search import SHARES, search_layer
 from sklearn_relish.training.parallel import train_all
 from sklearn_relish.training.splits import held_out_rows
 from sklearn_relish.training.stacking import fit_ensemble
-from sklearn_relish.training.summary import continue_summary, history_of, summarize_heads
-from sklearn_relish.training.trainer import (
-    AUTO_EPOCHS,
-    Examples,
-    auto_epochs,
-    new_head,
+from sklearn_relish.training.summary import (
+    continue_summary,
+    history_of,
+    summarize_heads,
+    with_layers,
 )
+from sklearn_relish.training.trainer import AUTO_EPOCHS, Examples, auto_epochs, new_head
 
 # n_estimators="auto": the number for up to SMALL_SET distinct rows, and for more.
 SMALL_SET, SMALL_SET_ESTIMATORS, ESTIMATORS = 1_000, 5, 3
@@ -143,10 +143,10 @@ class RelishRegressor(
     linear_path : bool or "auto", default="auto"
         If true, ridge models on the mean, the standard deviation and the last one of the token
         states, at `layer` and at a lower one, are added, weighted together with the heads by
-        out-of-fold error; for two columns of texts also on what tells the two apart. For small or
-        noisy sets they make up most of the prediction. They need 10 held-out texts and a loss that
-        predicts a mean: ``"auto"`` adds them with ``"huber"`` and ``"squared_error"``, True raises
-        an error with other losses.
+        out-of-fold error; for two columns of texts, two more on the means of the two texts and on
+        the distances between their tokens. For small or noisy sets they make up most of the
+        prediction. They need at least 10 held-out texts and a loss that predicts a mean: ``"auto"``
+        adds them with ``"huber"`` and ``"squared_error"``, True raises an error with other losses.
     n_iter_no_change : int, default=None
         Stop training after this many epochs without a lower validation loss. None runs the schedule
         to its end, where the learning rate is low and most is gained.
@@ -665,9 +665,7 @@ class RelishRegressor(
     ) -> None:
         """Set the fitted attributes, without out-of-fold predictions."""
         self.head_, self.history_, self.n_epochs_ = ensemble, history, len(history)
-        self.ensemble_summary_ = [
-            {"part": row["part"], "layer": self.layer_, **row} for row in summary
-        ]
+        self.ensemble_summary_ = with_layers(summary, self.layer_)
         self.best_epoch_ = [row["best_epoch"] for row in summary[: len(ensemble.heads)]]
         self._llm_fingerprint, self._llm_revision = self._llm().fingerprint, self._llm().revision
         self.validation_score_, self._conformal = None, None

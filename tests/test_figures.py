@@ -40,8 +40,9 @@ def lines():
     return pd.DataFrame([*lines_of(RIDGE, small=60.0, large=72.0), *ours, *published])
 
 
-def test_the_page_has_the_figures_of_the_lines():
-    page, lines = figures.PAGE.read_text("utf-8"), figures.read_lines(figures.LINES)
+@pytest.mark.parametrize("page", figures.PAGES, ids=lambda page: page.name)
+def test_a_page_has_the_figures_of_the_lines(page):
+    page, lines = page.read_text("utf-8"), figures.read_lines(figures.LINES)
     assert figures.filled(page, lines) == page
     assert figures.filled(page, lines.assign(r=lines["r"] + 1)) != page
 

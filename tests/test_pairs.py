@@ -10,8 +10,8 @@ from sklearn_relish import FrozenLLM, LLMEncoder, RelishRegressor, RelishRegress
 from sklearn_relish.inputs.prompts import pair_literals
 from sklearn_relish.states.pairs import N_PAIR_VECTORS
 from sklearn_relish.states.token_states import TokenStates
-from sklearn_relish.states.vectors import N_VECTORS
-from sklearn_relish.training.stacking import PAIR_RIDGES, fit_ridges
+from sklearn_relish.states.vectors import N_VECTORS, PAIR_RIDGES
+from sklearn_relish.training.stacking import fit_ridges
 
 N_ALL = N_VECTORS + N_PAIR_VECTORS
 SMALL = {"latent_size": 16, "n_heads": 2, "max_epochs": 1, "random_state": 0}

@@ -225,10 +225,12 @@ class RelishEnsemble(nn.Module):
             return mean
         pooled = [pool(states, mask, pooling, self.state_norm) for pooling in LINEAR_POOLINGS]
         if self.n_vectors:
-            if vectors is None or vectors.shape[1] < self.n_vectors:
+            n_given = 0 if vectors is None else vectors.shape[1]
+            if vectors is None or n_given < self.n_vectors:
                 raise ValueError(
                     f"The linear path reads {self.n_vectors} vectors of each text next to the"
-                    " states of its tokens: pass them as vectors."
+                    f" states of its tokens, but there are {n_given}: pass them as vectors, or a"
+                    " model that maps tokens to pieces of the text, as in fit."
                 )
             used = vectors[:, : self.n_vectors].to(states.dtype)
             pooled.append(used.flatten(1))  # (B, n_vectors * D)

@@ -15,8 +15,11 @@ import narwhals.stable.v2 as nw
 import numpy as np
 from scipy.sparse import issparse
 
-from sklearn_relish.inputs.cells import column_texts, is_missing
+from sklearn_relish.inputs.cells import OR_MISSING, column_texts, is_missing
 from sklearn_relish.utils.messages import name_rows
+
+# Kinds of columns, see `column_texts`, that are not one of the two texts of a pair.
+NO_TEXTS = {"integer", "number", "boolean", "date", "date text", "time", "duration"}
 
 
 @dataclass(frozen=True)
@@ -355,8 +358,9 @@ def pair_literals(
     Returns
     -------
     tuple of (str, str, str), or None
-        None if the text is not made of exactly two columns of texts, each used once, or if nothing
-        but spaces is between them: then it is not clear where the first one ends.
+        None if the text is not made of exactly two columns, each used once, if one of them has
+        numbers or dates, or if nothing but spaces is between them: then it is not clear where the
+        first one ends.
 
     Examples
     --------
@@ -376,8 +380,8 @@ def pair_literals(
         if column is not None:
             used.append(column)
             literals.append("")
-    is_pair = len(used) == len(set(used)) == 2 and all(
-        kinds[column].startswith("text") for column in used
+    is_pair = len(used) == len(set(used)) == 2 and not any(
+        kinds[column].removesuffix(OR_MISSING) in NO_TEXTS for column in used
     )
     if not (is_pair and (literals[1].strip() or "\n" in literals[1])):
         return None

@@ -262,7 +262,8 @@ class ShardIndex:
         groups = defaultdict(list)
         for shard in self._names:
             if shard.n_bytes < SMALL_BYTES:
-                groups[shard.n_bytes.bit_length() // 5].append(shard)  # up to 32 times as large
+                size = shard.n_bytes.bit_length() // 5  # up to 32 times as large
+                groups[size, shard.vectors.shape[1]].append(shard)
         return [group for group in groups.values() if len(group) >= MERGE_SHARDS]
 
     def _check(self, shard: Shard) -> None:
@@ -309,7 +310,7 @@ def gather(entries: Sequence[Entry[Shard | MemoryStates]]) -> TokenStates:
     numbers = {holder: i for i, holder in enumerate(dict.fromkeys(e.holder for e in entries))}
     array_index = torch.tensor([numbers[entry.holder] for entry in entries])
     vectors = None
-    n_vectors = min(holder.vectors.shape[1] for holder in numbers)
+    n_vectors = min((holder.vectors.shape[1] for holder in numbers), default=0)
     if n_vectors > 0:
         vectors = TokenStates(
             arrays=tuple(holder.vectors.flatten(0, 1) for holder in numbers),

@@ -1,7 +1,7 @@
 """Pairs: which tokens belong to which of two texts, and vectors that compare them.
 
 A prompt that names two columns of texts makes one text of two, such as a sentence and its
-paraphrase or translation. The reading of such a text keeps four vectors more, see `pair_vectors`.
+paraphrase or translation. Four more vectors of such a text are kept, see `pair_vectors`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class PairTemplate(NamedTuple):
     Parameters
     ----------
     before, between, after : str
-        What stands before the first part, between the parts, and after the second.
+        What stands before the first part, between the parts, and after the second; in a chat, also
+        what the chat template puts around the text.
 
     Examples
     --------
@@ -39,27 +40,24 @@ class PairTemplate(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its part in the name of a collection: other templates find other parts of a text."""
+        """Suffix of the collection's name: other templates find other parts of a text."""
         identity = repr(tuple(self))
         return "pair" + hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
 
     def parts(self, text: str) -> tuple[tuple[int, int], tuple[int, int]] | None:
         """Where the two parts begin and end in a text; None if it lacks what is between them.
 
-        The text may be the template's inside a chat, and the first part does not contain what is
-        between the two, since it ends there.
+        The first part ends where this occurs first.
         """
-        found = text.find(self.before)
-        begin = 0 if found < 0 else found + len(self.before)
-        middle = text.find(self.between, begin)
+        begin = len(self.before) if text.startswith(self.before) else 0
+        end = len(text) - (len(self.after) if text.endswith(self.after) else 0)
+        middle = text.find(self.between, begin, end)
         if middle < 0:
             return None
-        second = middle + len(self.between)
-        end = text.rfind(self.after, second) if self.after else len(text)
-        return (begin, middle), (second, len(text) if end < 0 else end)
+        return (begin, middle), (middle + len(self.between), end)
 
     def tokens_of_parts(self, text: str, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which tokens belong to each part of a text; all of them if the part has none.
+        """Which tokens belong to each part of a text; none if the text does not have the parts.
 
         Parameters
         ----------
@@ -71,16 +69,15 @@ class PairTemplate(NamedTuple):
         -------
         first, second : bool ndarray of shape (n_tokens,)
         """
-        whole = (0, len(text))
         begins, ends = spans.T
-        chosen = []
-        for begin, end in self.parts(text) or (whole, whole):
-            inside = (begins < end) & (ends > begin) & (ends > begins)
-            chosen.append(inside if inside.any() else np.ones(len(spans), dtype=bool))
-        return chosen[0], chosen[1]
+        first, second = (
+            (begins < end) & (ends > begin) & (ends > begins)
+            for begin, end in self.parts(text) or ((0, 0), (0, 0))
+        )
+        return first, second
 
 
-def pair_vectors(text: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def pair_vectors(states: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Vectors of a pair, (N_PAIR_VECTORS, D).
 
     The first two are the means of the tokens of each part. The others say how much a part differs
@@ -90,10 +87,11 @@ def pair_vectors(text: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
     Parameters
     ----------
-    text : Tensor of shape (n_tokens, D)
+    states : Tensor of shape (n_tokens, D)
         Normalized token states of a text, in float32 or finer.
     first, second : bool Tensor of shape (n_tokens,)
-        The tokens of each part, at least one.
+        The tokens of each part. A part without tokens counts as one token whose state is the mean
+        of the text.
 
     References
     ----------
@@ -102,18 +100,18 @@ def pair_vectors(text: Tensor, first: Tensor, second: Tensor) -> Tensor:
     Examples
     --------
     >>> import torch
-    >>> text = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [1.0, 0.0]])
+    >>> states = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [1.0, 0.0]])
     >>> first = torch.tensor([True, True, False, False])
-    >>> pair_vectors(text, first, ~first)
+    >>> pair_vectors(states, first, ~first)
     tensor([[0.5000, 0.5000],
             [0.5000, 1.0000],
             [0.0000, 0.5000],
             [0.0000, 0.5000]])
     """
-    parts = text[first], text[second]
+    center = states.mean(dim=0)
+    parts = [states[part] if part.any() else center[None] for part in (first, second)]
     means = [part.mean(dim=0) for part in parts]
     a, b = (part[:: -(-len(part) // MAX_MATCHED)] for part in parts)
-    center = text.mean(dim=0)
     cosine = normalize(a - center, dim=1) @ normalize(b - center, dim=1).T  # (n_first, n_second)
     distances = [
         (a - b[cosine.argmax(dim=1)]).abs().mean(dim=0),

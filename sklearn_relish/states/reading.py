@@ -48,7 +48,7 @@ class Reading:
     max_length, windows
         As of `TokenStateReader.read`.
     pair : PairTemplate or None
-        Of texts that are made of two; None: they are not.
+        The template of the texts if each is a pair. None: they are not pairs.
     bits : {4, 8, None}
         A number quantizes the states that are read, see `quantization`.
     progress : bool
@@ -91,9 +91,9 @@ class Reading:
 
     def collection(self, layer: int) -> str:
         """Name of the collection of the model's states at a layer, see `Backend`."""
-        way = "-windows" if self.windows else ""
-        way += "" if self.pair is None else f"-{self.pair.name}"
-        return f"{self.llm.fingerprint}/layer{layer}-{self.dtype_name}-{self.max_length}{way}"
+        suffix = "-windows" if self.windows else ""
+        suffix += "" if self.pair is None else f"-{self.pair.name}"
+        return f"{self.llm.fingerprint}/layer{layer}-{self.dtype_name}-{self.max_length}{suffix}"
 
     def index(self, layer: int) -> ShardIndex:
         """The index of a layer's states; it accepts only states of the model's size."""
@@ -306,7 +306,7 @@ class Reading:
             self.llm, texts, layers=numbers, max_length=self.max_length, windows=self.windows
         ):
             read = dict(zip(numbers, states_of_layers, strict=True))
-            parts = self._parts([texts[row] for row in rows])
+            parts = self._parts([texts[row] for row in rows], states_of_layers[0].lengths)
             batches = []
             for name, layer in zip(names, layers, strict=True):
                 states, lower = read[layer], lower_layer(layer)
@@ -318,7 +318,9 @@ class Reading:
             self.n_tokens += int(batches[0].lengths.sum())
             yield rows, batches
 
-    def _parts(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    def _parts(
+        self, texts: list[str], lengths: Tensor
+    ) -> list[tuple[np.ndarray, np.ndarray]] | None:
         """The tokens of the two parts of each text; None if they are not pairs.
 
         Also None if the model does not know which part of a text its tokens are.
@@ -329,6 +331,11 @@ class Reading:
             tokens = self.llm.tokens(texts, max_length=self.max_length, windows=self.windows)
         except ValueError:
             return None
+        if [len(spans) for _, spans in tokens] != lengths.tolist():
+            raise ValueError(
+                f"{self.llm!r} is not a valid reader: tokens returned {[len(s) for _, s in tokens]}"
+                f" spans for texts of {lengths.tolist()} states."
+            )
         return [
             self.pair.tokens_of_parts(text, spans)
             for text, (_, spans) in zip(texts, tokens, strict=True)

@@ -127,9 +127,12 @@ class Retention:
         contents = self.contents
         with contents.spill_lock:
             while in_memory := self._beyond_memory():
-                index, shards, n_bytes = in_memory[0][0], [], 0
+                index, n_bytes = in_memory[0][0], 0
+                shards: list[Shard] = []
                 for owner, shard in in_memory:
                     if owner is not index or n_bytes >= self.shard_bytes:
+                        break
+                    if shards and shard.vectors.shape[1] != shards[0].vectors.shape[1]:
                         break
                     shards.append(shard)
                     n_bytes += shard.n_bytes

@@ -102,7 +102,9 @@ class TokenStates:
     @property
     def n_vectors(self) -> int:
         """Number of vectors of each text."""
-        return 0 if self.vectors is None else int(self.vectors.lengths[0])
+        if self.vectors is None or len(self) == 0:
+            return 0
+        return int(self.vectors.lengths[0])
 
     @property
     def n_rows(self) -> Tensor:

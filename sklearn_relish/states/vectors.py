@@ -18,6 +18,8 @@ from sklearn_relish.states.token_states import TokenStates
 
 SHARE = 5 / 6  # of the layer that is read: half of the depth, where that is 60 %
 N_VECTORS = 3  # mean, last state and standard deviation
+# The vectors of a pair that each of its ridges reads, see `pair_vectors`.
+PAIR_RIDGES = {"pair means": slice(N_VECTORS, -2), "pair distances": slice(-2, None)}
 RMS_EPSILON = 1e-6  # added to the mean square of a token's state, as in the head
 
 

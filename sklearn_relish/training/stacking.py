@@ -22,7 +22,7 @@ from sklearn_relish.head.ensemble import LINEAR_POOLINGS, RelishEnsemble
 from sklearn_relish.head.head import RelishHead
 from sklearn_relish.head.losses import Loss
 from sklearn_relish.states.token_states import TokenStates
-from sklearn_relish.states.vectors import N_VECTORS
+from sklearn_relish.states.vectors import N_VECTORS, PAIR_RIDGES
 from sklearn_relish.training.inference import pool_states
 from sklearn_relish.training.parallel import train_all
 from sklearn_relish.training.summary import add_ridges, summarize_heads, weighted_r2
@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 MIN_TEXTS = 10  # held-out texts; with fewer there are no ridges
 MAX_RIDGE_TEXTS = 10_000  # that the ridges are fitted on
 PENALTIES = np.logspace(0, 6, 19)  # of the ridges, on standardized features and targets
-# The vectors of a pair that its further ridges read, see `pair_vectors`.
-PAIR_RIDGES = {"pair means": slice(N_VECTORS, -2), "pair distances": slice(-2, None)}
 # Weights without any rows to estimate them from: of the heads, and of the ridge of each pooling.
 PRIOR_WEIGHTS = (0.5, 0.2, 0.15, 0.15)
 PAIR_PRIOR_WEIGHTS = (0.5, 0.1, 0.1, 0.1, 0.1, 0.1)  # of pairs, which have further ridges

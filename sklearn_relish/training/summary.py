@@ -9,6 +9,7 @@ import numpy as np
 from sklearn.metrics import r2_score
 
 from sklearn_relish.head.losses import Loss
+from sklearn_relish.states.vectors import PAIR_RIDGES, lower_layer
 from sklearn_relish.training.trainer import Examples, Training
 
 
@@ -119,3 +120,14 @@ def weighted_r2(y: np.ndarray, predictions: np.ndarray, weight: np.ndarray) -> f
     if not varies.any() or not np.isfinite(predictions[:, varies]).all():
         return None
     return float(r2_score(y[:, varies], predictions[:, varies], sample_weight=weight))
+
+
+def with_layers(summary: list[dict[str, Any]], layer: int) -> list[dict[str, Any]]:
+    """The rows with the layer that each part reads; rows that have one keep it.
+
+    Ridges of pairs read the lower layer alone, other ridges read it in addition.
+    """
+    layers = {f"ridge {name}": lower_layer(layer) for name in PAIR_RIDGES}
+    return [
+        {"part": row["part"], "layer": layers.get(row["part"], layer), **row} for row in summary
+    ]

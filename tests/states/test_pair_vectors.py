@@ -29,10 +29,8 @@ def with_pair(store, texts, llm, pair=TEMPLATE, **options):
 @pytest.mark.parametrize(
     ("first", "second"), [*ROWS, ("", "b"), ("a", ""), ("", ""), ("B:", "A: ")]
 )
-@pytest.mark.parametrize("chat", ["{}", "<|user|>{}<|end|>\n<|assistant|>"])
-def test_the_parts_are_the_cells(first, second, chat):
-    text = chat.format(f"A: {first}\nB: {second}\nScore:")
-    assert cut_out(text, TEMPLATE) == [first, second]
+def test_the_parts_are_the_cells(first, second):
+    assert cut_out(f"A: {first}\nB: {second}\nScore:", TEMPLATE) == [first, second]
 
 
 def test_parts_reach_to_the_ends_of_the_text_if_nothing_else_is_there():
@@ -53,14 +51,10 @@ def test_special_tokens_belong_to_no_part():
 
 
 @pytest.mark.parametrize("text", ["no template", "A: \nB: \nScore:"])
-def test_a_part_without_tokens_is_the_whole_text(text):
-    spans = np.array([[0, 0], [0, 3], [3, 4]])
-    first, second = TEMPLATE.tokens_of_parts(text, spans)
-    if text == "no template":  # both are the text without its special token
-        assert first.tolist() == second.tolist() == [False, True, True]
-    else:
-        assert first.all()
-        assert second.all()
+def test_a_part_may_have_no_tokens(text):
+    first, second = TEMPLATE.tokens_of_parts(text, np.array([[0, 0], [0, 3], [3, 4]]))
+    assert not first.any()
+    assert not second.any()
 
 
 def naive(text, first, second):
@@ -91,6 +85,17 @@ def test_equal_parts_have_no_distance():
     vectors = pair_vectors(torch.cat([part, part.flip(0)]), first, ~first)
     torch.testing.assert_close(vectors[0], vectors[1])
     assert (vectors[2:] == 0).all()
+
+
+def test_a_part_without_tokens_is_a_token_in_the_middle_of_the_text():
+    states = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    every, none = torch.ones(5, dtype=torch.bool), torch.zeros(5, dtype=torch.bool)
+    center = states.mean(dim=0)
+    vectors = pair_vectors(states, every, none)
+    torch.testing.assert_close(vectors[:2], torch.stack([center, center]))
+    torch.testing.assert_close(vectors[2], (states - center).abs().mean(dim=0))
+    assert (vectors[3] > 0).any()
+    assert (pair_vectors(states, none, none)[2:] == 0).all()
 
 
 def test_of_long_parts_evenly_spaced_tokens_are_compared(monkeypatch):

@@ -143,7 +143,8 @@ def main() -> None:
 
     texts = [TASKS[set_name].prompt.format_map(row) for row in test.to_dict("records")]
     texts, layer = texts[:TIMED_ROWS], llm.resolve_layer(RelishRegressor().layer)
-    states = store.fetch(texts, llm, layer=layer, max_length=512, progress=False)
+    pair = TASKS[set_name].pair
+    states = store.fetch(texts, llm, layer=layer, max_length=512, pair=pair, progress=False)
     list(llm.read(texts[:4], layers=[layer], max_length=512))
     reading = fastest(lambda: list(llm.read(texts, layers=[layer], max_length=512)))
     print(f"\nTime of a head on {len(texts)} texts of {set_name}, as a share of reading them\n")

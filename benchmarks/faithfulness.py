@@ -76,7 +76,12 @@ def main() -> None:
         own = [
             own_tokens(one, row) for one, row in zip(found, test.to_dict("records"), strict=True)
         ]
-        reading = {"layer": regressor.layer_, "max_length": 512, "progress": False}
+        reading = {
+            "layer": regressor.layer_,
+            "max_length": 512,
+            "pair": task.pair,
+            "progress": False,
+        }
         states = list(store.fetch([one.text for one in found], llm, **reading))
 
         def answers(states: list[Tensor], head: RelishEnsemble = regressor.head_) -> np.ndarray:

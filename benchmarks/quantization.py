@@ -41,6 +41,11 @@ class KeptStates(TokenStateReader):
         self.n_layers, self.hidden_size = llm.n_layers, llm.hidden_size
         self.torch_dtype = torch.bfloat16
 
+    def tokens(
+        self, texts: list[str], *, max_length: int, windows: bool = False
+    ) -> list[tuple[list[str], np.ndarray]]:
+        return self.llm.tokens(texts, max_length=max_length, windows=windows)
+
     def read(
         self, texts: list[str], *, layers: Sequence[int], max_length: int, windows: bool = False
     ) -> Iterator[tuple[np.ndarray, list[TokenStates], np.ndarray]]:

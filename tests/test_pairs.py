@@ -153,13 +153,65 @@ def test_a_linear_path_without_pairs_ignores_their_vectors(llm):
     np.testing.assert_array_equal(regressor.predict(X), expected)
 
 
-def test_missing_cells_and_chats_are_read(llm):
+def test_missing_cells_are_read(llm):
     X, y = rows_of_pairs()
     X.loc[3, "second"] = None
     regressor = small(RelishRegressor, llm).fit(X, y)
     assert regressor.head_.n_vectors == N_ALL
-    missing = pd.DataFrame({"first": ["dull"], "second": [None]})
+    missing = pd.DataFrame({"first": ["abc"], "second": [None]})
     assert np.isfinite(regressor.predict(missing)).all()
+
+
+class ChatLLM(FrozenLLM):
+    """Its template strips the text, and has the separator of the prompt itself."""
+
+    def as_chat(self, texts):
+        return [f"<user>\nTwo: yes or no?\n{text.strip()}\n<model>" for text in texts]
+
+
+def test_the_parts_of_a_chat_are_those_of_the_text():
+    llm = ChatLLM(tiny_model("llama", n_layers=9), device="cpu", dtype="float32")
+    X, y = rows_of_pairs()
+    prompt = "\n{first}\nTwo: {second}\n"
+    regressor = small(RelishRegressor, llm, prompt=prompt, chat_template=True).fit(X, y)
+    (text,) = regressor._texts(X.iloc[:1])
+    parts = [text[begin:end] for begin, end in regressor._pair().parts(text)]
+    assert parts == [X["first"][0], X["second"][0]]
+
+
+def test_a_regressor_of_pairs_refuses_a_prompt_of_one_column(llm):
+    X, y = rows_of_pairs()
+    regressor = small(RelishRegressor, llm, prompt=PROMPT).fit(X, y)
+    regressor.set_params(prompt="One: {first}")
+    with pytest.raises(ValueError, match="was fitted on rows of two texts"):
+        regressor.predict(X)
+
+
+class WithoutSpans(FrozenLLM):
+    def tokens(self, texts, *, max_length, windows=False):
+        raise ValueError("no spans of tokens")
+
+
+class TooManySpans(FrozenLLM):
+    def tokens(self, texts, *, max_length, windows=False):
+        tokens = super().tokens(texts, max_length=max_length, windows=windows)
+        return [(pieces, np.vstack([spans, spans[:1]])) for pieces, spans in tokens]
+
+
+def test_a_model_without_spans_has_no_ridges_of_pairs(llm):
+    X, y = rows_of_pairs()
+    other = WithoutSpans(tiny_model("llama", n_layers=9), device="cpu", dtype="float32")
+    assert small(RelishRegressor, other).fit(X, y).head_.n_vectors == N_VECTORS
+    regressor = small(RelishRegressor, llm).fit(X, y)
+    with pytest.raises(ValueError, match="there are 3: pass them as vectors, or a model that maps"):
+        regressor.set_params(model=other).predict({"first": ["unread"], "second": ["so far"]})
+
+
+def test_wrong_spans_are_an_error():
+    llm = TooManySpans(tiny_model("llama", n_layers=9), device="cpu", dtype="float32")
+    X, y = rows_of_pairs()
+    with pytest.raises(ValueError, match="is not a valid reader: tokens returned"):
+        small(RelishRegressor, llm).fit(X, y)
 
 
 def test_an_encoder_shares_the_states_of_pairs(llm):

@@ -33,9 +33,9 @@ class Backend(ABC):
     """Stores the shards of one store.
 
     Shards are grouped in collections. A collection holds states that one model gave at one layer,
-    in one dtype and up to one length. Its name is a path of two parts, for example
-    ``"0f3a...9c/layer2-float32-512"``: the model's fingerprint, and the rest as `COLLECTION_NAME`
-    matches it.
+    in one dtype and up to one length, of single texts or of the pairs of one template. Its name is
+    a path of two parts, for example ``"0f3a...9c/layer2-float32-512"``: the model's fingerprint,
+    and the rest as `COLLECTION_NAME` matches it.
 
     All methods may be called by several threads at once. `tests/states/test_backend.py` has the
     tests that every backend passes.

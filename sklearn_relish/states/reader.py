@@ -226,7 +226,9 @@ class TokenStateReader(ABC):
     def tokens(
         self, texts: list[str], *, max_length: int, windows: bool = False
     ) -> list[tuple[list[str], np.ndarray]]:
-        """The tokens whose states `read` gives, for `RelishRegressor.attention`.
+        """The tokens whose states `read` gives.
+
+        `RelishRegressor.attention` needs them, and so do the ridges for two columns of texts.
 
         Parameters
         ----------

@@ -1,8 +1,8 @@
 """The store of token states: each text is read once, whoever asks for it again.
 
-A text's states are kept by the text and by what changes them (model, layer, dtype, length),
-independently of the array that the text came in. They lie in this process, or are kept in a
-folder that other processes share.
+A text's states are kept by the text and by what changes them (model, layer, dtype, length, and
+whether it is made of two), independently of the array that the text came in. They lie in this
+process, or are kept in a folder that other processes share.
 """
 
 from __future__ import annotations
@@ -179,7 +179,9 @@ class StateStore:
         windows : bool, default=False
             If True, longer texts are read completely, in windows of `max_length` tokens.
         pair : PairTemplate, default=None
-            The template of texts that are made of two. Vectors that compare the two are kept then.
+            The template of the texts if each is a pair: vectors that compare its parts are kept in
+            addition. The estimators pass it for two columns of texts; to read such rows ahead, call
+            `LLMEncoder.fit_transform` with the same prompt.
         progress : bool
             Whether a bar counts the texts that are read.
 
@@ -295,7 +297,9 @@ class StateStore:
         windows : bool, default=False
             If True, longer texts are read completely, in windows of `max_length` tokens.
         pair : PairTemplate, default=None
-            The template of texts that are made of two. Vectors that compare the two are kept then.
+            The template of the texts if each is a pair: vectors that compare its parts are kept in
+            addition. The estimators pass it for two columns of texts; to read such rows ahead, call
+            `LLMEncoder.fit_transform` with the same prompt.
         progress : bool, default=False
             Whether a bar counts the texts whose states were yielded.
 
@@ -366,7 +370,8 @@ class StateStore:
         -------
         list of dict
             With the keys ``model``, ``layer``, ``dtype``, ``max_length``, ``long_text``,
-            ``n_texts``, ``n_bytes`` and ``fingerprint``, which differs between models of one name.
+            ``pair``, whether the texts are made of two, ``n_texts``, ``n_bytes`` and
+            ``fingerprint``, which differs between models of one name.
 
         Raises
         ------
@@ -395,6 +400,7 @@ class StateStore:
                             "dtype": label["dtype"],
                             "max_length": int(label["max_length"]),
                             "long_text": ("window" if "-windows" in collection else "truncate"),
+                            "pair": "-pair" in collection,
                             "n_texts": len(index.entries),
                             "n_bytes": index.n_bytes,
                             "fingerprint": collection.partition("/")[0],

@@ -178,3 +178,24 @@ class WithoutSpans(CountingLLM):
 def test_a_model_that_knows_no_spans_gives_the_vectors_of_any_text():
     llm = WithoutSpans(tiny_model(), device="cpu", dtype="float32")
     assert with_pair(StateStore(), TEXTS, llm).n_vectors == N_VECTORS
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_shards_with_and_without_vectors_of_pairs_are_not_merged(llm, tmp_path, folder):
+    """As of a reader that has learned to map its tokens."""
+    store = StateStore(tmp_path if folder else None, max_memory=2**20)
+    other = WithoutSpans(tiny_model(), device="cpu", dtype="float32")
+    texts = [f"A: {n}\nB: {n + 1}\nScore:" for n in range(80)]
+    for number, text in enumerate(texts):
+        with_pair(store, [text], other if number % 2 else llm)
+    assert [
+        states.n_vectors for states in (with_pair(store, texts[k::2], llm) for k in (0, 1))
+    ] == [
+        N_VECTORS + N_PAIR_VECTORS,
+        N_VECTORS,
+    ]
+    assert with_pair(store, texts, llm).n_vectors == N_VECTORS
+
+
+def test_no_texts_have_no_vectors(llm):
+    assert with_pair(StateStore(), [], llm).n_vectors == 0

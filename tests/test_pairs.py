@@ -198,10 +198,11 @@ class TooManySpans(FrozenLLM):
         return [(pieces, np.vstack([spans, spans[:1]])) for pieces, spans in tokens]
 
 
-def test_a_model_without_spans_has_no_ridges_of_pairs(llm):
+def test_a_model_without_spans_has_no_ridges_of_pairs(llm, tmp_path):
     X, y = rows_of_pairs()
     other = WithoutSpans(tiny_model("llama", n_layers=9), device="cpu", dtype="float32")
-    assert small(RelishRegressor, other).fit(X, y).head_.n_vectors == N_VECTORS
+    plain = small(RelishRegressor, other, memory=StateStore(tmp_path)).fit(X, y)
+    assert plain.head_.n_vectors == N_VECTORS
     regressor = small(RelishRegressor, llm).fit(X, y)
     with pytest.raises(ValueError, match="there are 3: pass them as vectors, or a model that maps"):
         regressor.set_params(model=other).predict({"first": ["unread"], "second": ["so far"]})

@@ -139,15 +139,21 @@ def summary(lines: pd.DataFrame) -> str:
     frozen = [name for name in lines["method"].unique() if is_frozen_rival(name)]
     cells, errors = means(lines), means(lines, "nrmse")
     ahead = (cells.loc[OURS] - cells.loc[frozen].max()).dropna()
-    published = (cells.loc[OURS] - cells.loc[PUBLISHED]).dropna()
     error = (errors.loc[OURS] / errors.loc[frozen].min()).dropna()
     of_sets = error.groupby("set", sort=False).mean()
-    return (
+    text = (
         f"100 r of `RelishRegressor` minus that of the best other method of each cell:"
         f" {ahead.min():+.1f} to {ahead.max():+.1f}, on average {ahead.mean():+.1f}; ahead in"
-        f" {(ahead > 0).sum()} of {len(ahead)} cells. Minus that of the published configuration:"
-        f" {published.min():+.1f} to {published.max():+.1f}, on average {published.mean():+.1f}."
-        f" NRMSE, divided by the lowest of the other methods: {error.mean():.2f} on average; "
+        f" {(ahead > 0).sum()} of {len(ahead)} cells."
+    )
+    if PUBLISHED in cells.index:
+        published = (cells.loc[OURS] - cells.loc[PUBLISHED]).dropna()
+        text += (
+            f" Minus that of the published configuration: {published.min():+.1f} to"
+            f" {published.max():+.1f}, on average {published.mean():+.1f}."
+        )
+    return (
+        f"{text} NRMSE, divided by the lowest of the other methods: {error.mean():.2f} on average; "
         + ", ".join(f"{TITLES[name]} {value:.2f}" for name, value in of_sets.items())
         + "."
     )

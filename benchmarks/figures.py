@@ -141,8 +141,8 @@ def summary(lines: pd.DataFrame) -> str:
     error = (errors.loc[OURS] / errors.loc[frozen].min()).dropna()
     of_sets = error.groupby("set", sort=False).mean()
     text = (
-        f"100 r of `RelishRegressor` minus that of the best other method of each cell:"
-        f" {ahead.min():+.1f} to {ahead.max():+.1f}, on average {ahead.mean():+.1f}; ahead in"
+        "100 r of `RelishRegressor` minus that of the best other method of this table in each"
+        f" cell: {ahead.min():+.1f} to {ahead.max():+.1f}, on average {ahead.mean():+.1f}; ahead in"
         f" {(ahead > 0).sum()} of {len(ahead)} cells."
     )
     if PUBLISHED in cells.index:

@@ -177,9 +177,10 @@ class BaseLLMEstimator(BaseEstimator):
         literals = pair_literals(self._column_names, self._column_kinds, self.prompt)
         if literals is None or not self.chat_template:
             return None if literals is None else PairTemplate(*literals)
-        mark = "\x00"  # templates strip the text that they are given
+        mark = "\x00"
         begin, _, end = self._llm().as_chat([mark])[0].partition(mark)
         before, between, after = literals
+        # Many chat templates strip the text that they are given.
         return PairTemplate(begin + before.lstrip(), between, after.rstrip() + end)
 
     def _reading_options(self) -> dict[str, Any]:

@@ -331,11 +331,12 @@ class Reading:
             tokens = self.llm.tokens(texts, max_length=self.max_length, windows=self.windows)
         except ValueError:
             return None
-        if [len(spans) for _, spans in tokens] != lengths.tolist():
-            raise ValueError(
-                f"{self.llm!r} is not a valid reader: tokens returned {[len(s) for _, s in tokens]}"
-                f" spans for texts of {lengths.tolist()} states."
-            )
+        for (_, spans), length in zip(tokens, lengths.tolist(), strict=True):
+            if len(spans) != length:
+                raise ValueError(
+                    f"{self.llm!r} is not a valid reader: tokens returned {len(spans)} spans for a"
+                    f" text of {length} states."
+                )
         return [
             self.pair.tokens_of_parts(text, spans)
             for text, (_, spans) in zip(texts, tokens, strict=True)

@@ -133,7 +133,9 @@ class PreviewMixin:
         training = {name: getattr(regressor, name) for name in TRAINING}
         if is_partial and training["max_epochs"] == "auto":
             training["max_epochs"] = AUTO_EPOCHS
-        candidate = Candidate({}, regressor._head_sizes(input_size, 1, loss_fn), training)
+        sizes = regressor._head_sizes(input_size, 1, loss_fn)
+        sizes["pair"] = regressor._pair() is not None
+        candidate = Candidate({}, sizes, training)
         if n_heads is None:
             n_heads = regressor._n_estimators(n_texts, continuing=False)
         return Plan(

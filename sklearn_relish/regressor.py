@@ -408,11 +408,11 @@ class RelishRegressor(
             self.layer_, self.layer_scores_ = self._find_layer(rows, targets, random)
         states = self._states(rows.texts, self.layer_)
         sizes = self._head_sizes(states.hidden_size, targets.shape[1], loss_fn)
+        sizes["pair"] = states.matches is not None
 
         def make_head(number: int, seed: int) -> RelishHead:
-            return (
-                copy.deepcopy(self.head_.heads[number]) if continuing else new_head(seed, **sizes)
-            )
+            fitted = self.head_.heads[number] if continuing else None
+            return new_head(seed, **sizes) if fitted is None else copy.deepcopy(fitted)
 
         max_epochs = self.max_epochs
         if max_epochs == "auto":
@@ -491,6 +491,7 @@ class RelishRegressor(
             heads, history = list(copy.deepcopy(self.head_.heads)), list(self.history_)
         else:
             sizes = self._head_sizes(states.hidden_size, targets.shape[1], loss_fn)
+            sizes["pair"] = states.matches is not None
             seeds = random.randint(np.iinfo(np.int32).max, size=n_heads)
             heads, history = [new_head(int(seed), **sizes) for seed in seeds], []
         n_epochs = AUTO_EPOCHS if self.max_epochs == "auto" else int(self.max_epochs)
@@ -590,13 +591,13 @@ class RelishRegressor(
     def _check_continuing(self, loss_fn: Loss, n_outputs: int) -> None:
         """Raise an error if the fitted heads do not fit the parameters or the targets."""
         self._check_model()
-        fitted_loss = self.head_.loss_fn
         fitted = self.head_.heads[0].sizes | {
             "n_outputs": self.n_outputs_,
-            "log-link": fitted_loss.log_link,
-            "number of quantiles": fitted_loss.n_predictions,
+            "log-link": self.head_.loss_fn.log_link,
+            "number of quantiles": self.head_.loss_fn.n_predictions,
         }
-        requested = self._head_sizes(self._llm().hidden_size, n_outputs, loss_fn) | {
+        requested = fitted | self._head_sizes(self._llm().hidden_size, n_outputs, loss_fn)
+        requested |= {
             "n_outputs": n_outputs,
             "log-link": loss_fn.log_link,
             "number of quantiles": loss_fn.n_predictions,

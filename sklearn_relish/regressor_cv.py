@@ -362,7 +362,15 @@ class RelishRegressorCV(
             examples = Examples.of(states, targets, rows.weight)
             options = first._training_options(loss_fn)
             n_outputs = targets.shape[1]
-            candidates = candidates_of(grid, regressors, states.hidden_size, n_outputs, loss_fn)
+            pair = states.matches is not None
+            candidates = candidates_of(
+                grid,
+                regressors,
+                loss_fn,
+                input_size=states.hidden_size,
+                n_outputs=n_outputs,
+                pair=pair,
+            )
             seeds = random.randint(np.iinfo(np.int32).max, size=(len(folds), 2)).tolist()
             weight = None
             if sample_weight is not None:
@@ -439,7 +447,10 @@ class RelishRegressorCV(
                 with suppress(TypeError, ValueError):  # it depends on the rows or the groups
                     n_folds = int(cv.get_n_splits())
         loss_fn = regressors[0]._loss_fn(np.ones(1))
-        candidates = candidates_of(grid, regressors, input_size, 1, loss_fn)
+        pair = self._pair() is not None
+        candidates = candidates_of(
+            grid, regressors, loss_fn, input_size=input_size, n_outputs=1, pair=pair
+        )
         shared = shared_trainings(candidates)
         n_held_out = min(round(n_texts / n_folds), n_texts - 1)
         return Plan(
@@ -489,15 +500,17 @@ class RelishRegressorCV(
 def candidates_of(
     grid: list[dict[str, Any]],
     regressors: list[RelishRegressor],
+    loss_fn: Loss,
+    *,
     input_size: int,
     n_outputs: int,
-    loss_fn: Loss,
+    pair: bool,
 ) -> list[Candidate]:
     """The candidates of a grid, from its values and their regressors."""
     return [
         Candidate(
             values,
-            regressor._head_sizes(input_size, n_outputs, loss_fn),
+            regressor._head_sizes(input_size, n_outputs, loss_fn) | {"pair": pair},
             {name: getattr(regressor, name) for name in TRAINING},
         )
         for values, regressor in zip(grid, regressors, strict=True)

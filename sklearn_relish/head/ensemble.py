@@ -133,7 +133,13 @@ class RelishEnsemble(nn.Module):
         self.load_state_dict(weights, assign=True)
         self.eval()
 
-    def forward(self, states: Tensor, mask: Tensor, vectors: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        states: Tensor,
+        mask: Tensor,
+        matches: Tensor | None = None,
+        vectors: Tensor | None = None,
+    ) -> Tensor:
         """Predict for each text of a padded batch, in standardized units; see `RelishHead`.
 
         `vectors` is (B, n, D), of which the linear path reads the first `n_vectors`.
@@ -148,10 +154,14 @@ class RelishEnsemble(nn.Module):
         >>> RelishEnsemble(heads, linear_path=True)(states, mask).shape
         torch.Size([2, 1])
         """
-        return self.forward_zero_padded(zero_padding(states, mask), mask, vectors)
+        return self.forward_zero_padded(zero_padding(states, mask), mask, matches, vectors)
 
     def forward_zero_padded(
-        self, states: Tensor, mask: Tensor, vectors: Tensor | None = None
+        self,
+        states: Tensor,
+        mask: Tensor,
+        matches: Tensor | None = None,
+        vectors: Tensor | None = None,
     ) -> Tensor:
         """The same as `forward`, without its check and copy: the padding must hold zeros.
 
@@ -167,10 +177,17 @@ class RelishEnsemble(nn.Module):
         torch.Size([2, 1])
         """
         states = states.to(self.head_weight.dtype)  # (B, S, D)
-        raw = [head.forward_zero_padded(states, mask) for head in self.heads]  # (B, n_outputs)
+        raw = [head.forward_zero_padded(states, mask, matches) for head in self.heads]
+        # (B, n_outputs) each
         return self._with_linear_path(self._mean(raw), states, mask, vectors)
 
-    def staged(self, states: Tensor, mask: Tensor, vectors: Tensor | None = None) -> Tensor:
+    def staged(
+        self,
+        states: Tensor,
+        mask: Tensor,
+        matches: Tensor | None = None,
+        vectors: Tensor | None = None,
+    ) -> Tensor:
         """The prediction after each iteration of the heads, (n_iterations, B, n_outputs).
 
         The padding must hold zeros.
@@ -187,12 +204,12 @@ class RelishEnsemble(nn.Module):
         torch.Size([3, 2, 1])
         """
         states = states.to(self.head_weight.dtype)  # (B, S, D)
-        raw = [head.staged(states, mask).unbind() for head in self.heads]
+        raw = [head.staged(states, mask, matches).unbind() for head in self.heads]
         mean = torch.stack([self._mean(stage) for stage in zip(*raw, strict=True)])
         # (n_iterations, B, n_outputs)
         return self._with_linear_path(mean, states, mask, vectors)
 
-    def attention(self, states: Tensor, mask: Tensor) -> Tensor:
+    def attention(self, states: Tensor, mask: Tensor, matches: Tensor | None = None) -> Tensor:
         """Weights of the tokens, (n_estimators, n_iterations, B, n_heads, S), of sum 1.
 
         The padding must hold zeros.
@@ -209,7 +226,7 @@ class RelishEnsemble(nn.Module):
         torch.Size([5, 3, 2, 2, 7])
         """
         states = states.to(self.head_weight.dtype)  # (B, S, D)
-        steps = [list(head.steps(states, mask)) for head in self.heads]
+        steps = [list(head.steps(states, mask, matches)) for head in self.heads]
         return torch.stack([torch.stack([step.attention for step in head]) for head in steps])
 
     def _mean(self, raw: Iterable[Tensor]) -> Tensor:

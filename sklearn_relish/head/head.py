@@ -160,6 +160,10 @@ class RelishHead(nn.Module):
     state_norm : {"rms", None}, default="rms"
         ``"rms"`` divides each token's state by its root mean square. None, the published choice,
         uses the states as they are.
+    pair : bool, default=False
+        Whether the texts are pairs: what is projected is then a token's state x, and next to it
+        ``|x - y|``, where y is the state of its match in the other text. This is no part of the
+        published method.
 
     Raises
     ------
@@ -197,6 +201,7 @@ class RelishHead(nn.Module):
         n_outputs: int = 1,
         share_weights: bool = False,
         state_norm: str | None = "rms",
+        pair: bool = False,
     ) -> None:
         super().__init__()
         check_head_sizes(latent_size, n_heads)
@@ -210,10 +215,12 @@ class RelishHead(nn.Module):
             "n_outputs": n_outputs,
             "share_weights": share_weights,
             "state_norm": state_norm,
+            "pair": pair,
         }
         self.n_iterations = n_iterations
         self.state_norm = state_norm
-        self.projection = nn.Linear(input_size, latent_size)
+        self.pair = pair
+        self.projection = nn.Linear((1 + pair) * input_size, latent_size)
         self.latent = nn.Parameter(torch.empty(latent_size).normal_(std=LATENT_STD))
         self.blocks = nn.ModuleList(
             RefinementBlock(latent_size, n_heads)
@@ -221,7 +228,7 @@ class RelishHead(nn.Module):
         )
         self.readout = nn.Linear(latent_size, n_outputs)
 
-    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, states: Tensor, mask: Tensor, matches: Tensor | None = None) -> Tensor:
         """Predict for each text of a padded batch.
 
         Parameters
@@ -230,6 +237,10 @@ class RelishHead(nn.Module):
             Token states. The values in the padding have no influence.
         mask : bool Tensor of shape (B, S)
             True on real tokens. Each text needs at least one, and they come before the padding.
+        matches : int64 Tensor of shape (B, S), default=None
+            For each token of a pair of texts, the position of its match; its own position for a
+            token that has none, and -1 for one that is compared with the mean of the text. Used,
+            and needed, only if `pair` is True.
 
         Returns
         -------
@@ -238,7 +249,8 @@ class RelishHead(nn.Module):
         Raises
         ------
         ValueError
-            If the mask has no real token for a text.
+            If the mask has no real token for a text, or the texts have no matches but `pair` is
+            True.
 
         Examples
         --------
@@ -248,9 +260,11 @@ class RelishHead(nn.Module):
         >>> head(torch.randn(2, 7, 16), torch.ones(2, 7, dtype=torch.bool)).shape
         torch.Size([2, 1])
         """
-        return self.forward_zero_padded(zero_padding(states, mask), mask)
+        return self.forward_zero_padded(zero_padding(states, mask), mask, matches)
 
-    def forward_zero_padded(self, states: Tensor, mask: Tensor) -> Tensor:
+    def forward_zero_padded(
+        self, states: Tensor, mask: Tensor, matches: Tensor | None = None
+    ) -> Tensor:
         """The same as `forward`, without its check and copy: the padding must hold zeros.
 
         Examples
@@ -262,10 +276,10 @@ class RelishHead(nn.Module):
         >>> head.forward_zero_padded(states, mask).shape
         torch.Size([2, 1])
         """
-        *_, last = self.steps(states, mask)
+        *_, last = self.steps(states, mask, matches)
         return self.readout(last.latent)  # (B, n_outputs)
 
-    def staged(self, states: Tensor, mask: Tensor) -> Tensor:
+    def staged(self, states: Tensor, mask: Tensor, matches: Tensor | None = None) -> Tensor:
         """The prediction after each iteration, (n_iterations, B, n_outputs).
 
         The padding must hold zeros.
@@ -278,9 +292,10 @@ class RelishHead(nn.Module):
         >>> head.staged(torch.randn(2, 7, 16), torch.ones(2, 7, dtype=torch.bool)).shape
         torch.Size([3, 2, 1])
         """
-        return torch.stack([self.readout(step.latent) for step in self.steps(states, mask)])
+        steps = self.steps(states, mask, matches)
+        return torch.stack([self.readout(step.latent) for step in steps])
 
-    def steps(self, states: Tensor, mask: Tensor) -> Iterator[Step]:
+    def steps(self, states: Tensor, mask: Tensor, matches: Tensor | None = None) -> Iterator[Step]:
         """The iterations, one by one. The padding must hold zeros.
 
         Examples
@@ -295,7 +310,7 @@ class RelishHead(nn.Module):
         ((2, 8), (2, 2, 7))
         ((2, 8), (2, 2, 7))
         """
-        context = self._context(states, mask)
+        context = self._context(states, mask, matches)
         latent = self.latent[None]  # (1, d): all texts begin with the same state
         for iteration in range(self.n_iterations):
             step = self.blocks[iteration % len(self.blocks)](latent, context)
@@ -330,13 +345,23 @@ class RelishHead(nn.Module):
         head.load_state_dict(kept, assign=True)
         return head.eval()
 
-    def _context(self, states: Tensor, mask: Tensor) -> Context:
+    def _context(self, states: Tensor, mask: Tensor, matches: Tensor | None) -> Context:
         """The tokens to attend to: projected, or not where folding the projection is cheaper."""
         weight, bias = self.projection.weight, self.projection.bias  # (d, D), (d,)
         states = states.to(weight.dtype)  # (B, S, D)
         padding = torch.zeros_like(mask, dtype=weight.dtype)  # (B, S)
         padding = padding.masked_fill_(~mask, -math.inf)[:, None]  # (B, 1, S)
         scale = rms_scale(states)[:, None] if self.state_norm == "rms" else None  # (B, 1, S)
+        if self.pair:
+            if matches is None:
+                raise ValueError(
+                    "The heads compare the tokens of two texts, but which token matches which is"
+                    " not known: pass matches, or a model that maps tokens to pieces of the text,"
+                    " as in fit."
+                )
+            if scale is not None:
+                states, scale = states * scale.transpose(1, 2), None
+            states = with_differences(states, mask, matches)  # (B, S, 2 * D)
         if self._folding_is_cheaper(*states.shape):
             return Context(states, weight, bias, scale, padding)
         return Context(linear(states, weight), None, bias, scale, padding)  # tokens (B, S, d)
@@ -374,6 +399,34 @@ def zero_padding(states: Tensor, mask: Tensor) -> Tensor:
             " real token."
         )
     return states.masked_fill(~mask[:, :, None], 0.0)  # (B, S, D)
+
+
+def with_differences(states: Tensor, mask: Tensor, matches: Tensor) -> Tensor:
+    """Each token's state x, and ``|x - y|`` for its match y, (B, S, 2 * D).
+
+    Examples
+    --------
+    >>> import torch
+    >>> states = torch.tensor([[[1.0], [3.0]]])
+    >>> mask = torch.ones(1, 2, dtype=torch.bool)
+    >>> with_differences(states, mask, torch.tensor([[1, -1]]))  # -1: the mean of the text
+    tensor([[[1., 2.],
+             [3., 1.]]])
+    """
+    n_texts, n_tokens, size = states.shape
+    first_rows = n_tokens * torch.arange(n_texts, device=states.device)[:, None]
+    rows = first_rows + matches.clamp(min=0)  # (B, S)
+    result = states.new_empty(n_texts, n_tokens, 2 * size)
+    result[:, :, :size] = states
+    differences = result[:, :, size:]
+    torch.sub(states, states.flatten(0, 1)[rows], out=differences)
+    to_mean = matches < 0  # (B, S)
+    if to_mean.any():
+        center = states.sum(dim=1) / mask.sum(dim=1)[:, None]  # (B, D)
+        texts, tokens = to_mean.nonzero(as_tuple=True)
+        differences[texts, tokens] = states[texts, tokens] - center[texts]
+    differences.abs_()
+    return result
 
 
 def rms_scale(states: Tensor) -> Tensor:

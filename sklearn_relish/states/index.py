@@ -263,7 +263,7 @@ class ShardIndex:
         for shard in self._names:
             if shard.n_bytes < SMALL_BYTES:
                 size = shard.n_bytes.bit_length() // 5  # up to 32 times as large
-                groups[size, shard.vectors.shape[1]].append(shard)
+                groups[size, shard.kind].append(shard)
         return [group for group in groups.values() if len(group) >= MERGE_SHARDS]
 
     def _check(self, shard: Shard) -> None:
@@ -318,6 +318,14 @@ def gather(entries: Sequence[Entry[Shard | MemoryStates]]) -> TokenStates:
             starts=torch.tensor([e.holder.vectors.shape[1] * e.number for e in entries]),
             lengths=torch.full((len(entries),), n_vectors),
         )
+    matches = None
+    if numbers and all(len(holder.matches) for holder in numbers):
+        matches = TokenStates(
+            arrays=tuple(holder.matches for holder in numbers),
+            array_index=array_index,
+            starts=torch.tensor([entry.first_token for entry in entries]),
+            lengths=torch.tensor([entry.length for entry in entries]),
+        )
     return TokenStates(
         arrays=tuple(holder.states for holder in numbers),
         array_index=array_index,
@@ -325,4 +333,5 @@ def gather(entries: Sequence[Entry[Shard | MemoryStates]]) -> TokenStates:
         lengths=torch.tensor([entry.length for entry in entries]),
         files=tuple(holder.path if isinstance(holder, Shard) else None for holder in numbers),
         vectors=vectors,
+        matches=matches,
     )

@@ -1,7 +1,8 @@
 """Pairs: which tokens belong to which of two texts, and vectors that compare them.
 
 A prompt that names two columns of texts makes one text of two, such as a sentence and its
-paraphrase or translation. Four more vectors of such a text are kept, see `pair_vectors`.
+paraphrase or translation. Of such a text, the match of each token in the other part is kept, see
+`match_tokens`, and four more vectors, see `pair_vectors`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 N_PAIR_VECTORS = 4  # the means of the two parts, and their distances from each other's tokens
-MAX_MATCHED = 2_048  # tokens of a part that are compared; of a longer part, evenly spaced ones
+NO_MATCH = -1  # in place of the position of a token
+MAX_MATCHED = 2_048  # tokens that may be matches; of a longer part, evenly spaced ones
 
 
 class PairTemplate(NamedTuple):
@@ -77,21 +79,19 @@ class PairTemplate(NamedTuple):
         return first, second
 
 
-def pair_vectors(states: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Vectors of a pair, (N_PAIR_VECTORS, D).
+def match_tokens(states: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """For each token, the position of its match; int32, (n_tokens,).
 
-    The first two are the means of the tokens of each part. The others say how much a part differs
-    from the other one: the mean of ``|a - b|`` over the tokens a of a part, where b is the token of
-    the other part that is most similar to a, by the cosine of their differences from the mean of
-    the text. BERTScore matches tokens in this way [1]_.
+    The match of a token of one part is the most similar token of the other one, by the cosine of
+    their differences from the mean of the text, as in BERTScore [1]_. It is `NO_MATCH` if the other
+    part has no tokens. The match of a token of neither part is the token itself.
 
     Parameters
     ----------
     states : Tensor of shape (n_tokens, D)
         Normalized token states of a text, in float32 or finer.
     first, second : bool Tensor of shape (n_tokens,)
-        The tokens of each part. A part without tokens counts as one token whose state is the mean
-        of the text.
+        The tokens of each part.
 
     References
     ----------
@@ -99,22 +99,56 @@ def pair_vectors(states: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
     Examples
     --------
-    >>> import torch
+    >>> states = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [1.0, 0.0], [5.0, 5.0]])
+    >>> first = torch.tensor([True, True, False, False, False])
+    >>> second = torch.tensor([False, False, True, True, False])
+    >>> match_tokens(states, first, second)
+    tensor([3, 2, 1, 0, 4], dtype=torch.int32)
+    """
+    matches = torch.arange(len(states))
+    centered = states - states.mean(dim=0)
+    for part, other in ((first, second), (second, first)):
+        candidates = other.nonzero()[:, 0]
+        if len(candidates) == 0:
+            matches[part] = NO_MATCH
+            continue
+        candidates = candidates[:: -(-len(candidates) // MAX_MATCHED)]
+        directions = normalize(centered[candidates], dim=1).T  # (D, n_candidates)
+        for tokens in part.nonzero()[:, 0].split(MAX_MATCHED):
+            matches[tokens] = candidates[(centered[tokens] @ directions).argmax(dim=1)]
+    return matches.int()
+
+
+def pair_vectors(states: Tensor, first: Tensor, second: Tensor, matches: Tensor) -> Tensor:
+    """Vectors of a pair, (N_PAIR_VECTORS, D).
+
+    The first two are the means of the tokens of each part. The others say how much a part differs
+    from the other one: the mean of ``|a - b|`` over the tokens a of a part and their matches b.
+
+    Parameters
+    ----------
+    states, first, second
+        As of `match_tokens`. A part without tokens has the mean of the text, which is also the
+        match of the tokens of the other part, and their distance.
+    matches : int Tensor of shape (n_tokens,)
+        What `match_tokens` returns.
+
+    Examples
+    --------
     >>> states = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [1.0, 0.0]])
     >>> first = torch.tensor([True, True, False, False])
-    >>> pair_vectors(states, first, ~first)
+    >>> pair_vectors(states, first, ~first, match_tokens(states, first, ~first))
     tensor([[0.5000, 0.5000],
             [0.5000, 1.0000],
             [0.0000, 0.5000],
             [0.0000, 0.5000]])
     """
-    center = states.mean(dim=0)
-    parts = [states[part] if part.any() else center[None] for part in (first, second)]
-    means = [part.mean(dim=0) for part in parts]
-    a, b = (part[:: -(-len(part) // MAX_MATCHED)] for part in parts)
-    cosine = normalize(a - center, dim=1) @ normalize(b - center, dim=1).T  # (n_first, n_second)
+    center, every = states.mean(dim=0), torch.ones_like(first)
+    matched = torch.where(matches[:, None] == NO_MATCH, center, states[matches])
+    differences = (states - matched).abs()  # (n_tokens, D)
+    means = [states[part].mean(dim=0) if part.any() else center for part in (first, second)]
     distances = [
-        (a - b[cosine.argmax(dim=1)]).abs().mean(dim=0),
-        (b - a[cosine.argmax(dim=0)]).abs().mean(dim=0),
+        differences[next(part for part in parts if part.any())].mean(dim=0)
+        for parts in ((first, second, every), (second, first, every))
     ]
     return torch.stack([*means, *distances])

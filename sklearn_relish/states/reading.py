@@ -311,9 +311,10 @@ class Reading:
             for name, layer in zip(names, layers, strict=True):
                 states, lower = read[layer], lower_layer(layer)
                 keys = [text_key(name, texts[row]) for row in rows]
-                vectors = text_vectors(states, None if lower is None else read[lower], parts)
+                lower_states = None if lower is None else read[lower]
+                vectors, matches = text_vectors(states, lower_states, parts)
                 kept = self._kept_values(states)
-                batches.append(_Batch(keys, kept, vectors, states.lengths, full_lengths))
+                batches.append(_Batch(keys, kept, vectors, matches, states.lengths, full_lengths))
             self.n_read += len(rows)
             self.n_tokens += int(batches[0].lengths.sum())
             yield rows, batches
@@ -476,20 +477,22 @@ class _Batch(NamedTuple):
     keys: list[bytes]
     states: Tensor
     vectors: Tensor
+    matches: Tensor
     lengths: Tensor
     full_lengths: np.ndarray
 
     @property
     def n_bytes(self) -> int:
-        """Size of states and vectors."""
-        return self.states.nbytes + self.vectors.nbytes
+        """Size of states, vectors and matches."""
+        return self.states.nbytes + self.vectors.nbytes + self.matches.nbytes
 
     def entries(self) -> dict[bytes, Entry[MemoryStates]]:
         """Where the states of each text lie."""
-        holder = MemoryStates(self.states, self.vectors)
+        holder = MemoryStates(self.states, self.vectors, self.matches)
+        first_tokens = self.lengths.cumsum(0) - self.lengths
         starts = TokenStates.from_lengths(self.states, self.lengths).starts
-        places = starts.tolist(), self.lengths.tolist(), self.full_lengths.tolist()
-        entries = zip(self.keys, *places, strict=True)
+        columns = first_tokens, starts, self.lengths, self.full_lengths
+        entries = zip(self.keys, *(column.tolist() for column in columns), strict=True)
         return {key: Entry(holder, i, *place) for i, (key, *place) in enumerate(entries)}
 
 
@@ -523,7 +526,8 @@ def _batch_of_one(key: bytes, entry: Entry[MemoryStates]) -> _Batch:
     """A recently predicted text as a batch."""
     lengths = torch.tensor([entry.length])
     full_lengths = np.array([entry.full_length])
-    return _Batch([key], entry.holder.states, entry.holder.vectors, lengths, full_lengths)
+    holder = entry.holder
+    return _Batch([key], holder.states, holder.vectors, holder.matches, lengths, full_lengths)
 
 
 def _shard(batches: list[_Batch], label: dict[str, str]) -> Shard:
@@ -531,6 +535,7 @@ def _shard(batches: list[_Batch], label: dict[str, str]) -> Shard:
     return Shard(
         states=torch.cat([batch.states for batch in batches]),
         vectors=torch.cat([batch.vectors for batch in batches]),
+        matches=torch.cat([batch.matches for batch in batches]),
         lengths=torch.cat([batch.lengths for batch in batches]),
         full_lengths=torch.from_numpy(np.concatenate([b.full_lengths for b in batches])),
         keys=torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, KEY_BYTES),

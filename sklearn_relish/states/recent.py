@@ -43,13 +43,14 @@ class RecentStates:
         """Keep a copy of a text's states if it fits the bound, and drop older ones for it."""
         states, vectors = entry.holder.states, entry.holder.vectors[entry.number][None]
         states = states.narrow(0, entry.start, n_rows(states, entry.length))
-        n_bytes = states.nbytes + vectors.nbytes + TEXT_BYTES
+        matches = entry.holder.matches[entry.first_token :][: entry.length]
+        n_bytes = states.nbytes + vectors.nbytes + matches.nbytes + TEXT_BYTES
         if n_bytes <= bound:
             self.pop(key)
             self.shrink(bound - n_bytes)
             # A copy: a view would keep the states of all texts of the batch.
-            copy = MemoryStates(states.clone(), vectors.clone())
-            self._entries[key] = entry._replace(holder=copy, number=0, start=0)
+            copy = MemoryStates(states.clone(), vectors.clone(), matches.clone())
+            self._entries[key] = entry._replace(holder=copy, number=0, first_token=0, start=0)
             self.n_bytes += n_bytes
 
     def pop(self, key: bytes) -> Entry[MemoryStates] | None:

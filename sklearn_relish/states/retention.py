@@ -132,7 +132,7 @@ class Retention:
                 for owner, shard in in_memory:
                     if owner is not index or n_bytes >= self.shard_bytes:
                         break
-                    if shards and shard.vectors.shape[1] != shards[0].vectors.shape[1]:
+                    if shards and shard.kind != shards[0].kind:
                         break
                     shards.append(shard)
                     n_bytes += shard.n_bytes

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sklearn_relish.states.pairs import N_PAIR_VECTORS
+from sklearn_relish.states.pairs import N_PAIR_VECTORS, NO_MATCH
 from sklearn_relish.states.quantization import n_rows, quantizer_of, state_size
 from sklearn_relish.states.vectors import N_VECTORS
 from sklearn_relish.utils.files import check_no_links, open_regular
@@ -36,7 +36,7 @@ HEADER_BYTES = 2**20  # bound of a safetensors header; this package writes less 
 MAX_TEXTS = 2**23  # bound of a file's texts, whose index is read into memory
 CHECK_BYTES = 16 * 2**20  # states that are checked at once
 SMALL_BYTES = 4 * 2**20  # smaller files are read, not mapped
-VALUES = ("states", "vectors")
+VALUES = ("states", "vectors", "matches")
 INDEX = ("keys", "lengths", "full_lengths")
 LABEL = ("model", "layer", "dtype", "max_length")
 
@@ -51,11 +51,12 @@ class MemoryStates:
 
     states: Tensor
     vectors: Tensor
+    matches: Tensor
 
     @property
     def n_bytes(self) -> int:
-        """Size of states and vectors."""
-        return self.states.nbytes + self.vectors.nbytes
+        """Size of states, vectors and matches."""
+        return self.states.nbytes + self.vectors.nbytes + self.matches.nbytes
 
 
 Holder = TypeVar("Holder", bound="Shard | MemoryStates", covariant=True)
@@ -64,11 +65,13 @@ Holder = TypeVar("Holder", bound="Shard | MemoryStates", covariant=True)
 class Entry(NamedTuple, Generic[Holder]):
     """Where a text's states lie, and how many tokens it had before it was cut.
 
-    `number` is the position of the text among those of its holder.
+    `number` is the position of the text among those of its holder, `first_token` that of its first
+    token among the tokens of all of them.
     """
 
     holder: Holder
     number: int
+    first_token: int
     start: int
     length: int
     full_length: int
@@ -84,6 +87,9 @@ class Shard:
         Text after text; or quantized, see `quantization`.
     vectors : Tensor of shape (n_texts, n_vectors, D)
         Vectors of each text, see `vectors`; there may be none. They are never quantized.
+    matches : int32 Tensor of shape (n_tokens, 1) or (0, 1)
+        The match of each token, text after text, see `match_tokens`; none if the texts are no
+        pairs.
     lengths, full_lengths : int64 Tensor of shape (n_texts,)
         Tokens of each text, and how many there were before the text was cut.
     keys : uint8 Tensor of shape (n_texts, KEY_BYTES)
@@ -102,6 +108,7 @@ class Shard:
 
     states: Tensor
     vectors: Tensor
+    matches: Tensor
     lengths: Tensor
     full_lengths: Tensor
     keys: Tensor
@@ -189,6 +196,7 @@ class Shard:
         return cls(
             states=torch.cat([shard.states for shard in shards]),
             vectors=torch.cat([shard.vectors for shard in shards]),
+            matches=torch.cat([shard.matches for shard in shards]),
             lengths=torch.cat([shard.lengths for shard in shards]),
             full_lengths=torch.cat([shard.full_lengths for shard in shards]),
             keys=torch.cat([shard.keys for shard in shards]),
@@ -198,14 +206,24 @@ class Shard:
 
     @property
     def n_bytes(self) -> int:
-        """Size of states and vectors."""
-        return self.states.nbytes + self.vectors.nbytes
+        """Size of states, vectors and matches."""
+        return self.states.nbytes + self.vectors.nbytes + self.matches.nbytes
+
+    @property
+    def kind(self) -> tuple[int, bool]:
+        """What merged shards must share: the number of vectors, and whether texts are pairs."""
+        return self.vectors.shape[1], len(self.matches) > 0
 
     def entries(self) -> Iterator[tuple[bytes, Entry[Shard]]]:
         """Each text's key, and where its states lie."""
         rows = n_rows(self.states, self.lengths)
-        starts = rows.cumsum(0) - rows
-        places = (starts.tolist(), self.lengths.tolist(), self.full_lengths.tolist())
+        columns = (
+            self.lengths.cumsum(0) - self.lengths,
+            rows.cumsum(0) - rows,
+            self.lengths,
+            self.full_lengths,
+        )
+        places = [column.tolist() for column in columns]
         for number, (key, *place) in enumerate(zip(self.text_keys(), *places, strict=True)):
             yield key, Entry(self, number, *place)
 
@@ -232,7 +250,8 @@ class Shard:
 
         Their checksum is computed once. The size of a file is checked each time, since reading
         beyond the end of a mapped file ends the process. States that are not finite, or that are
-        all zero as in a sparse file, can't be a model's, and neither can their vectors.
+        all zero as in a sparse file, can't be a model's, and neither can their vectors. A match is
+        a token of the same text.
 
         Raises
         ------
@@ -247,6 +266,10 @@ class Shard:
         if expected is not None:
             if not (all(starmap(_is_plausible, self._parts())) and self.vectors.isfinite().all()):
                 return False
+            if len(self.matches):
+                bounds = self.lengths.repeat_interleave(self.lengths)[:, None]
+                if not ((self.matches >= NO_MATCH) & (self.matches < bounds)).all():
+                    return False
             if checksum({name: getattr(self, name) for name in VALUES}) != expected:
                 return False
             self.states_checksum = None
@@ -303,7 +326,12 @@ def _is_plausible(states: Tensor, lengths: Tensor) -> bool:
 
 
 def _fits(
-    states: Tensor, vectors: Tensor, keys: Tensor, lengths: Tensor, full_lengths: Tensor
+    states: Tensor,
+    vectors: Tensor,
+    matches: Tensor,
+    keys: Tensor,
+    lengths: Tensor,
+    full_lengths: Tensor,
 ) -> bool:
     """Whether tensors can be a shard's."""
     return (
@@ -320,6 +348,8 @@ def _fits(
         and lengths.shape == full_lengths.shape
         and bool(((lengths > 0) & (lengths <= len(states)) & (lengths <= full_lengths)).all())
         and int(n_rows(states, lengths).sum()) == len(states)  # no overflow, as each is small
+        and matches.dtype == torch.int32
+        and matches.shape in ((0, 1), (int(lengths.sum()), 1))
     )
 
 

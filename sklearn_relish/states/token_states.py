@@ -36,6 +36,10 @@ class TokenStates:
         The shard's file of each array; None for an array in memory. Empty: all are in memory.
     vectors : TokenStates, default=None
         Vectors of each text, the same number for all, in place of states of tokens. None: none.
+    matches : TokenStates, default=None
+        Of pairs of texts: int32 arrays of shape (n_tokens, 1) in place of states, for each token
+        the position of the one that it is compared with, see `match_tokens`. None: they are no
+        pairs.
 
     Examples
     --------
@@ -53,6 +57,7 @@ class TokenStates:
     lengths: Tensor
     files: tuple[Path | None, ...] = ()
     vectors: TokenStates | None = None
+    matches: TokenStates | None = None
 
     @classmethod
     def from_lengths(cls, values: Tensor, lengths: Tensor) -> TokenStates:
@@ -91,6 +96,7 @@ class TokenStates:
             self.lengths[rows],
             self.files,
             None if self.vectors is None else self.vectors[rows],
+            None if self.matches is None else self.matches[rows],
         )
 
     def __iter__(self) -> Iterator[Tensor]:

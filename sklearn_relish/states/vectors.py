@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from sklearn_relish.states.pairs import N_PAIR_VECTORS, pair_vectors
+from sklearn_relish.states.pairs import N_PAIR_VECTORS, match_tokens, pair_vectors
 from sklearn_relish.states.token_states import TokenStates
 
 SHARE = 5 / 6  # of the layer that is read: half of the depth, where that is 60 %
@@ -51,13 +51,8 @@ def text_vectors(
     states: TokenStates,
     lower: TokenStates | None,
     parts: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
-) -> Tensor:
-    """The vectors of a batch of texts, (n_texts, n_vectors, D) in the dtype of the states.
-
-    The first `N_VECTORS` are the mean, the last and the standard deviation of the states of a lower
-    layer, each divided by its root mean square. Pairs have those of `pair_vectors` in addition. The
-    vectors of a text do not depend on the other texts. There are none, (n_texts, 0, D), without a
-    lower layer, or if its states have another size.
+) -> tuple[Tensor, Tensor]:
+    """What is kept of a batch of texts next to their states.
 
     Parameters
     ----------
@@ -66,25 +61,40 @@ def text_vectors(
     parts : sequence of (bool ndarray, bool ndarray), default=None
         For each text, the tokens of the two parts of a pair. None: the texts are not pairs.
 
+    Returns
+    -------
+    vectors : Tensor of shape (n_texts, n_vectors, D)
+        In the dtype of the states. The first `N_VECTORS` are the mean, the last and the standard
+        deviation of the states of the lower layer, each divided by its root mean square. Pairs have
+        those of `pair_vectors` in addition. The vectors of a text do not depend on the other texts.
+        There are none, (n_texts, 0, D), without a lower layer, or if its states have another size.
+    matches : int32 Tensor of shape (n_tokens, 1)
+        The matches of the tokens of pairs, by the states of the lower layer if there is one; see
+        `match_tokens`. There are none, (0, 1), if the texts are not pairs.
+
     Examples
     --------
     >>> import torch
     >>> lower = TokenStates.from_lengths(torch.tensor([[3.0, 4.0], [3.0, 4.0]]), torch.tensor([2]))
-    >>> text_vectors(lower, lower)[0].sum(dim=1)  # mean and last are 0.85, 1.13
+    >>> vectors, _ = text_vectors(lower, lower)
+    >>> vectors[0].sum(dim=1)  # mean and last are 0.85, 1.13
     tensor([1.9799, 1.9799, 0.0000])
     """
     dtype, size = states.arrays[0].dtype, states.hidden_size
-    if lower is None or lower.hidden_size != size:
-        return torch.empty(len(states), 0, size, dtype=dtype)
-    n_vectors = N_VECTORS if parts is None else N_VECTORS + N_PAIR_VECTORS
+    has_vectors = lower is not None and lower.hidden_size == size
+    n_vectors = (N_VECTORS if parts is None else N_VECTORS + N_PAIR_VECTORS) if has_vectors else 0
     vectors = torch.empty(len(states), n_vectors, size, dtype=dtype)
-    for number, (text, of_text) in enumerate(zip(lower, vectors, strict=True)):
+    matches = [torch.empty(0, dtype=torch.int32)]
+    for number, text in enumerate(states if lower is None else lower):
         text = text.to(torch.promote_types(dtype, torch.float32))  # (S, D)
-        text = rms_norm(text, (size,), eps=RMS_EPSILON)
-        mean = text.mean(dim=0)
-        of_text[0], of_text[1] = mean, text[-1]
-        of_text[2] = (text - mean).square_().mean(dim=0).sqrt_()
+        text = rms_norm(text, text.shape[1:], eps=RMS_EPSILON)
         if parts is not None:
             first, second = map(torch.from_numpy, parts[number])
-            of_text[N_VECTORS:] = pair_vectors(text, first, second)
-    return vectors
+            matches.append(match_tokens(text, first, second))
+        if has_vectors:
+            mean = text.mean(dim=0)
+            vectors[number, 0], vectors[number, 1] = mean, text[-1]
+            vectors[number, 2] = (text - mean).square_().mean(dim=0).sqrt_()
+            if parts is not None:
+                vectors[number, N_VECTORS:] = pair_vectors(text, first, second, matches[-1])
+    return vectors, torch.cat(matches)[:, None]

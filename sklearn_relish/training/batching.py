@@ -125,8 +125,8 @@ class BatchLoader:
         finally:
             self._release_window()
 
-    def load(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """A padded batch.
+    def load(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """A padded batch: what a head is called with.
 
         Parameters
         ----------
@@ -140,11 +140,17 @@ class BatchLoader:
             Padded with zeros. On a CPU the next batch overwrites them.
         mask : bool Tensor of shape (B, S)
             True on real tokens.
+        matches : int64 Tensor of shape (B, S)
+            Only of pairs of texts, see `TokenStates`.
         """
         states, mask = self._window.batch(rows)
         if self.device.type == "cpu":
-            return self._in_buffer(states), mask
-        return states.to(self.device), mask.to(self.device)
+            states = self._in_buffer(states)
+        batch = states.to(self.device), mask.to(self.device)
+        if self.states.matches is None:
+            return batch
+        matches, _ = self.states.matches.batch(rows)  # (B, S, 1)
+        return *batch, matches[:, :, 0].long().to(self.device)
 
     def _load_window(self, rows: Tensor, following: list[Tensor]) -> None:
         self._window = self.states  # lets go of the last window

@@ -46,7 +46,9 @@ def staged_predict_states(
     """Predictions after each iteration: float64, (n_texts, n_iterations, n_predictions)."""
     head, loader = _prepared(head, states, device)
     stages = predict_batches(
-        lambda *batch: head.staged(*batch).transpose(0, 1), loader, states.vectors
+        lambda *batch, **further: head.staged(*batch, **further).transpose(0, 1),
+        loader,
+        states.vectors,
     )
     return stages.double().numpy()
 
@@ -66,13 +68,13 @@ def predict_batches(
 ) -> Tensor:
     """Predictions for all texts of a loader, on the CPU, in the order of the texts.
 
-    `predict` gets a batch of states, its mask and, if `vectors` of all texts are given, theirs.
+    `predict` gets a batch of the loader and, if `vectors` of all texts are given, its vectors.
     """
     batches, predictions = [], []
     for batch in loader.prediction_batches():
         batches.append(batch)
-        of_batch = [] if vectors is None else [vectors.batch(batch)[0].to(loader.device)]
-        predictions.append(predict(*loader.load(batch), *of_batch))
+        further = {} if vectors is None else {"vectors": vectors.batch(batch)[0].to(loader.device)}
+        predictions.append(predict(*loader.load(batch), **further))
     return torch.cat(predictions).cpu()[torch.cat(batches).argsort()]
 
 

@@ -408,13 +408,13 @@ class _Step:
 
     def _losses(self, rows: Tensor) -> Tensor:
         """The losses of the rows, (n_iterations, B); without deep supervision (1, B)."""
-        states, mask = self.loader.load(rows)
+        batch = self.loader.load(rows)
         rows = rows.to(self.y.device)
         y, weight = self.y[rows], self.weight[rows]
         if self.deep_supervision:
-            raw = self.head.staged(states, mask)  # (n_iterations, B, n_outputs * n_predictions)
+            raw = self.head.staged(*batch)  # (n_iterations, B, n_outputs * n_predictions)
         else:
-            raw = self.head.forward_zero_padded(states, mask)[None]
+            raw = self.head.forward_zero_padded(*batch)[None]
         return torch.stack([self.loss_fn.loss(stage, y).mean(dim=1) * weight for stage in raw])
 
 

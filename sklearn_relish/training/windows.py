@@ -109,7 +109,8 @@ class Windows:
                             " and let nothing else change the files of the store."
                         )
                     end += length
-        return TokenStates((buffer, *states.arrays), array_index, starts, states.lengths)
+        arrays = buffer, *states.arrays
+        return TokenStates(arrays, array_index, starts, states.lengths, matches=states.matches)
 
     def read_ahead(self, rows: Tensor) -> None:
         """Ask the system to read the rows' files into its cache, without waiting for that."""

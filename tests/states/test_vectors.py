@@ -22,7 +22,7 @@ def vectors_of(states):
 def expected(llm):
     """The vectors of `TEXTS`, computed from the states of the lower layer."""
     lower = fetch(StateStore(), TEXTS, llm, layer=LOWER)
-    vectors = list(text_vectors(lower, lower))
+    vectors = list(text_vectors(lower, lower)[0])
     llm.tokens_read = 0
     return vectors
 
@@ -42,7 +42,8 @@ def test_vectors_are_the_poolings_of_the_linear_path(dtype):
     values = 10 * torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
     lower = TokenStates.from_lengths(values, lengths)
     before = values.clone()
-    vectors = text_vectors(lower, lower)
+    vectors, matches = text_vectors(lower, lower)
+    assert matches.shape == (0, 1)
     assert torch.equal(values, before)
     assert vectors.shape == (3, N_VECTORS, 6)
     assert vectors.dtype == dtype
@@ -50,7 +51,7 @@ def test_vectors_are_the_poolings_of_the_linear_path(dtype):
     torch.testing.assert_close(vectors, torch.stack(poolings, dim=1).to(dtype))
     alone = lower[torch.tensor([1])]
     alone = TokenStates.from_lengths(values[3:4], alone.lengths)
-    assert torch.equal(text_vectors(alone, alone)[0], vectors[1])
+    assert torch.equal(text_vectors(alone, alone)[0][0], vectors[1])
 
 
 def test_there_are_no_vectors_without_a_lower_layer_of_the_same_size(llm):
@@ -58,7 +59,9 @@ def test_there_are_no_vectors_without_a_lower_layer_of_the_same_size(llm):
     assert states.vectors is None
     states = TokenStates.from_lengths(torch.ones(3, 6), torch.tensor([1, 2]))
     narrow = TokenStates.from_lengths(torch.ones(3, 4), torch.tensor([1, 2]))
-    assert text_vectors(states, narrow).shape == text_vectors(states, None).shape == (2, 0, 6)
+    for lower in (narrow, None):
+        vectors, _ = text_vectors(states, lower)
+        assert vectors.shape == (2, 0, 6)
 
 
 @pytest.mark.parametrize("on_disk", [False, True])

@@ -251,7 +251,7 @@ def installed_version(package: str) -> str | None:
 
 
 PACKAGES = ["torch", "transformers", "scikit-learn", "sentence-transformers", "peft"]
-REVISION = 2  # goes up when a change of the package changes results with the same settings
+REVISION = 3  # goes up when a change of the package changes results with the same settings
 VERSIONS = {"sklearn_relish": f"{__version__} (revision {REVISION})"}
 VERSIONS |= {name: installed_version(name) for name in PACKAGES}
 NO_LLM: Any = SimpleNamespace(_source=None, torch_device=None)  # settings depend on no model

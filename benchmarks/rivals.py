@@ -16,6 +16,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ from transformers import (
 
 from sklearn_relish import LLMEncoder, RelishRegressor
 from sklearn_relish.llm.loading import quiet_loading
+from sklearn_relish.states.token_states import TokenStates
 
 TUNING_ROWS = 24  # training rows on which a prompt is chosen
 CANDIDATES = 11  # numbers between the lowest and the highest of the training rows
@@ -94,9 +96,16 @@ def pooled_mlp(model: Any, random_state: int = 0, **reading: Any) -> Any:
     return make_pipeline(LLMEncoder(model, **reading), StandardScaler(), search)
 
 
+class WithoutMatches(RelishRegressor):
+    """A RelishRegressor whose heads do not compare the tokens of two texts."""
+
+    def _states(self, texts: list[str], layer: int) -> TokenStates:
+        return replace(super()._states(texts, layer), matches=None)
+
+
 def published_relish(model: Any, **parameters: Any) -> RelishRegressor:
     """RELISH as published: the last layer, its states as they are, one head, one loss."""
-    return RelishRegressor(
+    return WithoutMatches(
         model,
         layer=-1,
         state_norm=None,

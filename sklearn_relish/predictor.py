@@ -13,7 +13,6 @@ from sklearn.utils.validation import check_is_fitted
 
 from sklearn_relish.base import BaseLLMEstimator
 from sklearn_relish.head.ensemble import RelishEnsemble
-from sklearn_relish.states.vectors import N_VECTORS
 from sklearn_relish.training.conformal import Conformal
 from sklearn_relish.training.inference import (
     attention_weights,
@@ -292,7 +291,7 @@ class RelishPredictor(BaseLLMEstimator):
                 f" but {llm!r} has a hidden size of {llm.hidden_size} and {llm.n_layers} layers:"
                 " pass the model that was used in fit, or fit again."
             )
-        if self.head_.n_vectors > N_VECTORS and self._pair() is None:
+        if self.head_.heads[0].pair and self._pair() is None:
             raise ValueError(
                 f"The regressor was fitted on rows of two texts, but prompt={self.prompt!r} does"
                 " not make a text of two: pass the prompt of fit, or fit again."

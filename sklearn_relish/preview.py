@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from sklearn_relish.llm.frozen import FrozenLLM
-from sklearn_relish.states.pairs import N_PAIR_VECTORS
+from sklearn_relish.states.pairs import MATCH_BYTES, N_PAIR_VECTORS
 from sklearn_relish.states.quantization import QUANTIZERS, n_rows
 from sklearn_relish.states.reader import read_batches
 from sklearn_relish.states.store import open_store
@@ -211,7 +211,8 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
         n_read, full_lengths = llm.count_tokens(distinct, **reading)
         n_tokens, n_cut = int(n_read.sum()), int((full_lengths > n_read).sum())
 
-    n_vectors = N_VECTORS if regressor._pair() is None else N_VECTORS + N_PAIR_VECTORS
+    is_pair = regressor._pair() is not None
+    n_vectors = N_VECTORS + (N_PAIR_VECTORS if is_pair else 0)
     vector_bytes = n_vectors * pieces[0][0].nbytes if len(layers) > 1 else 0
     values, bits = torch.cat(pieces), open_store(regressor.memory).bits
     lengths = torch.tensor([len(piece) for piece in pieces])
@@ -225,7 +226,8 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
         longest=int(full_lengths.max()),
         n_cut=n_cut,
         n_bytes=(n_tokens + n_texts * n_rows(values, 0)) * values[0].nbytes
-        + n_texts * vector_bytes,
+        + n_texts * vector_bytes
+        + n_tokens * (MATCH_BYTES if is_pair else 0),
         read_seconds=seconds / sample_tokens * n_tokens,
         train_seconds=training_seconds(regressor._plan(n_texts, states.hidden_size), states),
     )

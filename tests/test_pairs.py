@@ -1,4 +1,4 @@
-"""Rows of two columns of texts: the linear path reads which text a token belongs to."""
+"""Rows of two columns of texts: heads and ridges read which text a token belongs to."""
 
 import numpy as np
 import pandas as pd
@@ -64,6 +64,7 @@ def test_a_regressor_reads_each_pair_once_and_has_ridges_of_pairs(llm, kind, pro
     assert store.misses == len(X.drop_duplicates())
     assert regressor.head_.n_vectors == N_ALL
     assert regressor.head_.linear.in_features == (3 + N_ALL) * llm.hidden_size
+    assert all(head.pair for head in regressor.head_.heads)
     parts = [row["part"] for row in regressor.ensemble_summary_]
     assert parts[-2:] == ["ridge pair means", "ridge pair distances"]
     fresh, _ = rows_of_pairs(8, seed=1)
@@ -86,6 +87,21 @@ def test_other_rows_have_no_ridges_of_pairs(llm, other_columns):
     X = X.assign(number=range(40), third="x")[["first", *other_columns]]
     regressor = small(RelishRegressor, llm).fit(X, y)
     assert regressor.head_.n_vectors == N_VECTORS
+    assert not regressor.head_.heads[0].pair
+
+
+def test_heads_see_what_two_texts_share(llm):
+    X, y = rows_of_pairs(600)
+    fresh, expected = rows_of_pairs(200, seed=1)
+    texts, fresh_texts = (
+        [f"first: {row.first}\nsecond: {row.second}" for row in rows.itertuples()]
+        for rows in (X, fresh)
+    )
+    options = {"linear_path": False, "max_epochs": 10}
+    of_pairs = small(RelishRegressor, llm, **options).fit(X, y)
+    of_texts = small(RelishRegressor, llm, **options).fit(texts, y)
+    r2 = of_pairs.score(fresh, expected)
+    assert r2 > of_texts.score(fresh_texts, expected) + 0.1
 
 
 @pytest.mark.parametrize("number", range(2))
@@ -204,7 +220,8 @@ def test_a_model_without_spans_has_no_ridges_of_pairs(llm, tmp_path):
     plain = small(RelishRegressor, other, memory=StateStore(tmp_path)).fit(X, y)
     assert plain.head_.n_vectors == N_VECTORS
     regressor = small(RelishRegressor, llm).fit(X, y)
-    with pytest.raises(ValueError, match="there are 3: pass them as vectors, or a model that maps"):
+    assert not plain.head_.heads[0].pair
+    with pytest.raises(ValueError, match="pass matches, or a model that maps tokens"):
         regressor.set_params(model=other).predict({"first": ["unread"], "second": ["so far"]})
 
 

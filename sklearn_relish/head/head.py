@@ -413,20 +413,14 @@ def with_differences(states: Tensor, mask: Tensor, matches: Tensor) -> Tensor:
     tensor([[[1., 2.],
              [3., 1.]]])
     """
-    n_texts, n_tokens, size = states.shape
+    n_texts, n_tokens, _ = states.shape
     first_rows = n_tokens * torch.arange(n_texts, device=states.device)[:, None]
-    rows = first_rows + matches.clamp(min=0)  # (B, S)
-    result = states.new_empty(n_texts, n_tokens, 2 * size)
-    result[:, :, :size] = states
-    differences = result[:, :, size:]
-    torch.sub(states, states.flatten(0, 1)[rows], out=differences)
+    matched = states.flatten(0, 1)[first_rows + matches.clamp(min=0)]  # (B, S, D)
     to_mean = matches < 0  # (B, S)
     if to_mean.any():
-        center = states.sum(dim=1) / mask.sum(dim=1)[:, None]  # (B, D)
-        texts, tokens = to_mean.nonzero(as_tuple=True)
-        differences[texts, tokens] = states[texts, tokens] - center[texts]
-    differences.abs_()
-    return result
+        center = states.sum(dim=1, keepdim=True) / mask.sum(dim=1)[:, None, None]  # (B, 1, D)
+        matched = torch.where(to_mean[:, :, None], center, matched)
+    return torch.cat([states, (states - matched).abs()], dim=2)
 
 
 def rms_scale(states: Tensor) -> Tensor:

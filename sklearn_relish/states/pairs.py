@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 
 N_PAIR_VECTORS = 4  # the means of the two parts, and their distances from each other's tokens
 NO_MATCH = -1  # in place of the position of a token
+MATCH_BYTES = 4  # of an int32
 MAX_MATCHED = 2_048  # tokens that may be matches; of a longer part, evenly spaced ones
 
 

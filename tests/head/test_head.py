@@ -197,3 +197,71 @@ def test_a_text_without_tokens_is_refused_by_its_row():
     for module in (head, RelishEnsemble([head], linear_path=True)):
         with pytest.raises(ValueError, match="False for all tokens of rows 1, 3"):
             module(states, mask)
+
+
+def pair_batch():
+    """A ragged batch, and matches of its tokens; some of them are compared with the mean."""
+    states, mask = ragged_batch()
+    generator = torch.Generator().manual_seed(2)
+    share = torch.rand(mask.shape, generator=generator)
+    matches = (share * mask.sum(dim=1)[:, None]).long()
+    matches[torch.rand(mask.shape, generator=generator) < 0.2] = -1
+    return states, mask, matches
+
+
+def with_differences_one_by_one(text, matches):
+    compared = [text.mean(dim=0) if match < 0 else text[match] for match in matches]
+    differences = [(a - b).abs() for a, b in zip(text, compared, strict=True)]
+    return torch.cat([text, torch.stack(differences)], dim=1)
+
+
+@pytest.mark.parametrize("state_norm", ["rms", None])
+@pytest.mark.parametrize("folding", [False, True])
+def test_a_head_of_pairs_reads_how_tokens_differ_from_their_matches(
+    state_norm, folding, monkeypatch
+):
+    monkeypatch.setattr(RelishHead, "_folding_is_cheaper", lambda *_: folding)
+    head = randomized(RelishHead(24, **TEXTBOOK_SIZES, state_norm=state_norm, pair=True)).double()
+    plain = RelishHead(48, **TEXTBOOK_SIZES, state_norm=None).double()
+    plain.load_state_dict(head.state_dict())
+    states, mask, matches = pair_batch()
+    states = states.double()
+    found = head(states, mask, matches)
+    for row, (text, real) in enumerate(zip(states, mask, strict=True)):
+        text = text[real]
+        if state_norm == "rms":
+            text = nn.functional.rms_norm(text, (24,), eps=1e-6)
+        read = with_differences_one_by_one(text, matches[row][real].tolist())[None]
+        expected = plain(read, torch.ones(1, len(text), dtype=torch.bool))
+        torch.testing.assert_close(found[row], expected[0], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("padding", [0.0, math.nan])
+def test_the_prediction_for_a_pair_does_not_depend_on_batch_or_padding(padding):
+    head = randomized(RelishHead(24, **TEXTBOOK_SIZES, pair=True)).double()
+    ensemble = RelishEnsemble([head], linear_path=False)
+    states, mask, matches = pair_batch()
+    states = states.double().masked_fill(~mask[:, :, None], padding)
+    together = ensemble(states, mask, matches)
+    torch.testing.assert_close(together, head(states, mask, matches))
+    for row, length in enumerate(mask.sum(dim=1).tolist()):
+        alone = states[row : row + 1, :length], mask[row : row + 1, :length]
+        found = head(*alone, matches[row : row + 1, :length])
+        torch.testing.assert_close(found[0], together[row], atol=1e-9, rtol=1e-9)
+
+
+def test_a_head_of_pairs_needs_matches_and_another_one_ignores_them():
+    states, mask, matches = pair_batch()
+    head = RelishHead(24, **TEXTBOOK_SIZES)
+    assert torch.equal(head(states, mask, matches), head(states, mask))
+    of_pairs = RelishHead(24, **TEXTBOOK_SIZES, pair=True)
+    for module in (of_pairs, RelishEnsemble([of_pairs], linear_path=True)):
+        with pytest.raises(ValueError, match="pass matches, or a model that maps tokens"):
+            module(states, mask)
+
+
+def test_gradients_of_a_head_of_pairs():
+    head = randomized(RelishHead(4, latent_size=4, n_heads=2, n_iterations=1, pair=True)).double()
+    states, mask = ragged_batch(n_texts=2, longest=3, size=4)
+    states, matches = states.double().requires_grad_(), torch.zeros(2, 3, dtype=torch.int64)
+    assert torch.autograd.gradcheck(lambda x: head(x, mask, matches), states)

@@ -71,6 +71,7 @@ def make_shard(texts, seed=0, collection=COLLECTION):
     return Shard(
         states=states,
         vectors=torch.randn(len(texts), N_VECTORS, SIZE),
+        matches=torch.empty(0, 1, dtype=torch.int32),
         lengths=lengths,
         full_lengths=lengths + 1,
         keys=torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(len(texts), -1),

@@ -32,7 +32,8 @@ def make_entries(folder, bits=None):
         keys = torch.zeros(IN_FILE, KEY_BYTES, dtype=torch.uint8)
         kept = states if bits is None else QUANTIZERS[bits].quantize_texts(states, lengths)
         vectors = torch.empty(IN_FILE, 0, SIZE)
-        shard = Shard(kept, vectors, lengths, lengths.clone(), keys, LABEL)
+        matches = torch.arange(int(lengths.sum()), dtype=torch.int32)[:, None] % lengths[0]
+        shard = Shard(kept, vectors, matches, lengths, lengths.clone(), keys, LABEL)
         saved = shard.save(folder / f"{number}.safetensors", map_small=True)
         entries += [entry for _, entry in saved.entries()]
     order = torch.randperm(len(entries), generator=generator).tolist()
@@ -89,8 +90,11 @@ def test_windows_have_each_text_once_within_their_bytes(entries, small_windows, 
 
 def test_a_window_has_the_states_of_its_texts(entries, tmp_path):
     entries = entries[::3] + entries[:20]  # with gaps, and some twice
-    in_memory = MemoryStates(torch.randn(9, SIZE), torch.empty(1, 0, SIZE))
-    entries += [entry._replace(holder=in_memory, number=0, start=0) for entry in entries[:2]]
+    in_memory = MemoryStates(
+        torch.randn(9, SIZE), torch.empty(1, 0, SIZE), torch.zeros(9, 1, dtype=torch.int32)
+    )
+    place = {"holder": in_memory, "number": 0, "first_token": 0, "start": 0}
+    entries += [entry._replace(**place) for entry in entries[:2]]
     expected = gather(entries)
     (tmp_path / "3.safetensors").unlink()  # merged or evicted meanwhile
     chosen = Windows(gather(entries), 2**20)
@@ -141,10 +145,12 @@ def test_training_batches_are_full_and_mix_files(entries, small_windows):
     loader = BatchLoader(states, CPU, torch.float32, 20_000)
     batches, n_padded = [], 0
     for batch in loader.training_batches(7, torch.Generator().manual_seed(0)):
-        padded, mask = loader.load(batch)
+        padded, mask, matches = loader.load(batch)
         assert same(states, batch, states)
         for text, state, real in zip(states[batch], padded, mask, strict=True):
             assert torch.equal(state[real], text)
+        for of_text, real in zip(matches, mask, strict=True):
+            assert of_text[real].tolist() == list(range(int(real.sum())))
         batches.append(batch)
         n_padded += mask.numel()
     assert torch.equal(torch.cat(batches).sort().values, torch.arange(len(states)))
@@ -190,6 +196,7 @@ def test_an_ensemble_learns_from_windows_and_is_the_same_again(small_windows, tm
     shard = Shard(
         states=examples.states.arrays[0],
         vectors=torch.empty(600, 0, examples.states.hidden_size),
+        matches=torch.empty(0, 1, dtype=torch.int32),
         lengths=examples.states.lengths,
         full_lengths=examples.states.lengths.clone(),
         keys=torch.zeros(600, KEY_BYTES, dtype=torch.uint8),

@@ -70,8 +70,9 @@ class StateStore:
         of the randomly rotated state, but for its 4 largest values (18 more bytes per token), in
         about a quarter of the bytes. In both, the state of a text's last token is kept in bfloat16;
         in 4 bits a text also has a scale for each value. The vectors of a lower layer, three for
-        each text and seven for a pair of texts, are never quantized. States that are kept in one
-        form are read again for another.
+        each text and seven for a pair of texts, are never quantized, and the matches of a pair's
+        tokens come from states that are not. States that are kept in one form are read again for
+        another.
 
     Raises
     ------
@@ -179,9 +180,9 @@ class StateStore:
         windows : bool, default=False
             If True, longer texts are read completely, in windows of `max_length` tokens.
         pair : PairTemplate, default=None
-            The template of the texts if each is a pair: vectors that compare its parts are kept in
-            addition. The estimators pass it for two columns of texts; to read such rows ahead, call
-            `LLMEncoder.fit_transform` with the same prompt.
+            The template of the texts if each is a pair: its tokens' matches, and vectors that
+            compare its parts, are kept in addition. The estimators pass it for two columns of
+            texts; to read such rows ahead, call `LLMEncoder.fit_transform` with the same prompt.
         progress : bool
             Whether a bar counts the texts that are read.
 
@@ -297,9 +298,9 @@ class StateStore:
         windows : bool, default=False
             If True, longer texts are read completely, in windows of `max_length` tokens.
         pair : PairTemplate, default=None
-            The template of the texts if each is a pair: vectors that compare its parts are kept in
-            addition. The estimators pass it for two columns of texts; to read such rows ahead, call
-            `LLMEncoder.fit_transform` with the same prompt.
+            The template of the texts if each is a pair: its tokens' matches, and vectors that
+            compare its parts, are kept in addition. The estimators pass it for two columns of
+            texts; to read such rows ahead, call `LLMEncoder.fit_transform` with the same prompt.
         progress : bool, default=False
             Whether a bar counts the texts whose states were yielded.
 

@@ -150,7 +150,7 @@ def main() -> None:
     print(f"\nTime of a head on {len(texts)} texts of {set_name}, as a share of reading them\n")
     for depth in DEPTHS:
         sizes = {"input_size": llm.hidden_size, "latent_size": RelishRegressor().latent_size}
-        head = new_head(0, **sizes, n_iterations=depth)
+        head = new_head(0, **sizes, pair=states.matches is not None, n_iterations=depth)
         seconds = fastest(lambda head=head: predict_states(head, states, llm.torch_device))
         print(f"{depth} iterations: {100 * seconds / reading:.1f} %")
 

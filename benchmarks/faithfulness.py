@@ -17,16 +17,17 @@ method), and the share of texts that change more without the most attended token
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from evaluation import TASKS, find_models, load
-from torch import Tensor
 
 from sklearn_relish import RelishRegressor, StateStore
 from sklearn_relish.head.ensemble import RelishEnsemble
 from sklearn_relish.predictor import TextAttention
+from sklearn_relish.states.pairs import NO_MATCH
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.inference import predict_states
 
@@ -53,6 +54,20 @@ def without(text: str, spans: np.ndarray) -> str:
     """A text without the characters of some spans."""
     gone = {place for begin, end in spans for place in range(begin, end)}
     return "".join(character for place, character in enumerate(text) if place not in gone)
+
+
+def some_tokens(states: TokenStates, tokens: list[np.ndarray]) -> TokenStates:
+    """States of some tokens of pairs; a token whose match is not among them has none."""
+    matches = []
+    for match, rows in zip(states.matches, tokens, strict=True):
+        position = torch.full((len(match),), NO_MATCH, dtype=torch.int32)
+        position[rows] = torch.arange(len(rows), dtype=torch.int32)
+        found = match[rows, 0].long()
+        matches.append(torch.where(found < 0, NO_MATCH, position[found])[:, None])
+    values = [text[rows] for text, rows in zip(states, tokens, strict=True)]
+    lengths = torch.tensor([len(rows) for rows in tokens])
+    matches = TokenStates.from_lengths(torch.cat(matches), lengths)
+    return replace(TokenStates.from_lengths(torch.cat(values), lengths), matches=matches)
 
 
 def main() -> None:
@@ -82,12 +97,10 @@ def main() -> None:
             "pair": task.pair,
             "progress": False,
         }
-        states = list(store.fetch([one.text for one in found], llm, **reading))
+        states = store.fetch([one.text for one in found], llm, **reading)
 
-        def answers(states: list[Tensor], head: RelishEnsemble = regressor.head_) -> np.ndarray:
-            lengths = torch.tensor([len(some) for some in states])
-            ragged = TokenStates.from_lengths(torch.cat(states), lengths)
-            return predict_states(head, ragged, llm.torch_device)[:, 0]
+        def answers(states: TokenStates, head: RelishEnsemble = regressor.head_) -> np.ndarray:
+            return predict_states(head, states, llm.torch_device)[:, 0]
 
         whole = answers(states)
         for share in SHARES:
@@ -100,16 +113,15 @@ def main() -> None:
                     order = random.permutation(len(tokens)) if draw else np.argsort(-weights)
                     removed.append(tokens[order[: max(1, round(share * len(tokens)))]])
                 kept = [
-                    np.setdiff1d(np.arange(len(some)), out)
-                    for some, out in zip(states, removed, strict=True)
+                    np.setdiff1d(np.arange(len(text)), out)
+                    for text, out in zip(states, removed, strict=True)
                 ]
-                fewer = [some[rows] for some, rows in zip(states, kept, strict=True)]
-                moved["states"].append(np.abs(answers(fewer) - whole))
+                moved["states"].append(np.abs(answers(some_tokens(states, kept)) - whole))
                 cut = [
                     without(one.text, one.spans[out])
                     for one, out in zip(found, removed, strict=True)
                 ]
-                anew = list(StateStore().fetch(cut, llm, **reading))
+                anew = StateStore().fetch(cut, llm, **reading)
                 moved["text"].append(np.abs(answers(anew) - whole))
             for kind, (most, *draws) in moved.items():
                 some = np.mean(draws, axis=0)

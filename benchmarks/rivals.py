@@ -99,8 +99,8 @@ def pooled_mlp(model: Any, random_state: int = 0, **reading: Any) -> Any:
 class WithoutMatches(RelishRegressor):
     """A RelishRegressor whose heads do not compare the tokens of two texts."""
 
-    def _states(self, texts: list[str], layer: int) -> TokenStates:
-        return replace(super()._states(texts, layer), matches=None)
+    def _states(self, *arguments: Any, **more: Any) -> TokenStates:
+        return replace(super()._states(*arguments, **more), matches=None)
 
 
 def published_relish(model: Any, **parameters: Any) -> RelishRegressor:

@@ -70,6 +70,7 @@ def write(folder: Path, n_bytes: float) -> None:
         shard = Shard(
             values[: int(lengths.sum())],
             torch.empty(len(lengths), 0, SIZE, dtype=values.dtype),
+            torch.empty(0, 1, dtype=torch.int32),
             lengths,
             lengths.clone(),
             torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, KEY_BYTES),

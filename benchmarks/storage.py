@@ -55,7 +55,8 @@ class Shards:
             keys = torch.tensor([list(key(number)) for number in numbers], dtype=torch.uint8)
             states = STATES[: len(numbers) * N_TOKENS]
             vectors = torch.empty(len(numbers), 0, states.shape[1], dtype=states.dtype)
-            index.save(Shard(states, vectors, lengths, lengths.clone(), keys, LABEL))
+            matches = torch.empty(0, 1, dtype=torch.int32)
+            index.save(Shard(states, vectors, matches, lengths, lengths.clone(), keys, LABEL))
 
     def open(self, order: list[int]) -> None:
         index = Contents(FolderBackend(self.folder)).index(COLLECTION)

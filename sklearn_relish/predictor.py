@@ -291,7 +291,7 @@ class RelishPredictor(BaseLLMEstimator):
                 f" but {llm!r} has a hidden size of {llm.hidden_size} and {llm.n_layers} layers:"
                 " pass the model that was used in fit, or fit again."
             )
-        if self.head_.heads[0].pair and self._pair() is None:
+        if self.head_.heads[0].sizes["pair"] and self._pair() is None:
             raise ValueError(
                 f"The regressor was fitted on rows of two texts, but prompt={self.prompt!r} does"
                 " not make a text of two: pass the prompt of fit, or fit again."

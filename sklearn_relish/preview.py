@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from sklearn_relish.llm.frozen import FrozenLLM
-from sklearn_relish.states.pairs import MATCH_BYTES, N_PAIR_VECTORS
+from sklearn_relish.states.pairs import MATCH_BYTES, N_PAIR_VECTORS, PairTemplate
 from sklearn_relish.states.quantization import QUANTIZERS, n_rows
 from sklearn_relish.states.reader import read_batches
 from sklearn_relish.states.store import open_store
@@ -120,7 +120,13 @@ class PreviewMixin:
         return _preview(regressor._snapshot(), X)
 
     def _plan(
-        self, n_texts: int, input_size: int, n_heads: int | None = None, is_partial: bool = False
+        self,
+        n_texts: int,
+        input_size: int,
+        n_heads: int | None = None,
+        is_partial: bool = False,
+        *,
+        pair: bool = False,
     ) -> Plan:
         """The trainings of a fit or `partial_fit` on different texts with one output.
 
@@ -134,8 +140,7 @@ class PreviewMixin:
         if is_partial and training["max_epochs"] == "auto":
             training["max_epochs"] = AUTO_EPOCHS
         sizes = regressor._head_sizes(input_size, 1, loss_fn)
-        sizes["pair"] = regressor._pair() is not None
-        candidate = Candidate({}, sizes, training)
+        candidate = Candidate({}, sizes | {"pair": pair}, training)
         if n_heads is None:
             n_heads = regressor._n_estimators(n_texts, continuing=False)
         return Plan(
@@ -146,14 +151,14 @@ class PreviewMixin:
             regressor._training_options(loss_fn),
         )
 
-    def _fit_progress(self, n_texts: int, **known: Any) -> FitProgress:
+    def _fit_progress(self, n_texts: int, pair: PairTemplate | None, **known: Any) -> FitProgress:
         """The bar of a fit on a number of different texts; `known` is passed to `_plan`."""
         regressor: Any = self
 
         def estimate(mean_length: float) -> float:
             try:
                 size = regressor._llm().hidden_size
-                plan = self._plan(n_texts, size, **known)
+                plan = self._plan(n_texts, size, pair=pair is not None, **known)
                 return training_seconds(plan, typical_states(n_texts, mean_length, size))
             except (RuntimeError, FloatingPointError, MemoryError):  # the fit goes on
                 return math.nan
@@ -218,6 +223,7 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
     lengths = torch.tensor([len(piece) for piece in pieces])
     values = values if bits is None else QUANTIZERS[bits].quantize_texts(values, lengths)
     states = TokenStates.from_lengths(values, lengths)
+    plan = regressor._plan(n_texts, states.hidden_size, pair=is_pair)
     return FitPreview(
         texts=texts,
         n_distinct=n_texts,
@@ -229,7 +235,7 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
         + n_texts * vector_bytes
         + n_tokens * (MATCH_BYTES if is_pair else 0),
         read_seconds=seconds / sample_tokens * n_tokens,
-        train_seconds=training_seconds(regressor._plan(n_texts, states.hidden_size), states),
+        train_seconds=training_seconds(plan, states),
     )
 
 

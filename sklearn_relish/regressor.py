@@ -85,8 +85,8 @@ class RelishRegressor(
     prompt : str, default=None
         Template of the text of a row, for example
         ``"Sentence 1: {premise}\nSentence 2: {hypothesis}"`` with the names of columns as fields;
-        ``{text}`` for one-dimensional `X`; ``{x0}``, ``{x1}``, ... for arrays. None: the text
-        itself, or ``column: value`` lines for several columns.
+        ``{text}`` for one-dimensional `X`; ``{x0}``, ... for arrays. None: the text itself, or
+        ``column: value`` lines for several columns. Two columns of texts are compared by token.
     chat_template : bool, default=False
         Whether the text is formatted by the tokenizer's chat template, as a message of the user, up
         to the point where the model's answer begins.
@@ -395,7 +395,7 @@ class RelishRegressor(
         continuing = self.warm_start and hasattr(self, "head_")
         rows, targets, loss_fn = self._check_rows(X, y, sample_weight, continuing)
         n_heads = self._n_estimators(len(rows.texts), continuing)
-        with self._fit_progress(rows.n_texts, n_heads=n_heads):
+        with self._fit_progress(rows.n_texts, self._pair(), n_heads=n_heads):
             self._fit_rows(rows, targets, loss_fn, n_heads, continuing)
 
     def _fit_rows(
@@ -408,11 +408,11 @@ class RelishRegressor(
             self.layer_, self.layer_scores_ = self._find_layer(rows, targets, random)
         states = self._states(rows.texts, self.layer_)
         sizes = self._head_sizes(states.hidden_size, targets.shape[1], loss_fn)
-        sizes["pair"] = states.matches is not None
 
         def make_head(number: int, seed: int) -> RelishHead:
-            fitted = self.head_.heads[number] if continuing else None
-            return new_head(seed, **sizes) if fitted is None else copy.deepcopy(fitted)
+            if continuing:
+                return copy.deepcopy(self.head_.heads[number])
+            return new_head(seed, pair=states.matches is not None, **sizes)
 
         max_epochs = self.max_epochs
         if max_epochs == "auto":
@@ -477,7 +477,7 @@ class RelishRegressor(
         continuing = hasattr(self, "head_")
         rows, targets, loss_fn = self._check_rows(X, y, sample_weight, continuing)
         n_heads = self._n_estimators(None, continuing)
-        with self._fit_progress(rows.n_texts, n_heads=n_heads, is_partial=True):
+        with self._fit_progress(rows.n_texts, self._pair(), n_heads=n_heads, is_partial=True):
             self._partial_fit_rows(rows, targets, loss_fn, n_heads, continuing)
 
     def _partial_fit_rows(
@@ -491,9 +491,9 @@ class RelishRegressor(
             heads, history = list(copy.deepcopy(self.head_.heads)), list(self.history_)
         else:
             sizes = self._head_sizes(states.hidden_size, targets.shape[1], loss_fn)
-            sizes["pair"] = states.matches is not None
+            pair = states.matches is not None
             seeds = random.randint(np.iinfo(np.int32).max, size=n_heads)
-            heads, history = [new_head(int(seed), **sizes) for seed in seeds], []
+            heads, history = [new_head(int(seed), pair=pair, **sizes) for seed in seeds], []
         n_epochs = AUTO_EPOCHS if self.max_epochs == "auto" else int(self.max_epochs)
         examples = Examples.of(states, targets, rows.weight)
         seeds = random.randint(np.iinfo(np.int32).max, size=len(heads)).tolist()

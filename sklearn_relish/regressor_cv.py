@@ -355,7 +355,7 @@ class RelishRegressorCV(
         else:
             folds = random_folds(rows.groups, self._n_folds(), "different texts", random)
         with self._fit_progress(
-            rows.n_texts, n_folds=len(folds), n_trained=len(unfinished.trained)
+            rows.n_texts, first._pair(), n_folds=len(folds), n_trained=len(unfinished.trained)
         ):
             first.layer_, first.layer_scores_ = first._find_layer(rows, targets, random)
             states = first._states(rows.texts, first.layer_)
@@ -434,7 +434,13 @@ class RelishRegressorCV(
         return self.best_estimator_
 
     def _plan(
-        self, n_texts: int, input_size: int, n_folds: int | None = None, n_trained: int = 0
+        self,
+        n_texts: int,
+        input_size: int,
+        n_folds: int | None = None,
+        n_trained: int = 0,
+        *,
+        pair: bool = False,
     ) -> Plan:
         """The trainings of a search; None folds: as many as `cv` says, if it does."""
         grid, regressors = self._grid()
@@ -447,7 +453,6 @@ class RelishRegressorCV(
                 with suppress(TypeError, ValueError):  # it depends on the rows or the groups
                     n_folds = int(cv.get_n_splits())
         loss_fn = regressors[0]._loss_fn(np.ones(1))
-        pair = self._pair() is not None
         candidates = candidates_of(
             grid, regressors, loss_fn, input_size=input_size, n_outputs=1, pair=pair
         )

@@ -6,12 +6,20 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from sklearn_relish import FrozenLLM, LLMEncoder, RelishRegressor, RelishRegressorCV, StateStore
+from sklearn_relish import (
+    FrozenLLM,
+    LLMEncoder,
+    RelishRegressor,
+    RelishRegressorCV,
+    StateStore,
+    preview,
+)
 from sklearn_relish.inputs.prompts import pair_literals
 from sklearn_relish.states.pairs import N_PAIR_VECTORS
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.states.vectors import N_VECTORS, PAIR_RIDGES
 from sklearn_relish.training.stacking import fit_ridges
+from sklearn_relish.utils import progress
 
 N_ALL = N_VECTORS + N_PAIR_VECTORS
 SMALL = {"latent_size": 16, "n_heads": 2, "max_epochs": 1, "random_state": 0}
@@ -64,7 +72,7 @@ def test_a_regressor_reads_each_pair_once_and_has_ridges_of_pairs(llm, kind, pro
     assert store.misses == len(X.drop_duplicates())
     assert regressor.head_.n_vectors == N_ALL
     assert regressor.head_.linear.in_features == (3 + N_ALL) * llm.hidden_size
-    assert all(head.pair for head in regressor.head_.heads)
+    assert all(head.sizes["pair"] for head in regressor.head_.heads)
     parts = [row["part"] for row in regressor.ensemble_summary_]
     assert parts[-2:] == ["ridge pair means", "ridge pair distances"]
     fresh, _ = rows_of_pairs(8, seed=1)
@@ -87,7 +95,7 @@ def test_other_rows_have_no_ridges_of_pairs(llm, other_columns):
     X = X.assign(number=range(40), third="x")[["first", *other_columns]]
     regressor = small(RelishRegressor, llm).fit(X, y)
     assert regressor.head_.n_vectors == N_VECTORS
-    assert not regressor.head_.heads[0].pair
+    assert not regressor.head_.heads[0].sizes["pair"]
 
 
 def test_heads_see_what_two_texts_share(llm):
@@ -220,7 +228,7 @@ def test_a_model_without_spans_has_no_ridges_of_pairs(llm, tmp_path):
     plain = small(RelishRegressor, other, memory=StateStore(tmp_path)).fit(X, y)
     assert plain.head_.n_vectors == N_VECTORS
     regressor = small(RelishRegressor, llm).fit(X, y)
-    assert not plain.head_.heads[0].pair
+    assert not plain.head_.heads[0].sizes["pair"]
     with pytest.raises(ValueError, match="pass matches, or a model that maps tokens"):
         regressor.set_params(model=other).predict({"first": ["unread"], "second": ["so far"]})
 
@@ -249,3 +257,58 @@ def test_a_preview_counts_the_bytes_of_pairs(llm, bits):
     n_bytes = regressor.preview(X).n_bytes
     regressor.fit(X, y)
     assert sum(row["n_bytes"] for row in store.info()) == n_bytes
+
+
+def test_attention_and_stages_of_pairs(llm):
+    X, y = rows_of_pairs()
+    regressor = small(RelishRegressor, llm).fit(X, y)
+    for found in regressor.attention(X[:3]):
+        np.testing.assert_allclose(found.weights.sum(axis=-1), 1.0)
+    np.testing.assert_array_equal(list(regressor.staged_predict(X))[-1], regressor.predict(X))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_layer_of_pairs_is_chosen(llm, kind):
+    X, y = rows_of_pairs(120)
+    regressor = small(kind, llm, layer="auto").fit(X, y)
+    assert regressor.head_.heads[0].sizes["pair"]
+    assert np.isfinite(regressor.predict(X)).all()
+
+
+@pytest.mark.parametrize("first", ["fit", "partial_fit"])
+def test_the_heads_of_pairs_are_trained_further(llm, first):
+    X, y = rows_of_pairs()
+    regressor = getattr(small(RelishRegressor, llm, linear_path=False), first)(X, y)
+    before = regressor.predict(X)
+    regressor.partial_fit(X, y)
+    assert regressor.head_.heads[0].sizes["pair"]
+    assert not np.array_equal(regressor.predict(X), before)
+    regressor.set_params(warm_start=True).fit(X, y)
+    assert regressor.head_.heads[0].sizes["pair"]
+    with pytest.raises(ValueError, match="fitted on rows of two texts, but"):
+        regressor.set_params(prompt="{first}").predict(X)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_time_of_a_first_fit_on_pairs_is_estimated(llm, kind, monkeypatch):
+    """Before the regressor has its columns."""
+    estimated = []
+
+    def estimate(plan, states):
+        estimated.append(plan.trainings[0][0].sizes["pair"])
+        return 1.0
+
+    monkeypatch.setattr(preview, "training_seconds", estimate)
+    monkeypatch.setattr(progress, "DELAY_SECONDS", 0)
+    X, y = rows_of_pairs(200)
+    small(kind, llm, verbose=1).fit(X, y)
+    assert set(estimated) == {True}
+
+
+def test_an_altered_kind_of_head_is_refused(llm, tmp_path):
+    X, y = rows_of_pairs()
+    small(RelishRegressor, llm).fit(X, y).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"pair": true', '"pair": false'))
+    with pytest.raises(ValueError, match=r"difference\.weight' should be none"):
+        RelishRegressor.from_pretrained(tmp_path, model=llm)

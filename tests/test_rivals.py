@@ -15,7 +15,7 @@ import torch
 from sklearn.model_selection import KFold, cross_val_score
 from tiny import tiny_model
 
-from sklearn_relish import FrozenLLM, StateStore
+from sklearn_relish import FrozenLLM, RelishRegressor, StateStore
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 rivals = pytest.importorskip("rivals", reason="the benchmarks are not installed with the package")
@@ -56,6 +56,11 @@ def test_published_relish_is_as_published(llm):
     rival = rivals.published_relish(llm, prompt=TEMPLATE, max_epochs=2, random_state=0)
     X, y = rows(40)
     rival.fit(X, y)
+    assert (
+        RelishRegressor(llm, prompt=TEMPLATE, max_epochs=2).fit(X, y).head_.heads[0].sizes["pair"]
+    )
+    assert not rival.head_.heads[0].sizes["pair"]
+    assert np.isfinite(rival.predict(X)).all()
     assert rival.layer_ == llm.n_layers
     assert len(rival.head_.heads) == 1
     assert rival.head_.linear is None

@@ -28,7 +28,7 @@ class RelishEnsemble(nn.Module):
     Parameters
     ----------
     heads : list of RelishHead
-        With the same input size, `state_norm` and number of outputs.
+        With the same input size, `state_norm`, `pair` and number of outputs.
     linear_path : bool
         Whether there is a linear path. It has no influence until its weights are set.
     loss_fn : Loss
@@ -142,7 +142,8 @@ class RelishEnsemble(nn.Module):
     ) -> Tensor:
         """Predict for each text of a padded batch, in standardized units; see `RelishHead`.
 
-        `vectors` is (B, n, D), of which the linear path reads the first `n_vectors`.
+        `matches` is (B, S), for heads of pairs. `vectors` is (B, n, D), of which the linear path
+        reads the first `n_vectors`.
 
         Examples
         --------

@@ -161,9 +161,9 @@ class RelishHead(nn.Module):
         ``"rms"`` divides each token's state by its root mean square. None, the published choice,
         uses the states as they are.
     pair : bool, default=False
-        Whether the texts are pairs: what is projected is then a token's state x, and next to it
-        ``|x - y|``, where y is the state of its match in the other text. This is no part of the
-        published method.
+        Whether the texts are pairs. Then ``V |t - u|`` is added to each projected token t, where u
+        is the projection of its match in the other text, and V a matrix of weights. This is not
+        part of the published method.
 
     Raises
     ------
@@ -219,8 +219,8 @@ class RelishHead(nn.Module):
         }
         self.n_iterations = n_iterations
         self.state_norm = state_norm
-        self.pair = pair
-        self.projection = nn.Linear((1 + pair) * input_size, latent_size)
+        self.projection = nn.Linear(input_size, latent_size)
+        self.difference = nn.Linear(latent_size, latent_size, bias=False) if pair else None
         self.latent = nn.Parameter(torch.empty(latent_size).normal_(std=LATENT_STD))
         self.blocks = nn.ModuleList(
             RefinementBlock(latent_size, n_heads)
@@ -352,16 +352,18 @@ class RelishHead(nn.Module):
         padding = torch.zeros_like(mask, dtype=weight.dtype)  # (B, S)
         padding = padding.masked_fill_(~mask, -math.inf)[:, None]  # (B, 1, S)
         scale = rms_scale(states)[:, None] if self.state_norm == "rms" else None  # (B, 1, S)
-        if self.pair:
+        if self.difference is not None:
             if matches is None:
                 raise ValueError(
                     "The heads compare the tokens of two texts, but which token matches which is"
                     " not known: pass matches, or a model that maps tokens to pieces of the text,"
                     " as in fit."
                 )
+            tokens = linear(states, weight)  # (B, S, d)
             if scale is not None:
-                states, scale = states * scale.transpose(1, 2), None
-            states = with_differences(states, mask, matches)  # (B, S, 2 * D)
+                tokens = tokens * scale.transpose(1, 2)
+            differences = match_differences(tokens, mask, matches)
+            return Context(tokens + self.difference(differences), None, bias, None, padding)
         if self._folding_is_cheaper(*states.shape):
             return Context(states, weight, bias, scale, padding)
         return Context(linear(states, weight), None, bias, scale, padding)  # tokens (B, S, d)
@@ -401,26 +403,23 @@ def zero_padding(states: Tensor, mask: Tensor) -> Tensor:
     return states.masked_fill(~mask[:, :, None], 0.0)  # (B, S, D)
 
 
-def with_differences(states: Tensor, mask: Tensor, matches: Tensor) -> Tensor:
-    """Each token's state x, and ``|x - y|`` for its match y, (B, S, 2 * D).
+def match_differences(tokens: Tensor, mask: Tensor, matches: Tensor) -> Tensor:
+    """``|t - u|`` for each token t and its match u, (B, S, d); see `RelishHead.forward`.
 
     Examples
     --------
     >>> import torch
-    >>> states = torch.tensor([[[1.0], [3.0]]])
+    >>> tokens = torch.tensor([[[1.0], [3.0]]])
     >>> mask = torch.ones(1, 2, dtype=torch.bool)
-    >>> with_differences(states, mask, torch.tensor([[1, -1]]))  # -1: the mean of the text
-    tensor([[[1., 2.],
-             [3., 1.]]])
+    >>> match_differences(tokens, mask, torch.tensor([[1, -1]]))  # -1: the mean of the text
+    tensor([[[2.],
+             [1.]]])
     """
-    n_texts, n_tokens, _ = states.shape
-    first_rows = n_tokens * torch.arange(n_texts, device=states.device)[:, None]
-    matched = states.flatten(0, 1)[first_rows + matches.clamp(min=0)]  # (B, S, D)
-    to_mean = matches < 0  # (B, S)
-    if to_mean.any():
-        center = states.sum(dim=1, keepdim=True) / mask.sum(dim=1)[:, None, None]  # (B, 1, D)
-        matched = torch.where(to_mean[:, :, None], center, matched)
-    return torch.cat([states, (states - matched).abs()], dim=2)
+    size = tokens.shape[2]
+    center = tokens.sum(dim=1) / mask.sum(dim=1)[:, None]  # (B, d)
+    choices = torch.cat([center[:, None], tokens], dim=1)  # (B, 1 + S, d)
+    rows = (1 + matches).masked_fill(~mask, 0)  # (B, S)
+    return (tokens - choices.gather(1, rows[:, :, None].expand(-1, -1, size))).abs()
 
 
 def rms_scale(states: Tensor) -> Tensor:

@@ -295,13 +295,13 @@ def check_shapes(
     """Raise a ValueError unless the weights have the names, dtypes and shapes of these heads."""
     path, head, n_outputs = folder / CONFIG, fitted["head"], fitted["n_outputs_"]
     sizes = head["sizes"]
-    for first, name, axis, times in (
-        ("projection.weight", "input_size", 1, 1 + sizes["pair"]),
-        ("projection.weight", "latent_size", 0, 1),
-        ("readout.weight", "n_outputs", 0, 1),
+    for first, name, axis in (
+        ("projection.weight", "input_size", 1),
+        ("projection.weight", "latent_size", 0),
+        ("readout.weight", "n_outputs", 0),
     ):
         shape = header.get(f"head.heads.0.{first}", ("", ()))[1]
-        if len(shape) != 2 or shape[axis] != times * sizes[name]:
+        if len(shape) != 2 or shape[axis] != sizes[name]:
             what = f"does not agree with the shape {list(shape)} of {first} in {WEIGHTS}"
             _refuse(path, f"fitted.head.sizes.{name}", what, sizes[name])
     n_blocks = 1 if sizes["share_weights"] else sizes["n_iterations"]

@@ -47,20 +47,21 @@ class PairTemplate(NamedTuple):
         identity = repr(tuple(self))
         return "pair" + hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
 
-    def parts(self, text: str) -> tuple[tuple[int, int], tuple[int, int]] | None:
-        """Where the two parts begin and end in a text; None if it lacks what is between them.
+    def parts(self, text: str) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Where the two parts begin and end in a text.
 
-        The first part ends where this occurs first.
+        The first part ends where the text between them occurs first. If it does not occur, as in a
+        row with a missing cell, the second part is empty.
         """
         begin = len(self.before) if text.startswith(self.before) else 0
         end = len(text) - (len(self.after) if text.endswith(self.after) else 0)
         middle = text.find(self.between, begin, end)
         if middle < 0:
-            return None
+            return (begin, end), (end, end)
         return (begin, middle), (middle + len(self.between), end)
 
     def tokens_of_parts(self, text: str, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which tokens belong to each part of a text; none if the text does not have the parts.
+        """Which tokens belong to each part of a text.
 
         Parameters
         ----------
@@ -74,8 +75,7 @@ class PairTemplate(NamedTuple):
         """
         begins, ends = spans.T
         first, second = (
-            (begins < end) & (ends > begin) & (ends > begins)
-            for begin, end in self.parts(text) or ((0, 0), (0, 0))
+            (begins < end) & (ends > begin) & (ends > begins) for begin, end in self.parts(text)
         )
         return first, second
 

@@ -228,7 +228,8 @@ class TokenStateReader(ABC):
     ) -> list[tuple[list[str], np.ndarray]]:
         """The tokens whose states `read` gives.
 
-        `RelishRegressor.attention` needs them, and so do the ridges for two columns of texts.
+        `RelishRegressor.attention` needs them. So does the comparison of two columns of texts: a
+        regressor that was fitted with it can't predict without them.
 
         Parameters
         ----------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from itertools import islice
@@ -347,15 +348,16 @@ class Reading:
         """Keep the gathered states of each layer as a shard, and release their texts."""
         for layer in reversed(gathered.batches):  # the first layer's are the ones waited for
             batches = gathered.take(layer)
+            model = self.llm.model
+            label = {
+                "model": os.path.abspath(model) if os.path.exists(model) else model,
+                "layer": str(layer),
+                "dtype": self.dtype_name,
+                "max_length": str(self.max_length),
+            }
+            for shard in _shards(batches, label):
+                self.retention.keep(gathered.indexes[layer], shard, self.call)
             if batches:
-                model = self.llm.model
-                label = {
-                    "model": os.path.abspath(model) if os.path.exists(model) else model,
-                    "layer": str(layer),
-                    "dtype": self.dtype_name,
-                    "max_length": str(self.max_length),
-                }
-                self.retention.keep(gathered.indexes[layer], _shard(batches, label), self.call)
                 self.contents.release(mine, [key for batch in batches for key in batch.keys])
 
     def _kept(self, index: ShardIndex, keys: list[bytes]) -> Iterator[Entries]:
@@ -530,14 +532,22 @@ def _batch_of_one(key: bytes, entry: Entry[MemoryStates]) -> _Batch:
     return _Batch([key], holder.states, holder.vectors, holder.matches, lengths, full_lengths)
 
 
-def _shard(batches: list[_Batch], label: dict[str, str]) -> Shard:
-    keys = b"".join(key for batch in batches for key in batch.keys)
-    return Shard(
-        states=torch.cat([batch.states for batch in batches]),
-        vectors=torch.cat([batch.vectors for batch in batches]),
-        matches=torch.cat([batch.matches for batch in batches]),
-        lengths=torch.cat([batch.lengths for batch in batches]),
-        full_lengths=torch.from_numpy(np.concatenate([b.full_lengths for b in batches])),
-        keys=torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, KEY_BYTES),
-        label=label,
-    )
+def _shards(batches: list[_Batch], label: dict[str, str]) -> Iterator[Shard]:
+    """A shard of all batches, or one for each kind, see `Shard.kind`.
+
+    There are several kinds if the model could not map tokens to pieces of the text for a while.
+    """
+    kinds = defaultdict(list)
+    for batch in batches:
+        kinds[batch.vectors.shape[1], len(batch.matches) > 0].append(batch)
+    for of_kind in kinds.values():
+        keys = b"".join(key for batch in of_kind for key in batch.keys)
+        yield Shard(
+            states=torch.cat([batch.states for batch in of_kind]),
+            vectors=torch.cat([batch.vectors for batch in of_kind]),
+            matches=torch.cat([batch.matches for batch in of_kind]),
+            lengths=torch.cat([batch.lengths for batch in of_kind]),
+            full_lengths=torch.from_numpy(np.concatenate([b.full_lengths for b in of_kind])),
+            keys=torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, KEY_BYTES),
+            label=label,
+        )

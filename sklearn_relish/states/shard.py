@@ -88,7 +88,7 @@ class Shard:
     vectors : Tensor of shape (n_texts, n_vectors, D)
         Vectors of each text, see `vectors`; there may be none. They are never quantized.
     matches : int32 Tensor of shape (n_tokens, 1) or (0, 1)
-        The match of each token, text after text, see `match_tokens`; none if the texts are no
+        The match of each token, text after text, see `match_tokens`; none if the texts are not
         pairs.
     lengths, full_lengths : int64 Tensor of shape (n_texts,)
         Tokens of each text, and how many there were before the text was cut.

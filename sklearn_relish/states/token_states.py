@@ -38,8 +38,8 @@ class TokenStates:
         Vectors of each text, the same number for all, in place of states of tokens. None: none.
     matches : TokenStates, default=None
         Of pairs of texts: int32 arrays of shape (n_tokens, 1) in place of states, for each token
-        the position of the one that it is compared with, see `match_tokens`. None: they are no
-        pairs.
+        the position of the one that it is compared with, see `match_tokens`. None: the texts are
+        not pairs.
 
     Examples
     --------

@@ -85,7 +85,8 @@ def text_vectors(
     n_vectors = (N_VECTORS if parts is None else N_VECTORS + N_PAIR_VECTORS) if has_vectors else 0
     vectors = torch.empty(len(states), n_vectors, size, dtype=dtype)
     matches = [torch.empty(0, dtype=torch.int32)]
-    for number, text in enumerate(states if lower is None else lower):
+    used = states if lower is None else lower
+    for number, text in enumerate(used if has_vectors or parts is not None else ()):
         text = text.to(torch.promote_types(dtype, torch.float32))  # (S, D)
         text = rms_norm(text, text.shape[1:], eps=RMS_EPSILON)
         if parts is not None:

@@ -147,9 +147,9 @@ class BatchLoader:
         if self.device.type == "cpu":
             states = self._in_buffer(states)
         batch = states.to(self.device), mask.to(self.device)
-        if self.states.matches is None:
+        if self._window.matches is None:
             return batch
-        matches, _ = self.states.matches.batch(rows)  # (B, S, 1)
+        matches, _ = self._window.matches.batch(rows)  # (B, S, 1)
         return *batch, matches[:, :, 0].long().to(self.device)
 
     def _load_window(self, rows: Tensor, following: list[Tensor]) -> None:

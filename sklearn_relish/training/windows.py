@@ -109,8 +109,9 @@ class Windows:
                             " and let nothing else change the files of the store."
                         )
                     end += length
+        matches = None if states.matches is None else _in_memory(states.matches, rows)
         arrays = buffer, *states.arrays
-        return TokenStates(arrays, array_index, starts, states.lengths, matches=states.matches)
+        return TokenStates(arrays, array_index, starts, states.lengths, matches=matches)
 
     def read_ahead(self, rows: Tensor) -> None:
         """Ask the system to read the rows' files into its cache, without waiting for that."""
@@ -194,6 +195,14 @@ class _Part(NamedTuple):
     positions: Tensor
     starts: Tensor
     n_rows: Tensor
+
+
+def _in_memory(matches: TokenStates, rows: Tensor) -> TokenStates:
+    """The matches of some rows, copied from their files; those of others may not be used."""
+    copied = TokenStates.from_lengths(torch.cat(list(matches[rows])), matches.lengths[rows])
+    starts = torch.zeros_like(matches.starts)
+    starts[rows] = copied.starts
+    return TokenStates(copied.arrays, torch.zeros_like(starts), starts, matches.lengths)
 
 
 def _storage_order(states: TokenStates) -> Tensor:

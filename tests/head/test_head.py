@@ -209,21 +209,13 @@ def pair_batch():
     return states, mask, matches
 
 
-def with_differences_one_by_one(text, matches):
-    compared = [text.mean(dim=0) if match < 0 else text[match] for match in matches]
-    differences = [(a - b).abs() for a, b in zip(text, compared, strict=True)]
-    return torch.cat([text, torch.stack(differences)], dim=1)
-
-
 @pytest.mark.parametrize("state_norm", ["rms", None])
-@pytest.mark.parametrize("folding", [False, True])
-def test_a_head_of_pairs_reads_how_tokens_differ_from_their_matches(
-    state_norm, folding, monkeypatch
-):
-    monkeypatch.setattr(RelishHead, "_folding_is_cheaper", lambda *_: folding)
+def test_a_head_of_pairs_adds_how_tokens_differ_from_their_matches(state_norm):
     head = randomized(RelishHead(24, **TEXTBOOK_SIZES, state_norm=state_norm, pair=True)).double()
-    plain = RelishHead(48, **TEXTBOOK_SIZES, state_norm=None).double()
-    plain.load_state_dict(head.state_dict())
+    size = TEXTBOOK_SIZES["latent_size"]
+    plain = RelishHead(size, **TEXTBOOK_SIZES, state_norm=None).double()
+    weights = {name: w for name, w in head.state_dict().items() if name != "difference.weight"}
+    plain.load_state_dict(weights | {"projection.weight": torch.eye(size).double()})
     states, mask, matches = pair_batch()
     states = states.double()
     found = head(states, mask, matches)
@@ -231,8 +223,10 @@ def test_a_head_of_pairs_reads_how_tokens_differ_from_their_matches(
         text = text[real]
         if state_norm == "rms":
             text = nn.functional.rms_norm(text, (24,), eps=1e-6)
-        read = with_differences_one_by_one(text, matches[row][real].tolist())[None]
-        expected = plain(read, torch.ones(1, len(text), dtype=torch.bool))
+        tokens = text @ head.projection.weight.T
+        compared = [tokens.mean(dim=0) if m < 0 else tokens[m] for m in matches[row][real]]
+        tokens = tokens + (tokens - torch.stack(compared)).abs() @ head.difference.weight.T
+        expected = plain(tokens[None], torch.ones(1, len(text), dtype=torch.bool))
         torch.testing.assert_close(found[row], expected[0], atol=1e-9, rtol=1e-9)
 
 
@@ -242,7 +236,7 @@ def test_the_prediction_for_a_pair_does_not_depend_on_batch_or_padding(padding):
     ensemble = RelishEnsemble([head], linear_path=False)
     states, mask, matches = pair_batch()
     states = states.double().masked_fill(~mask[:, :, None], padding)
-    together = ensemble(states, mask, matches)
+    together = ensemble(states, mask, matches.masked_fill(~mask, 99))
     torch.testing.assert_close(together, head(states, mask, matches))
     for row, length in enumerate(mask.sum(dim=1).tolist()):
         alone = states[row : row + 1, :length], mask[row : row + 1, :length]
@@ -258,6 +252,14 @@ def test_a_head_of_pairs_needs_matches_and_another_one_ignores_them():
     for module in (of_pairs, RelishEnsemble([of_pairs], linear_path=True)):
         with pytest.raises(ValueError, match="pass matches, or a model that maps tokens"):
             module(states, mask)
+
+
+def test_a_match_is_a_token_of_the_same_text():
+    states, mask, matches = pair_batch()
+    head = RelishHead(24, **TEXTBOOK_SIZES, pair=True)
+    matches[0, 0] = states.shape[1]
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        head(states, mask, matches)
 
 
 def test_gradients_of_a_head_of_pairs():

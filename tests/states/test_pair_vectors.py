@@ -45,7 +45,8 @@ def test_the_parts_are_the_cells(first, second):
 def test_parts_reach_to_the_ends_of_the_text_if_nothing_else_is_there():
     assert cut_out("a man = a boy", PairTemplate("", " = ", "")) == ["a man", "a boy"]
     assert cut_out("a man = a boy", PairTemplate("cut ", " = ", " cut")) == ["a man", "a boy"]
-    assert PairTemplate("", " = ", "").parts("only one, since a cell was missing") is None
+    only = "one, since a cell was missing"
+    assert cut_out(only, PairTemplate("", " = ", "")) == [only, ""]
 
 
 def test_the_first_part_ends_where_the_text_between_begins():
@@ -59,11 +60,21 @@ def test_special_tokens_belong_to_no_part():
     assert second.tolist() == [False, False, False, False, True, False]
 
 
-@pytest.mark.parametrize("text", ["no template", "A: \nB: \nScore:"])
-def test_a_part_may_have_no_tokens(text):
+@pytest.mark.parametrize(
+    ("text", "of_first"), [("no template", [0, 1, 1]), ("A: \nB: \nScore:", [0, 0, 0])]
+)
+def test_a_part_may_have_no_tokens(text, of_first):
     first, second = TEMPLATE.tokens_of_parts(text, np.array([[0, 0], [0, 3], [3, 4]]))
-    assert not first.any()
+    assert first.tolist() == of_first
     assert not second.any()
+
+
+def test_a_missing_text_is_compared_like_an_empty_one(llm):
+    template = PairTemplate("", "\nB: ", "")
+    missing, empty = with_pair(StateStore(), ["x yz", "x yz\nB: "], llm, template).matches
+    assert set(missing.flatten().tolist()) == {NO_MATCH}
+    n_same = len(missing)
+    assert empty[: n_same - 1].flatten().tolist() == [NO_MATCH] * (n_same - 1)
 
 
 def random_text(n_tokens, seed=0):
@@ -282,6 +293,21 @@ def test_a_match_outside_of_its_text_is_not_used(llm, tmp_path, wrong):
         again = with_pair(StateStore(tmp_path), TEXTS, llm)
     assert llm.tokens_read == 2 * n_read
     assert all(map(torch.equal, again.matches, states.matches))
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_call_may_find_texts_that_were_read_without_spans(llm, tmp_path, folder, layer):
+    """Their states are in shards of their own."""
+    store = StateStore(tmp_path if folder else None)
+    other = WithoutSpans(tiny_model(), device="cpu", dtype="float32")
+    options = {"layer": layer, "max_length": 512, "pair": TEMPLATE}
+    for _ in store.stream(TEXTS[:2], other, **options):  # kept in memory
+        pass
+    assert with_pair(store, TEXTS, llm, layer=layer).matches is None
+    found = with_pair(store, TEXTS[2:], llm, layer=layer)
+    expected = with_pair(StateStore(), TEXTS[2:], llm, layer=layer)
+    assert all(map(torch.equal, found.matches, expected.matches))
 
 
 def test_no_texts_have_no_vectors(llm):

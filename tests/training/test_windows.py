@@ -32,7 +32,8 @@ def make_entries(folder, bits=None):
         keys = torch.zeros(IN_FILE, KEY_BYTES, dtype=torch.uint8)
         kept = states if bits is None else QUANTIZERS[bits].quantize_texts(states, lengths)
         vectors = torch.empty(IN_FILE, 0, SIZE)
-        matches = torch.arange(int(lengths.sum()), dtype=torch.int32)[:, None] % lengths[0]
+        matches = torch.randint(0, int(lengths[0]), (int(lengths.sum()), 1), generator=generator)
+        matches = matches.int()
         shard = Shard(kept, vectors, matches, lengths, lengths.clone(), keys, LABEL)
         saved = shard.save(folder / f"{number}.safetensors", map_small=True)
         entries += [entry for _, entry in saved.entries()]
@@ -149,8 +150,8 @@ def test_training_batches_are_full_and_mix_files(entries, small_windows):
         assert same(states, batch, states)
         for text, state, real in zip(states[batch], padded, mask, strict=True):
             assert torch.equal(state[real], text)
-        for of_text, real in zip(matches, mask, strict=True):
-            assert of_text[real].tolist() == list(range(int(real.sum())))
+        for of_text, found, real in zip(states[batch].matches, matches, mask, strict=True):
+            assert torch.equal(found[real], of_text[:, 0].long())
         batches.append(batch)
         n_padded += mask.numel()
     assert torch.equal(torch.cat(batches).sort().values, torch.arange(len(states)))

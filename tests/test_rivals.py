@@ -53,13 +53,11 @@ def test_heads_and_counts_learn(llm):
 
 
 def test_published_relish_is_as_published(llm):
-    rival = rivals.published_relish(llm, prompt=TEMPLATE, max_epochs=2, random_state=0)
+    settings = {"prompt": "{a}\n{b}:", "max_epochs": 2, "random_state": 0}
     X, y = rows(40)
-    rival.fit(X, y)
-    assert (
-        RelishRegressor(llm, prompt=TEMPLATE, max_epochs=2).fit(X, y).head_.heads[0].sizes["pair"]
-    )
+    rival = rivals.published_relish(llm, **settings).fit(X, y)
     assert not rival.head_.heads[0].sizes["pair"]
+    assert RelishRegressor(llm, **settings).fit(X, y).head_.heads[0].sizes["pair"]
     assert np.isfinite(rival.predict(X)).all()
     assert rival.layer_ == llm.n_layers
     assert len(rival.head_.heads) == 1

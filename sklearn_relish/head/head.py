@@ -28,7 +28,8 @@ class Context(NamedTuple):
     Parameters
     ----------
     tokens : Tensor of shape (B, S, d) or (B, S, D)
-        The projected states W x, or the states x if W is in `folded`.
+        The projected states W x, or the states x if W is in `folded`. Of pairs, with the scale, and
+        with what their differences add.
     folded : Tensor of shape (d, D) or None
         W, if the attention is to multiply its key and value weights by it.
     bias : Tensor of shape (d,)

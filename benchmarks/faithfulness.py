@@ -57,7 +57,7 @@ def without(text: str, spans: np.ndarray) -> str:
 
 
 def some_tokens(states: TokenStates, tokens: list[np.ndarray]) -> TokenStates:
-    """States of some tokens of pairs; a token whose match is not among them has none."""
+    """States of some tokens of pairs; without its match, a token is compared with the mean."""
     matches = []
     for match, rows in zip(states.matches, tokens, strict=True):
         position = torch.full((len(match),), NO_MATCH, dtype=torch.int32)

@@ -314,8 +314,8 @@ class Reading:
                 keys = [text_key(name, texts[row]) for row in rows]
                 lower_states = None if lower is None else read[lower]
                 vectors, matches = text_vectors(states, lower_states, parts)
-                kept = self._kept_values(states)
-                batches.append(_Batch(keys, kept, vectors, matches, states.lengths, full_lengths))
+                holder = MemoryStates(self._kept_values(states), vectors, matches)
+                batches.append(_Batch(keys, holder, states.lengths, full_lengths))
             self.n_read += len(rows)
             self.n_tokens += int(batches[0].lengths.sum())
             yield rows, batches
@@ -410,7 +410,7 @@ class Reading:
                     del rest[key]
                     unread.discard(key)
                 contents.release(mine, entries)
-            n_bytes += batch.n_bytes
+            n_bytes += batch.holder.n_bytes
             if n_bytes >= STREAM_BYTES or len(piece) >= STREAM_TEXTS:
                 contents.release(mine, unread)
                 yield piece
@@ -477,25 +477,17 @@ class _Batch(NamedTuple):
     """Texts that a model has read at once; see `Shard`."""
 
     keys: list[bytes]
-    states: Tensor
-    vectors: Tensor
-    matches: Tensor
+    holder: MemoryStates
     lengths: Tensor
     full_lengths: np.ndarray
 
-    @property
-    def n_bytes(self) -> int:
-        """Size of states, vectors and matches."""
-        return self.states.nbytes + self.vectors.nbytes + self.matches.nbytes
-
     def entries(self) -> dict[bytes, Entry[MemoryStates]]:
         """Where the states of each text lie."""
-        holder = MemoryStates(self.states, self.vectors, self.matches)
         first_tokens = self.lengths.cumsum(0) - self.lengths
-        starts = TokenStates.from_lengths(self.states, self.lengths).starts
+        starts = TokenStates.from_lengths(self.holder.states, self.lengths).starts
         columns = first_tokens, starts, self.lengths, self.full_lengths
         entries = zip(self.keys, *(column.tolist() for column in columns), strict=True)
-        return {key: Entry(holder, i, *place) for i, (key, *place) in enumerate(entries)}
+        return {key: Entry(self.holder, i, *place) for i, (key, *place) in enumerate(entries)}
 
 
 class _Gathered:
@@ -510,12 +502,12 @@ class _Gathered:
         """Add a batch, unless the store has all of its texts."""
         if not all(key in self.indexes[layer].entries for key in batch.keys):
             self.batches[layer].append(batch)
-            self.n_bytes += batch.n_bytes
+            self.n_bytes += batch.holder.n_bytes
 
     def take(self, layer: int) -> list[_Batch]:
         """Remove and return the batches of a layer."""
         batches, self.batches[layer] = self.batches[layer], []
-        self.n_bytes -= sum(batch.n_bytes for batch in batches)
+        self.n_bytes -= sum(batch.holder.n_bytes for batch in batches)
         return batches
 
 
@@ -528,24 +520,23 @@ def _batch_of_one(key: bytes, entry: Entry[MemoryStates]) -> _Batch:
     """A recently predicted text as a batch."""
     lengths = torch.tensor([entry.length])
     full_lengths = np.array([entry.full_length])
-    holder = entry.holder
-    return _Batch([key], holder.states, holder.vectors, holder.matches, lengths, full_lengths)
+    return _Batch([key], entry.holder, lengths, full_lengths)
 
 
 def _shards(batches: list[_Batch], label: dict[str, str]) -> Iterator[Shard]:
-    """A shard of all batches, or one for each kind, see `Shard.kind`.
+    """A shard for each kind of batches, see `MemoryStates.kind`.
 
-    There are several kinds if the model could not map tokens to pieces of the text for a while.
+    There is more than one kind if the model could not map tokens to pieces of the text for a while.
     """
     kinds = defaultdict(list)
     for batch in batches:
-        kinds[batch.vectors.shape[1], len(batch.matches) > 0].append(batch)
+        kinds[batch.holder.kind].append(batch)
     for of_kind in kinds.values():
         keys = b"".join(key for batch in of_kind for key in batch.keys)
         yield Shard(
-            states=torch.cat([batch.states for batch in of_kind]),
-            vectors=torch.cat([batch.vectors for batch in of_kind]),
-            matches=torch.cat([batch.matches for batch in of_kind]),
+            states=torch.cat([batch.holder.states for batch in of_kind]),
+            vectors=torch.cat([batch.holder.vectors for batch in of_kind]),
+            matches=torch.cat([batch.holder.matches for batch in of_kind]),
             lengths=torch.cat([batch.lengths for batch in of_kind]),
             full_lengths=torch.from_numpy(np.concatenate([b.full_lengths for b in of_kind])),
             keys=torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, KEY_BYTES),

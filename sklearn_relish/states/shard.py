@@ -45,9 +45,8 @@ class DamagedShardError(Exception):
     """A shard that is not what was written."""
 
 
-@dataclass(eq=False)
-class MemoryStates:
-    """Token states and vectors in memory that belong to no shard; see `Shard` for their shapes."""
+class _Values:
+    """What shards and states in memory have in common; see `Shard`."""
 
     states: Tensor
     vectors: Tensor
@@ -57,6 +56,20 @@ class MemoryStates:
     def n_bytes(self) -> int:
         """Size of states, vectors and matches."""
         return self.states.nbytes + self.vectors.nbytes + self.matches.nbytes
+
+    @property
+    def kind(self) -> tuple[int, bool]:
+        """What merged texts must share: the number of vectors, and whether they are pairs."""
+        return self.vectors.shape[1], len(self.matches) > 0
+
+
+@dataclass(eq=False)
+class MemoryStates(_Values):
+    """Token states and vectors in memory that belong to no shard; see `Shard` for their shapes."""
+
+    states: Tensor
+    vectors: Tensor
+    matches: Tensor
 
 
 Holder = TypeVar("Holder", bound="Shard | MemoryStates", covariant=True)
@@ -78,7 +91,7 @@ class Entry(NamedTuple, Generic[Holder]):
 
 
 @dataclass(eq=False)
-class Shard:
+class Shard(_Values):
     """Token states of texts, and the index that finds them.
 
     Parameters
@@ -203,16 +216,6 @@ class Shard:
             label=shards[0].label,
             last_used=max(shard.last_used for shard in shards),
         )
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of states, vectors and matches."""
-        return self.states.nbytes + self.vectors.nbytes + self.matches.nbytes
-
-    @property
-    def kind(self) -> tuple[int, bool]:
-        """What merged shards must share: the number of vectors, and whether texts are pairs."""
-        return self.vectors.shape[1], len(self.matches) > 0
 
     def entries(self) -> Iterator[tuple[bytes, Entry[Shard]]]:
         """Each text's key, and where its states lie."""

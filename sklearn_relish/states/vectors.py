@@ -1,4 +1,4 @@
-"""Vectors of a text: pooled states of a lower layer, kept next to the states of its tokens.
+"""Vectors of a text, and matches of its tokens, from a lower layer; kept next to the states.
 
 The linear path of a `RelishEnsemble` reads them. They are computed whenever a layer is read, since
 the pass computes the lower layer anyway.

@@ -1,13 +1,13 @@
 """Intervals: how certain is a prediction?
 =======================================
 
-Quantiles from one head, and intervals with a given coverage::
+Several quantiles, and intervals with a given coverage::
 
     python examples/intervals.py
 
-A head with three quantiles gives each film an interval of a different width. `predict_interval`
-adjusts the intervals with the errors on held-out films, so that they contain about 90 % of new
-films. The picture is intervals.svg.
+Each head predicts three quantiles, so each film has an interval of its own width.
+`predict_interval` adjusts the intervals with the errors on held-out films, so that they contain
+about 90 % of new films. The picture is intervals.svg.
 """
 
 import sqlite3

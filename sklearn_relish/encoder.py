@@ -27,9 +27,9 @@ from sklearn_relish.training.inference import pool_states
 class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstimator):
     """Encode texts as vectors: the pooled token states of a frozen language model.
 
-    It shares kept states with :class:`RelishRegressor`: with the same `model`, `layer`,
-    `max_length`, `dtype` and `memory`, a text that one of them has read is not read again by the
-    other.
+    It shares kept states with :class:`RelishRegressor`: a text that one of them has read is not
+    read again by the other if `memory` and all parameters of reading are the same, from `model` and
+    `layer` to `long_text`. For two columns of texts, the columns and `prompt` must be the same too.
 
     Parameters
     ----------

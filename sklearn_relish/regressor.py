@@ -141,7 +141,7 @@ class RelishRegressor(
         ``"auto"`` is 5 for up to 1,000 distinct rows and 3 for more, and in `partial_fit`. 1 is the
         published choice, and the fastest.
     linear_path : bool or "auto", default="auto"
-        If true, ridge models on the mean, the standard deviation and the last one of the token
+        If true, ridge models on the mean, the last and the standard deviation of the token
         states, at `layer` and at a lower one, are added, weighted together with the heads by
         out-of-fold error; for two columns of texts, two more on the means of the two texts and on
         the distances between their tokens. For small or noisy sets they make up most of the
@@ -231,7 +231,7 @@ class RelishRegressor(
 
     References
     ----------
-    .. [1] Su and Lease, "RELISH: REgression with a Latent Iterative State Head", arXiv 2604.01206.
+    .. [1] Su and Lease, "LLM REgression with a Latent Iterative State Head", arXiv 2604.01206.
     .. [2] Lee et al., "Deeply-Supervised Nets", arXiv 1409.5185.
 
     Examples

@@ -178,7 +178,7 @@ class RelishHead(nn.Module):
 
     References
     ----------
-    Su and Lease, "RELISH: REgression with a Latent Iterative State Head", arXiv 2604.01206.
+    Su and Lease, "LLM REgression with a Latent Iterative State Head", arXiv 2604.01206.
 
     Examples
     --------

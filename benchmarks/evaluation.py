@@ -135,6 +135,7 @@ class Method:
     test_rows: int = TEST_ROWS
     timed: bool = False  # whether it may train no longer than RELISH reads and trains
     uses_llm: bool = True  # False: a cell is run once, and its line is copied for other models
+    has_heads: bool = False  # whether it trains the heads of this package
 
 
 def relish(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
@@ -200,8 +201,8 @@ def cross_encoder(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> A
 
 LAST = {"layer": -1, "state_norm": None}
 METHODS = {
-    OURS: Method(relish, DEFAULT_LAYER, seeded=True),
-    PUBLISHED: Method(published, -1, seeded=True),
+    OURS: Method(relish, DEFAULT_LAYER, seeded=True, has_heads=True),
+    PUBLISHED: Method(published, -1, seeded=True, has_heads=True),
     "ridge, mean of states": pooled(pooled_linear, "mean"),
     "ridge, last state": pooled(pooled_linear, "last"),
     "MLP, mean of states": pooled(pooled_mlp, "mean"),
@@ -215,7 +216,7 @@ METHODS = {
     f"{SHOTS}-shot": speaking(DecodingRegressor, SHOTS),
     "RAIL, zero-shot": speaking(ExpectationRegressor, 0),
     f"RAIL, {SHOTS}-shot": speaking(ExpectationRegressor, SHOTS),
-    "RELISH, layer chosen": Method(chosen, seeded=True),
+    "RELISH, layer chosen": Method(chosen, seeded=True, has_heads=True),
     "LoRA": fine_tuned(LoRARegressor),
     "LoRA, as long as RELISH": fine_tuned(LoRARegressor, timed=True),
     "RAFT": fine_tuned(RAFTRegressor),
@@ -251,9 +252,18 @@ def installed_version(package: str) -> str | None:
 
 
 PACKAGES = ["torch", "transformers", "scikit-learn", "sentence-transformers", "peft"]
-REVISION = 3  # goes up when a change of the package changes results with the same settings
-VERSIONS = {"sklearn_relish": f"{__version__} (revision {REVISION})"}
-VERSIONS |= {name: installed_version(name) for name in PACKAGES}
+# These go up when a change of the package changes results with the same settings: of methods that
+# train its heads, and of those that only read states with it, or do not use it.
+HEADS_REVISION, REVISION = 4, 3
+VERSIONS = {name: installed_version(name) for name in PACKAGES}
+
+
+def versions_of(method: Method) -> dict[str, str | None]:
+    """What a line must have been made with to be current."""
+    revision = HEADS_REVISION if method.has_heads else REVISION
+    return {"sklearn_relish": f"{__version__} (revision {revision})", **VERSIONS}
+
+
 NO_LLM: Any = SimpleNamespace(_source=None, torch_device=None)  # settings depend on no model
 
 
@@ -384,7 +394,8 @@ class Cells(Results):
 
     def is_current(self, line: dict[str, Any]) -> bool:
         """Whether a line was made with the current versions and settings."""
-        if line.get("versions") != VERSIONS or find_method(line["method"]) is None:
+        method = find_method(line["method"])
+        if method is None or line.get("versions") != versions_of(method):
             return False
         return line["settings"] == settings_of(self.estimator(line))
 
@@ -488,7 +499,7 @@ def run(
                     **cell,
                     reading_seconds=reading.get(method.layer, 0.0) * n_rows,
                     **found,
-                    versions=VERSIONS,
+                    versions=versions_of(method),
                     settings=settings,
                 )
                 print(

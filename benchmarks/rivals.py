@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ from transformers import (
 from sklearn_relish import LLMEncoder, RelishRegressor
 from sklearn_relish.llm.loading import quiet_loading
 from sklearn_relish.states.token_states import TokenStates
+from sklearn_relish.training import trainer
 
 TUNING_ROWS = 24  # training rows on which a prompt is chosen
 CANDIDATES = 11  # numbers between the lowest and the highest of the training rows
@@ -103,9 +105,17 @@ class WithoutMatches(RelishRegressor):
         return replace(super()._states(*arguments, **more), matches=None)
 
 
+class LatestWeights(WithoutMatches):
+    """One whose heads have the weights of a training's steps, not their moving average."""
+
+    def fit(self, *arguments: Any, **more: Any) -> LatestWeights:
+        with patch.object(trainer, "AVERAGED_SHARE", 0.0):
+            return super().fit(*arguments, **more)
+
+
 def published_relish(model: Any, **parameters: Any) -> RelishRegressor:
     """RELISH as published: the last layer, its states as they are, one head, one loss."""
-    return WithoutMatches(
+    return LatestWeights(
         model,
         layer=-1,
         state_norm=None,

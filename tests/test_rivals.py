@@ -145,7 +145,8 @@ CELL = {"set": "stsb", "model": "tiny", "seed": 0, "train_rows": 300, "test_rows
 def line_of(results, method):
     cell = CELL | {"method": method, "reading_seconds": 1.0, "fit_seconds": 2.0}
     settings = evaluation.settings_of(results.estimator(cell))
-    return cell | {"versions": evaluation.VERSIONS, "settings": settings}
+    versions = evaluation.versions_of(evaluation.find_method(method))
+    return cell | {"versions": versions, "settings": settings}
 
 
 @pytest.mark.parametrize("method", evaluation.METHODS)
@@ -163,7 +164,7 @@ def test_a_line_with_other_versions_or_settings_is_not_found(tmp_path):
     line = line_of(results, "cross-encoder")
     old = {name: value for name, value in line.items() if name not in ("versions", "settings")}
     results.add(**old)
-    results.add(**line | {"versions": evaluation.VERSIONS | {"torch": "1.0"}})
+    results.add(**line | {"versions": line["versions"] | {"torch": "1.0"}})
     results.add(**line | {"settings": line["settings"] | {"n_epochs": 30}})
     results.add(**line | {"method": "a method of another day"})
     assert results.find(**CELL) == []

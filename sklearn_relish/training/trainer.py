@@ -6,6 +6,7 @@ It gets states and standardized targets, and knows neither texts nor the units o
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sklearn_relish.head.head import RelishHead
 from sklearn_relish.head.losses import Loss
@@ -31,6 +33,7 @@ GRADIENT_NORM = 1.0  # longer gradients are scaled down to it
 AUTO_EPOCHS, AUTO_STEPS = 10, 200  # a training has at least that many of both
 AUTO_RATE, AUTO_RATE_SIZE = 2e-3, 576  # the learning rate for states of up to that size
 CONSTANT_RATE = 0.25  # a constant learning rate, as a share of the peak of a schedule
+AVERAGED_SHARE = 0.2  # of the steps of a training, over which weights are averaged
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,8 @@ def train_head(
     """Train a head in place, starting from its weights.
 
     AdamW with a one-cycle schedule [1]_, clipped gradients, and batches of texts of similar length.
-    With validation examples, the weights of the epoch with the lowest validation loss are restored.
+    The result is an exponential moving average of the weights [3]_ over a fifth of the steps. With
+    validation examples, it is that of the epoch with the lowest validation loss.
 
     Parameters
     ----------
@@ -190,7 +194,7 @@ def train_head(
     Training
         Each entry of its `history` has the keys ``epoch``, ``learning_rate``, ``train_loss`` and,
         with validation examples, ``validation_loss`` and ``validation_r2``, all for the predictions
-        of the last iteration.
+        of the last iteration. The validation is that of the averaged weights.
 
     Raises
     ------
@@ -203,6 +207,8 @@ def train_head(
     ----------
     .. [1] Smith and Topin, "Super-Convergence", arXiv 1708.07120.
     .. [2] Lee et al., "Deeply-Supervised Nets", arXiv 1409.5185.
+    .. [3] Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", SIAM
+           Journal on Control and Optimization 30, 1992.
     """
     (stage,) = _train(
         head,
@@ -299,7 +305,7 @@ def _train(
 ) -> list[_Stage]:
     """Train a head, and find the best epoch for each of `iterations`; see `train_stages`.
 
-    The head is left with the weights of the last epoch.
+    The head is left with the averaged weights of the last epoch.
     """
     if isinstance(learning_rate, str):  # "auto"
         learning_rate = auto_learning_rate(head.sizes["input_size"])
@@ -311,6 +317,7 @@ def _train(
     head.to(device).train()
     optimizer = AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
     schedule = _schedule(optimizer, learning_rate, n_steps, constant_rate)
+    averaged = _moving_average(head, AVERAGED_SHARE * n_steps)
     n_bytes = train.states.n_bytes + (0 if validation is None else validation.states.n_bytes)
     window_bytes = window_size(n_bytes, max_memory)
     step = _Step(head, train, loss_fn, deep_supervision, device, window_bytes)
@@ -329,6 +336,7 @@ def _train(
             nn.utils.clip_grad_norm_(head.parameters(), GRADIENT_NORM)
             optimizer.step()
             schedule.step()
+            averaged.update_parameters(head)
         if not total.isfinite().all():
             raise FloatingPointError(
                 f"Training diverged in epoch {epoch}: the loss is not finite any more. Lower"
@@ -336,7 +344,7 @@ def _train(
             )
         if validation is not None:
             with torch.inference_mode():
-                validated = _predict_stages(head, held_out, iterations)
+                validated = _predict_stages(averaged.module, held_out, iterations)
         for number, course in enumerate(courses):
             entry = {
                 "epoch": epoch,
@@ -346,7 +354,7 @@ def _train(
             if validation is not None:
                 entry |= evaluate(validated[number], validation, loss_fn)
                 course.validated.append(validated[number])
-                course.update(epoch, entry["validation_loss"], head)
+                course.update(epoch, entry["validation_loss"], averaged.module)
             course.history.append(entry)
         if bar is not None:
             r2 = entry.get("validation_r2")
@@ -354,6 +362,7 @@ def _train(
         if validation is not None and epoch - courses[-1].best_epoch >= patience:
             break
     head.zero_grad()
+    head.load_state_dict(averaged.module.state_dict())
     head.to("cpu").eval()
     return [course.result(validation, loss_fn) for course in courses]
 
@@ -374,6 +383,22 @@ def _schedule(
     if constant_rate:
         return LambdaLR(optimizer, lambda step: 1.0)
     return OneCycleLR(optimizer, max_lr=learning_rate, total_steps=max(n_steps, 2))
+
+
+def _moving_average(head: RelishHead, n_steps: float) -> AveragedModel:
+    """The exponential moving average of a head's weights over about `n_steps` steps.
+
+    At first it reaches back over a third of the steps so far, so that it leaves the initial weights
+    behind.
+    """
+    steps = itertools.count(1)
+
+    def update(averaged: Any, current: Any, n_averaged: Any) -> None:
+        step = next(steps)
+        decay = min(1 - 1 / max(n_steps, 1), step / (step + 3))
+        get_ema_multi_avg_fn(decay)(averaged, current, n_averaged)
+
+    return AveragedModel(head, multi_avg_fn=update)
 
 
 class _Step:

@@ -6,9 +6,15 @@ import torch
 from tasks import CPU, task, train
 
 from sklearn_relish.head.losses import HuberLoss, SquaredLoss
-from sklearn_relish.training import batching
+from sklearn_relish.training import batching, trainer
 from sklearn_relish.training.inference import predict_states
-from sklearn_relish.training.trainer import Examples, _oof_predictions, auto_epochs, new_head
+from sklearn_relish.training.trainer import (
+    Examples,
+    _moving_average,
+    _oof_predictions,
+    auto_epochs,
+    new_head,
+)
 
 
 def test_learns_a_target_that_pooling_does_not_show():
@@ -141,6 +147,43 @@ def test_without_validation_the_last_epoch_is_kept():
     _, training = train(task(64))
     assert training.best_epoch == len(training.history) == 8
     assert set(training.history[0]) == {"epoch", "learning_rate", "train_loss"}
+
+
+def averages(n_steps, values):
+    """The averages after each step of a head all of whose weights have these values."""
+    head = new_head(0, input_size=3, latent_size=2, n_heads=1, n_iterations=1)
+    averaged = _moving_average(head, n_steps)
+    for value in values:
+        for weight in head.parameters():
+            torch.nn.init.constant_(weight, value)
+        averaged.update_parameters(head)
+        (found,) = {weight.item() for weight in averaged.module.readout.weight[0]}
+        yield found
+
+
+def test_an_average_is_over_the_last_steps():
+    assert list(averages(10, [2.0] * 20)) == pytest.approx([2.0] * 20)
+    *_, last = averages(10, range(200))
+    assert last == pytest.approx(199 - 9)
+    assert list(averages(0.0, [1.0, 5.0, 2.0])) == [1.0, 5.0, 2.0]
+
+
+def test_the_average_leaves_the_first_weights_behind():
+    *_, last = averages(1000, [100.0] + [1.0] * 29)
+    assert last == pytest.approx(1.0, abs=0.1)
+
+
+def test_averaged_weights_are_better_where_targets_are_noisy(monkeypatch):
+    clean = task(500, seed=1)
+    errors = []
+    for share in (trainer.AVERAGED_SHARE, 0.0):
+        monkeypatch.setattr(trainer, "AVERAGED_SHARE", share)
+        errors.append(0.0)
+        for seed in range(3):
+            head, _ = train(task(200, seed=5 + seed, noise=2.0), seed=seed, constant_rate=True)
+            predicted = predict_states(head, clean.states, CPU)
+            errors[-1] += float(((predicted - clean.y.numpy()) ** 2).mean())
+    assert errors[0] < 0.95 * errors[1]
 
 
 def test_examples_with_little_weight_have_little_influence():

@@ -148,8 +148,9 @@ def summary(lines: pd.DataFrame) -> str:
     if PUBLISHED in cells.index:
         published = (cells.loc[OURS] - cells.loc[PUBLISHED]).dropna()
         text += (
-            f" Minus that of the published configuration: {published.min():+.1f} to"
-            f" {published.max():+.1f}, on average {published.mean():+.1f}."
+            f" Minus that of the published configuration, in {len(published)} cells:"
+            f" {published.min():+.1f} to {published.max():+.1f}, on average"
+            f" {published.mean():+.1f}."
         )
     return (
         f"{text} NRMSE, divided by the lowest of the other methods: {error.mean():.2f} on average; "

@@ -73,7 +73,7 @@ def test_rows_of_draws_are_only_in_the_table_of_few_rows(lines):
 def test_summary(lines):
     text = figures.summary(lines)
     assert "-2.0 to +1.0, on average -0.5; ahead in 5 of 10 cells." in text
-    assert "+11.0 to +18.0, on average +14.5." in text
+    assert "in 10 cells: +11.0 to +18.0, on average +14.5." in text
     assert "1.00 on average; STS-B 1.00" in text
 
 

@@ -106,7 +106,10 @@ class WithoutMatches(RelishRegressor):
 
 
 class LatestWeights(WithoutMatches):
-    """One whose heads have the weights of a training's steps, not their moving average."""
+    """One whose heads have the weights of a training's steps, not their moving average.
+
+    Only one may be fitted at a time in a process.
+    """
 
     def fit(self, *arguments: Any, **more: Any) -> LatestWeights:
         with patch.object(trainer, "AVERAGED_SHARE", 0.0):

@@ -9,8 +9,8 @@
   copy that this machine can do.
 - A fit of 10 epochs on STS-B, with the best epoch on the dev set, compared with the same loop with
   the textbook head, state norm included, and a `DataLoader` that shuffles and pads each batch.
-  FOLDER is that of STS-B, as evaluation.py describes it. Without it and MODEL only steps are
-  measured.
+  Ours averages its weights in addition. FOLDER is that of STS-B, as evaluation.py describes it.
+  Without it and MODEL only steps are measured.
 """
 
 import argparse

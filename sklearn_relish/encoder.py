@@ -76,10 +76,14 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
 
     Examples
     --------
+    >>> import numpy as np
     >>> from sklearn.linear_model import RidgeCV
     >>> from sklearn.pipeline import make_pipeline
+    >>> from sklearn.preprocessing import StandardScaler
     >>> from sklearn_relish import LLMEncoder
-    >>> regressor = make_pipeline(LLMEncoder("HuggingFaceTB/SmolLM2-135M"), RidgeCV())
+    >>> encoder = LLMEncoder("HuggingFaceTB/SmolLM2-135M")
+    >>> ridge = RidgeCV(np.logspace(0, 6, 25))
+    >>> regressor = make_pipeline(encoder, StandardScaler(), ridge)
     >>> regressor.fit(["dull", "fine", "splendid"], [1, 3, 5]).predict(["wonderful"]).shape
     (1,)
     """

@@ -131,8 +131,8 @@ class RelishRegressor(
         Passes over the training rows, the length of the schedule. ``"auto"`` is 10 epochs, or more
         for a small set to reach 200 steps. Repeated rows count once.
     early_stopping : bool, default=True
-        Whether each head holds out a fraction of the rows and keeps the weights of the epoch with
-        the lowest loss on them.
+        Whether each head holds out a fraction of the rows and keeps its weights, averaged over up
+        to a fifth of all steps, of the epoch with the lowest loss on them.
     validation_fraction : float, default=0.2
         The fraction of the texts that is held out. Each estimator holds out different texts; equal
         texts are held out together.
@@ -196,8 +196,8 @@ class RelishRegressor(
         Column names, if `X` is a data frame or a dict whose column names are all strings.
     history_ : list of dict
         One entry per epoch: ``estimator``, from 0, ``epoch``, ``learning_rate``, ``train_loss``
-        and, with early stopping, ``validation_loss`` and ``validation_r2``; losses are in
-        standardized units.
+        and, with early stopping, ``validation_loss`` and ``validation_r2`` of the averaged weights;
+        losses are in standardized units.
     n_epochs_ : int
         Total number of epochs over all estimators.
     best_epoch_ : list of int
@@ -442,10 +442,10 @@ class RelishRegressor(
     ) -> RelishRegressor:
         """Continue training of the heads on a batch of rows, at a constant learning rate.
 
-        It makes `max_epochs` passes over the batch, 10 if it is ``"auto"``. The first batch
-        determines the units of the target, the layer and the columns, and there is no linear path;
-        after a `fit`, its linear path is kept unchanged. Nothing is held out, so there are no
-        intervals until the next `fit`.
+        It makes `max_epochs` passes over the batch, 10 if it is ``"auto"``, and averages weights
+        over the last fifth. The first batch determines the units of the target, the layer and the
+        columns, and there is no linear path; after a `fit`, its linear path is kept unchanged.
+        Nothing is held out, so there are no intervals until the next `fit`.
 
         Parameters
         ----------

@@ -16,6 +16,7 @@ from sklearn.model_selection import KFold, cross_val_score
 from tiny import tiny_model
 
 from sklearn_relish import FrozenLLM, RelishRegressor, StateStore
+from sklearn_relish.training import trainer
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 rivals = pytest.importorskip("rivals", reason="the benchmarks are not installed with the package")
@@ -52,12 +53,23 @@ def test_heads_and_counts_learn(llm):
         assert r2_of(rival).mean() > 0.5, rival
 
 
-def test_published_relish_is_as_published(llm):
+def test_published_relish_is_as_published(llm, monkeypatch):
     settings = {"prompt": "{a}\n{b}:", "max_epochs": 2, "random_state": 0}
     X, y = rows(40)
+    lengths = []
+
+    def average(head, n_steps):
+        lengths.append(n_steps)
+        return average_of_steps(head, n_steps)
+
+    average_of_steps = trainer._MovingAverage
+    monkeypatch.setattr(trainer, "_MovingAverage", average)
     rival = rivals.published_relish(llm, **settings).fit(X, y)
+    assert lengths == [0.0]
     assert not rival.head_.heads[0].sizes["pair"]
-    assert RelishRegressor(llm, **settings).fit(X, y).head_.heads[0].sizes["pair"]
+    default = RelishRegressor(llm, **settings).fit(X, y)
+    assert default.head_.heads[0].sizes["pair"]
+    assert min(lengths[1:]) > 0
     assert np.isfinite(rival.predict(X)).all()
     assert rival.layer_ == llm.n_layers
     assert len(rival.head_.heads) == 1

@@ -6,7 +6,6 @@ It gets states and standardized targets, and knows neither texts nor the units o
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sklearn_relish.head.head import RelishHead
 from sklearn_relish.head.losses import Loss
@@ -74,7 +73,7 @@ class Training(NamedTuple):
     history : list of dict
         An entry for each epoch, see `train_head`.
     best_epoch : int
-        The epoch whose weights the head has, from 1.
+        The epoch whose averaged weights the head has, from 1.
     oof_predictions : ndarray of shape (n_validation, n_outputs * n_predictions) or None
         Predictions for the validation examples. The epoch of each prediction was chosen without
         that example. None without validation examples.
@@ -147,8 +146,9 @@ def train_head(
     """Train a head in place, starting from its weights.
 
     AdamW with a one-cycle schedule [1]_, clipped gradients, and batches of texts of similar length.
-    The result is an exponential moving average of the weights [3]_ over a fifth of the steps. With
-    validation examples, it is that of the epoch with the lowest validation loss.
+    The result is an exponential moving average of the weights [3]_, over about as many steps as a
+    fifth of the training. With validation examples, it is the average after the epoch with the
+    lowest validation loss.
 
     Parameters
     ----------
@@ -194,7 +194,8 @@ def train_head(
     Training
         Each entry of its `history` has the keys ``epoch``, ``learning_rate``, ``train_loss`` and,
         with validation examples, ``validation_loss`` and ``validation_r2``, all for the predictions
-        of the last iteration. The validation is that of the averaged weights.
+        of the last iteration. The training loss is that of the weights in each step, the validation
+        that of the averaged weights.
 
     Raises
     ------
@@ -317,7 +318,7 @@ def _train(
     head.to(device).train()
     optimizer = AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
     schedule = _schedule(optimizer, learning_rate, n_steps, constant_rate)
-    averaged = _moving_average(head, AVERAGED_SHARE * n_steps)
+    averaged = _MovingAverage(head, AVERAGED_SHARE * n_steps)
     n_bytes = train.states.n_bytes + (0 if validation is None else validation.states.n_bytes)
     window_bytes = window_size(n_bytes, max_memory)
     step = _Step(head, train, loss_fn, deep_supervision, device, window_bytes)
@@ -336,7 +337,7 @@ def _train(
             nn.utils.clip_grad_norm_(head.parameters(), GRADIENT_NORM)
             optimizer.step()
             schedule.step()
-            averaged.update_parameters(head)
+            averaged.update(head)
         if not total.isfinite().all():
             raise FloatingPointError(
                 f"Training diverged in epoch {epoch}: the loss is not finite any more. Lower"
@@ -344,7 +345,7 @@ def _train(
             )
         if validation is not None:
             with torch.inference_mode():
-                validated = _predict_stages(averaged.module, held_out, iterations)
+                validated = _predict_stages(averaged.head, held_out, iterations)
         for number, course in enumerate(courses):
             entry = {
                 "epoch": epoch,
@@ -354,7 +355,7 @@ def _train(
             if validation is not None:
                 entry |= evaluate(validated[number], validation, loss_fn)
                 course.validated.append(validated[number])
-                course.update(epoch, entry["validation_loss"], averaged.module)
+                course.update(epoch, entry["validation_loss"], averaged.head)
             course.history.append(entry)
         if bar is not None:
             r2 = entry.get("validation_r2")
@@ -362,7 +363,7 @@ def _train(
         if validation is not None and epoch - courses[-1].best_epoch >= patience:
             break
     head.zero_grad()
-    head.load_state_dict(averaged.module.state_dict())
+    head.load_state_dict(averaged.head.state_dict())
     head.to("cpu").eval()
     return [course.result(validation, loss_fn) for course in courses]
 
@@ -385,20 +386,23 @@ def _schedule(
     return OneCycleLR(optimizer, max_lr=learning_rate, total_steps=max(n_steps, 2))
 
 
-def _moving_average(head: RelishHead, n_steps: float) -> AveragedModel:
+class _MovingAverage:
     """The exponential moving average of a head's weights over about `n_steps` steps.
 
     At first it reaches back over a third of the steps so far, so that it leaves the initial weights
-    behind.
+    behind. `head` has the average. torch's `AveragedModel` would wait for a GPU in each step.
     """
-    steps = itertools.count(1)
 
-    def update(averaged: Any, current: Any, n_averaged: Any) -> None:
-        step = next(steps)
-        decay = min(1 - 1 / max(n_steps, 1), step / (step + 3))
-        get_ema_multi_avg_fn(decay)(averaged, current, n_averaged)
+    def __init__(self, head: RelishHead, n_steps: float) -> None:
+        self.head = copy.deepcopy(head)
+        self._n_steps = max(n_steps, 1.0)
+        self._n_updates = 0
 
-    return AveragedModel(head, multi_avg_fn=update)
+    def update(self, head: RelishHead) -> None:
+        decay = min(1 - 1 / self._n_steps, self._n_updates / (self._n_updates + 3))
+        average = get_ema_multi_avg_fn(decay)
+        average(list(self.head.parameters()), list(head.parameters()), self._n_updates)
+        self._n_updates += 1
 
 
 class _Step:

@@ -10,7 +10,7 @@ from sklearn_relish.training import batching, trainer
 from sklearn_relish.training.inference import predict_states
 from sklearn_relish.training.trainer import (
     Examples,
-    _moving_average,
+    _MovingAverage,
     _oof_predictions,
     auto_epochs,
     new_head,
@@ -152,12 +152,12 @@ def test_without_validation_the_last_epoch_is_kept():
 def averages(n_steps, values):
     """The averages after each step of a head all of whose weights have these values."""
     head = new_head(0, input_size=3, latent_size=2, n_heads=1, n_iterations=1)
-    averaged = _moving_average(head, n_steps)
+    averaged = _MovingAverage(head, n_steps)
     for value in values:
         for weight in head.parameters():
             torch.nn.init.constant_(weight, value)
-        averaged.update_parameters(head)
-        (found,) = {weight.item() for weight in averaged.module.readout.weight[0]}
+        averaged.update(head)
+        (found,) = {weight.item() for weight in averaged.head.readout.weight[0]}
         yield found
 
 
@@ -171,6 +171,30 @@ def test_an_average_is_over_the_last_steps():
 def test_the_average_leaves_the_first_weights_behind():
     *_, last = averages(1000, [100.0] + [1.0] * 29)
     assert last == pytest.approx(1.0, abs=0.1)
+
+
+def test_averages_are_over_a_fifth_of_the_steps_and_are_what_is_validated(monkeypatch):
+    lengths = []
+
+    class Average(_MovingAverage):
+        def __init__(self, head, n_steps):
+            lengths.append(n_steps)
+            super().__init__(head, n_steps)
+
+    monkeypatch.setattr(trainer, "_MovingAverage", Average)
+    examples, validation = task(100), task(40, seed=1)
+    _, averaged = train(examples, validation, max_epochs=5)
+    assert lengths == [0.2 * 5 * 4]
+    monkeypatch.setattr(trainer, "AVERAGED_SHARE", 0.0)
+    head, latest = train(examples, validation, max_epochs=5)
+    for name, same in (("train_loss", True), ("validation_loss", False)):
+        pairs = zip(averaged.history, latest.history, strict=True)
+        assert all((one[name] == other[name]) == same for one, other in list(pairs)[1:])
+    assert lengths[1] == 0.0
+    raw = predict_states(head, validation.states, CPU)
+    loss = HuberLoss().loss(torch.from_numpy(raw), validation.y).mean()
+    best = latest.history[latest.best_epoch - 1]["validation_loss"]
+    assert float(loss) == pytest.approx(best, rel=1e-5)
 
 
 def test_averaged_weights_are_better_where_targets_are_noisy(monkeypatch):

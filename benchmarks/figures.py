@@ -225,8 +225,12 @@ def seconds_of_sets(lines: pd.DataFrame, sets: list[str]) -> str:
 
 def source(lines: pd.DataFrame) -> str:
     """The versions of the lines, and which settings of the default they do not have."""
-    versions = lines["versions"].map(lambda some: tuple(some.items())).unique()
-    names = [f"{name} {number}" for some in versions for name, number in some if number]
+    packages: dict[str, set[str]] = {}
+    for versions in lines["versions"]:
+        for name, number in versions.items():
+            if number:
+                packages.setdefault(name, set()).add(number)
+    names = [f"{name} {' / '.join(sorted(packages[name]))}" for name in packages]
     ours = lines.loc[lines["method"] == OURS, "settings"]
     today = settings_of_method(settings_of(RelishRegressor()))
     changed = {
@@ -235,7 +239,7 @@ def source(lines: pd.DataFrame) -> str:
         for name in some
         if some[name] != today.get(name)
     }
-    text = f"Versions: {', '.join(dict.fromkeys(names))}."
+    text = f"Versions: {', '.join(names)}."
     if changed:
         text += f" The defaults have changed since: {'; '.join(sorted(changed))}."
     return text

@@ -131,8 +131,8 @@ class RelishRegressor(
         Passes over the training rows, the length of the schedule. ``"auto"`` is 10 epochs, or more
         for a small set to reach 200 steps. Repeated rows count once.
     early_stopping : bool, default=True
-        Whether each head holds out a fraction of the rows and keeps its weights, averaged over up
-        to a fifth of all steps, of the epoch with the lowest loss on them.
+        Whether each head holds out a fraction of the rows and keeps the averaged weights of the
+        epoch with the lowest loss on them. Averages are over up to a fifth of all steps.
     validation_fraction : float, default=0.2
         The fraction of the texts that is held out. Each estimator holds out different texts; equal
         texts are held out together.

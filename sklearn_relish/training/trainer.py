@@ -390,7 +390,8 @@ class _MovingAverage:
     """The exponential moving average of a head's weights over about `n_steps` steps.
 
     At first it reaches back over a third of the steps so far, so that it leaves the initial weights
-    behind. `head` has the average. torch's `AveragedModel` would wait for a GPU in each step.
+    behind. `head` has the average. torch's `AveragedModel` copies a counter to the device in each
+    step, which makes the CPU wait.
     """
 
     def __init__(self, head: RelishHead, n_steps: float) -> None:

@@ -183,17 +183,17 @@ def test_averages_are_over_a_fifth_of_the_steps_and_are_what_is_validated(monkey
 
     monkeypatch.setattr(trainer, "_MovingAverage", Average)
     examples, validation = task(100), task(40, seed=1)
-    _, averaged = train(examples, validation, max_epochs=5)
+    head, averaged = train(examples, validation, max_epochs=5)
     assert lengths == [0.2 * 5 * 4]
     monkeypatch.setattr(trainer, "AVERAGED_SHARE", 0.0)
-    head, latest = train(examples, validation, max_epochs=5)
+    _, latest = train(examples, validation, max_epochs=5)
     for name, same in (("train_loss", True), ("validation_loss", False)):
         pairs = zip(averaged.history, latest.history, strict=True)
         assert all((one[name] == other[name]) == same for one, other in list(pairs)[1:])
     assert lengths[1] == 0.0
     raw = predict_states(head, validation.states, CPU)
     loss = HuberLoss().loss(torch.from_numpy(raw), validation.y).mean()
-    best = latest.history[latest.best_epoch - 1]["validation_loss"]
+    best = averaged.history[averaged.best_epoch - 1]["validation_loss"]
     assert float(loss) == pytest.approx(best, rel=1e-5)
 
 

@@ -54,6 +54,7 @@ from rivals import (
     tfidf_ridge,
 )
 from scipy.stats import pearsonr, spearmanr
+from sklearn.ensemble import VotingRegressor
 
 from sklearn_relish import FrozenLLM, RelishRegressor, StateStore, __version__
 from sklearn_relish.inputs.prompts import pair_literals
@@ -64,8 +65,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ["text_a", "text_b"]
-PAIR = "Sentence 1: {text_a}\nSentence 2: {text_b}\n"
-TRANSLATION = "Source: {text_a}\nTranslation: {text_b}\nQuality score:"
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,7 @@ class Task:
     """A set: how a row becomes a text, and what a model that must answer in words is told."""
 
     prompt: str
+    swapped: str  # the prompt with the second text before the first
     instruction: str
     decimals: int
     train_rows: int
@@ -86,7 +86,8 @@ class Task:
 
 def translation(source: str, target: str) -> Task:
     return Task(
-        TRANSLATION,
+        "Source: {text_a}\nTranslation: {text_b}\nQuality score:",
+        "Translation: {text_b}\nSource: {text_a}\nQuality score:",
         f"Rate the quality of the translation from {source} to {target} on a scale from 0 (bad) to"
         " 100 (perfect). Answer with a number.",
         decimals=0,
@@ -96,14 +97,16 @@ def translation(source: str, target: str) -> Task:
 
 TASKS = {
     "stsb": Task(
-        PAIR + "Similarity score:",
+        "Sentence 1: {text_a}\nSentence 2: {text_b}\nSimilarity score:",
+        "Sentence 1: {text_b}\nSentence 2: {text_a}\nSimilarity score:",
         "Rate how similar the two sentences are in meaning on a scale from 0 (not at all) to 5"
         " (the same). Answer with a number.",
         decimals=1,
         train_rows=3000,
     ),
     "sickr": Task(
-        PAIR + "Relatedness score:",
+        "Sentence 1: {text_a}\nSentence 2: {text_b}\nRelatedness score:",
+        "Sentence 1: {text_b}\nSentence 2: {text_a}\nRelatedness score:",
         "Rate how related the two sentences are in meaning on a scale from 1 (not at all) to 5"
         " (very much). Answer with a number.",
         decimals=1,
@@ -115,6 +118,7 @@ TASKS = {
 }
 
 OURS, PUBLISHED, COUNTED = "RELISH", "RELISH as published", "TF-IDF + ridge"
+BOTH_ORDERS = f"{OURS}, both orders"
 DEFAULT_LAYER = RelishRegressor().layer
 SEEDS = 3
 TEST_ROWS = 1000
@@ -136,6 +140,7 @@ class Method:
     timed: bool = False  # whether it may train no longer than RELISH reads and trains
     uses_llm: bool = True  # False: a cell is run once, and its line is copied for other models
     has_heads: bool = False  # whether it trains the heads of this package
+    both_orders: bool = False  # whether it also reads the second text before the first
 
 
 def relish(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
@@ -144,6 +149,11 @@ def relish(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
 
 def chosen(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
     return relish(task, llm, store, seed).set_params(layer="auto")
+
+
+def both_orders(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
+    second = relish(task, llm, store, seed).set_params(prompt=task.swapped)
+    return VotingRegressor([("first", relish(task, llm, store, seed)), ("second", second)])
 
 
 def published(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
@@ -202,6 +212,7 @@ def cross_encoder(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> A
 LAST = {"layer": -1, "state_norm": None}
 METHODS = {
     OURS: Method(relish, DEFAULT_LAYER, seeded=True, has_heads=True),
+    BOTH_ORDERS: Method(both_orders, DEFAULT_LAYER, seeded=True, has_heads=True, both_orders=True),
     PUBLISHED: Method(published, -1, seeded=True, has_heads=True),
     "ridge, mean of states": pooled(pooled_linear, "mean"),
     "ridge, last state": pooled(pooled_linear, "last"),
@@ -303,6 +314,8 @@ def n_parameters(fitted: Any) -> int:
     """Trained numbers of a fitted regressor."""
     if isinstance(fitted, RelishRegressor):
         return sum(weight.numel() for weight in fitted.head_.parameters())
+    if isinstance(fitted, VotingRegressor):
+        return sum(map(n_parameters, fitted.estimators_))
     if hasattr(fitted, "n_parameters_"):
         return fitted.n_parameters_
     while not hasattr(fitted, "coef_"):
@@ -474,9 +487,13 @@ def run(
             largest = max(cell["train_rows"] for cell in wanted)
             train = load(folder / name, "train", task.train_rows if draws else largest)
             test = load(folder / name, split, test_rows)
-            layers = {find_method(cell["method"]).layer for cell in wanted} - {None}
+            used = [find_method(cell["method"]) for cell in wanted]
+            layers = {method.layer for method in used} - {None}
             if layers:
                 read_ahead(task, pd.concat([train, test]), llm, store, layers)
+            if any(method.both_orders for method in used):
+                swapped = replace(task, prompt=task.swapped)
+                read_ahead(swapped, pd.concat([train, test]), llm, store, {DEFAULT_LAYER})
             reading = {
                 layer: seconds_to_read(task, train, llm, layer) / len(train) for layer in layers
             }
@@ -495,9 +512,10 @@ def run(
                 some = test.head(method.test_rows)
                 drawn = train.sample(n_rows, random_state=cell["draw"]) if draws else train
                 found = run_cell(estimator, drawn.head(n_rows), some, spread)
+                n_readings = 2 if method.both_orders else 1
                 results.add(
                     **cell,
-                    reading_seconds=reading.get(method.layer, 0.0) * n_rows,
+                    reading_seconds=n_readings * reading.get(method.layer, 0.0) * n_rows,
                     **found,
                     versions=versions_of(method),
                     settings=settings,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation import (
+    BOTH_ORDERS,
     COUNTED,
     OURS,
     PUBLISHED,
@@ -145,13 +146,17 @@ def summary(lines: pd.DataFrame) -> str:
         f" cell: {ahead.min():+.1f} to {ahead.max():+.1f}, on average {ahead.mean():+.1f}; ahead in"
         f" {(ahead > 0).sum()} of {len(ahead)} cells."
     )
-    if PUBLISHED in cells.index:
-        published = (cells.loc[OURS] - cells.loc[PUBLISHED]).dropna()
-        text += (
-            f" Minus that of the published configuration, in {len(published)} cells:"
-            f" {published.min():+.1f} to {published.max():+.1f}, on average"
-            f" {published.mean():+.1f}."
-        )
+    differences = {
+        "Minus that of the published configuration": (OURS, PUBLISHED),
+        "With both orders of a pair, minus that with one": (BOTH_ORDERS, OURS),
+    }
+    for name, (method, other) in differences.items():
+        if other in cells.index and method in cells.index:
+            values = (cells.loc[method] - cells.loc[other]).dropna()
+            text += (
+                f" {name}, in {len(values)} cells: {values.min():+.1f} to {values.max():+.1f}, on"
+                f" average {values.mean():+.1f}."
+            )
     return (
         f"{text} NRMSE, divided by the lowest of the other methods: {error.mean():.2f} on average; "
         + ", ".join(f"{TITLES[name]} {value:.2f}" for name, value in of_sets.items())

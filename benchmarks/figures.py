@@ -46,7 +46,7 @@ TITLES = {
     "wmt-si-en": "WMT si-en",
 }
 SPEAKING = ["zero-shot", f"{SHOTS}-shot"]
-SHORT = [OURS, "ridge, mean of states", "MLP, mean of states", PUBLISHED, COUNTED]
+SHORT = [OURS, BOTH_ORDERS, "ridge, mean of states", "MLP, mean of states", PUBLISHED, COUNTED]
 ENGLISH = ["stsb", "sickr"]
 ENCODERS = ["sentence embeddings + boosting", "sentence embeddings + ridge", "cross-encoder"]
 OF_CELLS = ["prompt", "template", "kw_args", "instruction", "decimals", "random_state"]
@@ -207,7 +207,8 @@ def fine_tuned(lines: pd.DataFrame) -> str:
     tuned = lines[lines["method"].str.contains("LoRA|RAFT") & lines["draw"].isna()]
     parts = []
     for n_rows, some in tuned.groupby("train_rows"):
-        same = lines[(lines["train_rows"] == n_rows) & (lines["method"] == OURS)]
+        ours = lines["method"].isin([OURS, BOTH_ORDERS])
+        same = lines[(lines["train_rows"] == n_rows) & ours]
         same = same[same["draw"].isna() & same["model"].isin(some["model"])]
         # The fine-tuned models are measured on the first of the test rows.
         same = same.assign(r=same["r_500"], test_rows=500)

@@ -4,7 +4,9 @@ A line of the evaluation's results counts only with the current versions and set
 """
 
 import argparse
+import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -149,6 +151,28 @@ def test_cross_encoder_learns_and_leaves_nothing_behind(tmp_path, monkeypatch, c
     assert capfd.readouterr().out == ""
     np.testing.assert_array_equal(rival.fit(X, y).predict(X), predicted)
     assert r2_of(rival).mean() > 0.5
+
+
+@pytest.mark.parametrize("task", evaluation.TASKS.values(), ids=evaluation.TASKS)
+def test_both_orders_read_the_same_pair(task):
+    swapped = dataclasses.replace(task, prompt=task.swapped)
+    assert task.prompt.index("{text_a}") < task.prompt.index("{text_b}")
+    assert swapped.prompt.index("{text_b}") < swapped.prompt.index("{text_a}")
+    assert sorted(re.findall(r"\w+", swapped.prompt)) == sorted(re.findall(r"\w+", task.prompt))
+    assert swapped.pair is not None
+
+
+def test_both_orders_are_averaged(llm):
+    task, store = evaluation.TASKS["stsb"], StateStore()
+    X = pd.DataFrame({"text_a": list(WORDS) * 10, "text_b": ["film", "book"] * 20})
+    y = [WORDS[word] for word in X["text_a"]]
+    make = evaluation.find_method(evaluation.BOTH_ORDERS).make
+    both = make(task, llm, store, 0).set_params(first__max_epochs=1, second__max_epochs=1)
+    first, second = both.fit(X, y).estimators_
+    predicted = [regressor.predict(X) for regressor in (first, second)]
+    np.testing.assert_allclose(both.predict(X), np.mean(predicted, axis=0))
+    assert not np.allclose(*predicted)
+    assert evaluation.n_parameters(both) == 2 * evaluation.n_parameters(first)
 
 
 CELL = {"set": "stsb", "model": "tiny", "seed": 0, "train_rows": 300, "test_rows": 1000}

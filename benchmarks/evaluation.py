@@ -72,7 +72,7 @@ class Task:
     """A set: how a row becomes a text, and what a model that must answer in words is told."""
 
     prompt: str
-    swapped: str  # the prompt with the second text before the first
+    swapped_prompt: str  # the prompt with the second text before the first
     instruction: str
     decimals: int
     train_rows: int
@@ -82,6 +82,11 @@ class Task:
         """The template by which the estimators find the two texts of a row."""
         literals = pair_literals(COLUMNS, ["text", "text"], self.prompt)
         return None if literals is None else PairTemplate(*literals)
+
+    @property
+    def swapped(self) -> Task:
+        """The task with the second text before the first."""
+        return replace(self, prompt=self.swapped_prompt, swapped_prompt=self.prompt)
 
 
 def translation(source: str, target: str) -> Task:
@@ -140,7 +145,7 @@ class Method:
     timed: bool = False  # whether it may train no longer than RELISH reads and trains
     uses_llm: bool = True  # False: a cell is run once, and its line is copied for other models
     has_heads: bool = False  # whether it trains the heads of this package
-    both_orders: bool = False  # whether it also reads the second text before the first
+    n_readings: int = 1  # 2: it also reads the second text before the first
 
 
 def relish(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
@@ -152,7 +157,7 @@ def chosen(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
 
 
 def both_orders(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
-    second = relish(task, llm, store, seed).set_params(prompt=task.swapped)
+    second = relish(task.swapped, llm, store, seed)
     return VotingRegressor([("first", relish(task, llm, store, seed)), ("second", second)])
 
 
@@ -212,7 +217,7 @@ def cross_encoder(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> A
 LAST = {"layer": -1, "state_norm": None}
 METHODS = {
     OURS: Method(relish, DEFAULT_LAYER, seeded=True, has_heads=True),
-    BOTH_ORDERS: Method(both_orders, DEFAULT_LAYER, seeded=True, has_heads=True, both_orders=True),
+    BOTH_ORDERS: Method(both_orders, DEFAULT_LAYER, seeded=True, has_heads=True, n_readings=2),
     PUBLISHED: Method(published, -1, seeded=True, has_heads=True),
     "ridge, mean of states": pooled(pooled_linear, "mean"),
     "ridge, last state": pooled(pooled_linear, "last"),
@@ -491,9 +496,9 @@ def run(
             layers = {method.layer for method in used} - {None}
             if layers:
                 read_ahead(task, pd.concat([train, test]), llm, store, layers)
-            if any(method.both_orders for method in used):
-                swapped = replace(task, prompt=task.swapped)
-                read_ahead(swapped, pd.concat([train, test]), llm, store, {DEFAULT_LAYER})
+            layers_of_both = {method.layer for method in used if method.n_readings == 2}
+            if layers_of_both:
+                read_ahead(task.swapped, pd.concat([train, test]), llm, store, layers_of_both)
             reading = {
                 layer: seconds_to_read(task, train, llm, layer) / len(train) for layer in layers
             }
@@ -512,10 +517,9 @@ def run(
                 some = test.head(method.test_rows)
                 drawn = train.sample(n_rows, random_state=cell["draw"]) if draws else train
                 found = run_cell(estimator, drawn.head(n_rows), some, spread)
-                n_readings = 2 if method.both_orders else 1
                 results.add(
                     **cell,
-                    reading_seconds=n_readings * reading.get(method.layer, 0.0) * n_rows,
+                    reading_seconds=method.n_readings * reading.get(method.layer, 0.0) * n_rows,
                     **found,
                     versions=versions_of(method),
                     settings=settings,

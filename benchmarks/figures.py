@@ -134,7 +134,7 @@ def complete(lines: pd.DataFrame) -> str:
 
 
 def summary(lines: pd.DataFrame) -> str:
-    """How far the default is ahead of the best other method of each cell."""
+    """How far the default is ahead of the best rival of each cell, and both orders of one."""
     lines = complete_rows(lines)
     frozen = [name for name in lines["method"].unique() if is_frozen_rival(name)]
     cells, errors = means(lines), means(lines, "nrmse")
@@ -142,26 +142,28 @@ def summary(lines: pd.DataFrame) -> str:
     error = (errors.loc[OURS] / errors.loc[frozen].min()).dropna()
     of_sets = error.groupby("set", sort=False).mean()
     text = (
-        "100 r of `RelishRegressor` minus that of the best other method of this table in each"
-        f" cell: {ahead.min():+.1f} to {ahead.max():+.1f}, on average {ahead.mean():+.1f}; ahead in"
-        f" {(ahead > 0).sum()} of {len(ahead)} cells."
-    )
-    differences = {
-        "Minus that of the published configuration": (OURS, PUBLISHED),
-        "With both orders of a pair, minus that with one": (BOTH_ORDERS, OURS),
-    }
-    for name, (method, other) in differences.items():
-        if other in cells.index and method in cells.index:
-            values = (cells.loc[method] - cells.loc[other]).dropna()
-            text += (
-                f" {name}, in {len(values)} cells: {values.min():+.1f} to {values.max():+.1f}, on"
-                f" average {values.mean():+.1f}."
-            )
-    return (
-        f"{text} NRMSE, divided by the lowest of the other methods: {error.mean():.2f} on average; "
+        "Rivals are the methods of this table but `RelishRegressor`. 100 r of `RelishRegressor`"
+        f" minus that of the best rival in each cell: {spread(ahead)}; ahead in"
+        f" {(ahead > 0).sum()} of {len(ahead)} cells. Its NRMSE, divided by the lowest of a rival:"
+        f" {error.mean():.2f} on average; "
         + ", ".join(f"{TITLES[name]} {value:.2f}" for name, value in of_sets.items())
         + "."
     )
+    differences = {
+        "100 r of `RelishRegressor` minus that of the published configuration": (OURS, PUBLISHED),
+        "100 r with both orders of a pair minus 100 r with one": (BOTH_ORDERS, OURS),
+    }
+    for name, (method, other) in differences.items():
+        if {method, other} <= set(cells.index):
+            values = (cells.loc[method] - cells.loc[other]).dropna()
+            text += f" {name}, in {len(values)} cells: {spread(values)}."
+    return text
+
+
+def spread(differences: pd.Series) -> str:
+    """The lowest, the highest and the mean difference."""
+    lowest, highest, mean = differences.min(), differences.max(), differences.mean()
+    return f"{lowest:+.1f} to {highest:+.1f}, on average {mean:+.1f}"
 
 
 def is_frozen_rival(method: str) -> bool:
@@ -193,23 +195,23 @@ def few_rows(lines: pd.DataFrame) -> str:
 
 
 def encoders(lines: pd.DataFrame) -> str:
-    """Sentence encoders on the English pairs, next to the default with the first model."""
+    """Sentence encoders on the English pairs, next to ours with the first model."""
     lines = complete_rows(lines)
     lines = lines[lines["set"].isin(ENGLISH) & (lines["model"] == lines["model"].iloc[0])]
-    lines = lines[lines["method"].isin([OURS, *ENCODERS])]
+    lines = lines[lines["method"].isin([OURS, BOTH_ORDERS, *ENCODERS])]
     return seconds_of_sets(lines, ENGLISH)
 
 
 def fine_tuned(lines: pd.DataFrame) -> str:
-    """LoRA and RAFT next to the default, by number of training rows."""
+    """LoRA and RAFT next to ours, with one and both orders, by number of training rows."""
     import pandas as pd
 
-    tuned = lines[lines["method"].str.contains("LoRA|RAFT") & lines["draw"].isna()]
+    lines = lines[lines["draw"].isna()]
+    tuned = lines[lines["method"].str.contains("LoRA|RAFT")]
+    ours = lines[lines["method"].isin([OURS, BOTH_ORDERS])]
     parts = []
     for n_rows, some in tuned.groupby("train_rows"):
-        ours = lines["method"].isin([OURS, BOTH_ORDERS])
-        same = lines[(lines["train_rows"] == n_rows) & ours]
-        same = same[same["draw"].isna() & same["model"].isin(some["model"])]
+        same = ours[(ours["train_rows"] == n_rows) & ours["model"].isin(some["model"])]
         # The fine-tuned models are measured on the first of the test rows.
         same = same.assign(r=same["r_500"], test_rows=500)
         both = pd.concat([same[same["set"].isin(some["set"])], some])

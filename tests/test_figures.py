@@ -73,13 +73,13 @@ def test_rows_of_draws_are_only_in_the_table_of_few_rows(lines):
 def test_summary(lines):
     text = figures.summary(lines)
     assert "-2.0 to +1.0, on average -0.5; ahead in 5 of 10 cells." in text
-    assert "in 10 cells: +11.0 to +18.0, on average +14.5." in text
+    assert "of the published configuration, in 10 cells: +11.0 to +18.0, on average +14.5." in text
     assert "1.00 on average; STS-B 1.00" in text
     assert "both orders" not in text
     both = lines_of(evaluation.BOTH_ORDERS, small=62.0, large=74.0)
     text = figures.summary(pd.concat([lines, pd.DataFrame(both)]))
     assert "-2.0 to +1.0, on average -0.5; ahead in 5 of 10 cells." in text
-    assert "With both orders of a pair, minus that with one, in 10 cells: +1.0 to +4.0" in text
+    assert "100 r with both orders of a pair minus 100 r with one, in 10 cells: +1.0 to" in text
 
 
 def test_the_default_is_shown_on_the_test_rows_of_fine_tuned_models(lines):

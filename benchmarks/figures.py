@@ -174,7 +174,7 @@ def is_frozen_rival(method: str) -> bool:
 
 
 def few_rows(lines: pd.DataFrame) -> str:
-    """100 r with few rows: the mean of the draws, and the difference from the best method."""
+    """100 r with few rows: the mean of the draws, and the difference from the best rival."""
     rows = []
     for n_rows, some in lines[lines["draw"].notna()].groupby("train_rows"):
         cells = means(some)
@@ -188,9 +188,10 @@ def few_rows(lines: pd.DataFrame) -> str:
         ]
         best = f"{single.max():.1f} ({label(single.idxmax())})"
         means_of_cells = [average(cells.loc[OURS]), best, average(rivals.max())]
-        rows.append([f"{n_rows:,}", *means_of_cells, "; ".join(behind) or "none"])
-    header = ["training rows", "`RelishRegressor`", "best single other method"]
-    header += ["best other method of each cell", "behind that by more than 0.5"]
+        row = [f"{n_rows:,}", *means_of_cells, spread(ahead), "; ".join(behind) or "none"]
+        rows.append(row)
+    header = ["training rows", "`RelishRegressor`", "best single rival", "best rival of each cell"]
+    header += ["difference from it", "more than 0.5 behind it"]
     return grid(header, rows)
 
 

@@ -134,7 +134,7 @@ def complete(lines: pd.DataFrame) -> str:
 
 
 def summary(lines: pd.DataFrame) -> str:
-    """How far the default is ahead of the best rival of each cell, and both orders of one."""
+    """How far the default is ahead of the best rival of a cell, and both orders of one order."""
     lines = complete_rows(lines)
     frozen = [name for name in lines["method"].unique() if is_frozen_rival(name)]
     cells, errors = means(lines), means(lines, "nrmse")

@@ -179,6 +179,33 @@ def test_both_orders_are_averaged(llm):
     assert evaluation.n_parameters(both) == 2 * evaluation.n_parameters(first)
 
 
+def test_both_orders_are_read_before_the_fit_is_timed(llm, tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        X = pd.DataFrame({"text_a": [f"film {i}" for i in range(40)], "text_b": "a book"})
+        path = tmp_path / "stsb" / f"{split}.csv"
+        path.parent.mkdir(exist_ok=True)
+        X.assign(score=np.arange(40.0) % 5).to_csv(path, index=False)
+    n_read = []
+
+    def n_texts():
+        return sum(row["n_texts"] for row in store.info())
+
+    def run_cell(estimator, train, test, spread):
+        before = n_texts()
+        estimator.set_params(first__max_epochs=1, second__max_epochs=1)
+        estimator.fit(train[evaluation.COLUMNS], train["score"]).predict(test[evaluation.COLUMNS])
+        n_read.append((before, n_texts() - before))
+        return {"r": 0.0, "nrmse": 0.0, "fit_seconds": 0.0}
+
+    store = StateStore()
+    monkeypatch.setattr(evaluation, "run_cell", run_cell)
+    results = evaluation.Cells(tmp_path / "lines.jsonl")
+    options = {"sets": ["stsb"], "methods": [evaluation.BOTH_ORDERS], "seeds": 1, "rows": [40]}
+    evaluation.run(results, {"tiny": llm}, tmp_path, store, draws=0, test_rows=40, **options)
+    assert n_read == [(80, 0)]  # 40 pairs, in two orders
+    assert results.find(method=evaluation.BOTH_ORDERS)[0]["reading_seconds"] > 0
+
+
 CELL = {"set": "stsb", "model": "tiny", "seed": 0, "train_rows": 300, "test_rows": 1000}
 
 

@@ -494,11 +494,10 @@ def run(
             test = load(folder / name, split, test_rows)
             used = [find_method(cell["method"]) for cell in wanted]
             layers = {method.layer for method in used} - {None}
-            if layers:
-                read_ahead(task, pd.concat([train, test]), llm, store, layers)
             layers_of_both = {method.layer for method in used if method.n_readings == 2}
-            if layers_of_both:
-                read_ahead(task.swapped, pd.concat([train, test]), llm, store, layers_of_both)
+            for order, needed in ((task, layers), (task.swapped, layers_of_both)):
+                if needed:
+                    read_ahead(order, pd.concat([train, test]), llm, store, needed)
             reading = {
                 layer: seconds_to_read(task, train, llm, layer) / len(train) for layer in layers
             }

@@ -26,9 +26,11 @@ PREDICTION_BITS = 24  # predictions are rounded to as many bits as the heads' we
 
 def _has_quantiles(regressor: Any) -> bool:
     """Whether `predict_quantiles` is available; otherwise the error says why not."""
-    if regressor.loss != "quantile":
+    loss = regressor.head_.loss_fn.name if hasattr(regressor, "head_") else regressor.loss
+    if loss != "quantile":
+        fitted = " of the fit" if hasattr(regressor, "head_") else ""
         raise AttributeError(
-            f"predict_quantiles needs loss='quantile', but the loss is {regressor.loss!r}."
+            f"predict_quantiles needs loss='quantile', but the loss{fitted} is {loss!r}."
         )
     return True
 

@@ -186,6 +186,7 @@ class PreviewMixin:
         )
 
 
+@torch.inference_mode(False)
 def _preview(regressor: Any, X: Any) -> FitPreview:
     """The preview of a fit; `regressor` is a snapshot whose columns are set."""
     texts = regressor._render(regressor._read_table(X, reset=True))

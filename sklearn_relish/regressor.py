@@ -134,8 +134,8 @@ class RelishRegressor(
         Whether each head holds out a fraction of the rows and keeps the averaged weights of the
         epoch with the lowest loss on them. Averages are over up to a fifth of all steps.
     validation_fraction : float, default=0.2
-        The fraction of the texts that is held out. Each estimator holds out different texts; equal
-        texts are held out together.
+        The fraction of the texts that is held out. Each estimator holds out different texts, as far
+        as there are enough; equal texts are held out together.
     n_estimators : int or "auto", default="auto"
         Number of RELISH heads; each is fitted with other rows held out, and they are averaged.
         ``"auto"`` is 5 for up to 1,000 distinct rows and 3 for more, and in `partial_fit`. 1 is the
@@ -145,8 +145,8 @@ class RelishRegressor(
         states, at `layer` and at a lower one, are added, weighted together with the heads by
         out-of-fold error; for two columns of texts, two more on the means of the two texts and on
         the distances between their tokens. For small or noisy sets they make up most of the
-        prediction. They need at least 10 held-out texts and a loss that predicts a mean: ``"auto"``
-        adds them with ``"huber"`` and ``"squared_error"``, True raises an error with other losses.
+        prediction. They need the loss ``"huber"`` or ``"squared_error"`` and 10 held-out texts.
+        Otherwise ``"auto"`` leaves them out; True raises an error, or warns if texts are missing.
     n_iter_no_change : int, default=None
         Stop training after this many epochs without a lower validation loss. None runs the schedule
         to its end, where the learning rate is low and most is gained.
@@ -391,6 +391,7 @@ class RelishRegressor(
         context.call_on_fit_task_end(**data, reconstruction_attributes={})
         return self
 
+    @torch.inference_mode(False)  # a caller may be in that mode, or have disabled gradients
     def _fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
         continuing = self.warm_start and hasattr(self, "head_")
         rows, targets, loss_fn = self._check_rows(X, y, sample_weight, continuing)
@@ -422,7 +423,7 @@ class RelishRegressor(
             rows.groups,
             held_out,
             make_head=make_head,
-            linear_path=bool(self.linear_path) and not continuing,
+            linear_path=False if continuing else self.linear_path,
             random=random,
             max_epochs=max_epochs,
             progress=bool(self.verbose),
@@ -473,6 +474,7 @@ class RelishRegressor(
         self._update_from(fitted)
         return self
 
+    @torch.inference_mode(False)
     def _partial_fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
         continuing = hasattr(self, "head_")
         rows, targets, loss_fn = self._check_rows(X, y, sample_weight, continuing)
@@ -593,32 +595,29 @@ class RelishRegressor(
         self._check_model()
         fitted = self.head_.heads[0].sizes | {
             "n_outputs": self.n_outputs_,
-            "log-link": self.head_.loss_fn.log_link,
+            "log link of the loss": self.head_.loss_fn.log_link,
             "number of quantiles": self.head_.loss_fn.n_predictions,
         }
         requested = fitted | self._head_sizes(self._llm().hidden_size, n_outputs, loss_fn)
         requested |= {
             "n_outputs": n_outputs,
-            "log-link": loss_fn.log_link,
+            "log link of the loss": loss_fn.log_link,
             "number of quantiles": loss_fn.n_predictions,
         }
         for name, value in fitted.items():
             if value != requested[name]:
                 raise ValueError(
                     f"The fitted heads have {name}={value}, but {requested[name]} was requested:"
-                    " keep the value, or fit again with warm_start=False."
+                    " keep the parameters, or fit again with warm_start=False."
                 )
         if self.head_.linear is not None and not loss_fn.allows_linear_path:
             raise ValueError(
-                f"The fitted ridges predict a mean, which loss={self.loss!r} does not estimate: fit"
-                " again with warm_start=False."
+                f"The fitted ridges do not fit loss={self.loss!r}: keep the loss, or fit again with"
+                " warm_start=False."
             )
 
     def _n_estimators(self, n_rows: int | None, continuing: bool) -> int:
-        """The number of heads to fit; None rows: of a `partial_fit`, whose rows are not all known.
-
-        When training continues, all fitted heads are trained.
-        """
+        """Number of heads to fit, or all fitted ones; None rows: of a `partial_fit`."""
         if continuing:
             n_fitted = len(self.head_.heads)
             if self.n_estimators not in ("auto", n_fitted):

@@ -26,6 +26,7 @@ from sklearn.utils.validation import _check_sample_weight
 from sklearn_relish.head.head import RelishHead, check_head_sizes
 from sklearn_relish.head.losses import Loss
 from sklearn_relish.hub.pretrained import SavingMixin
+from sklearn_relish.inputs.targets import read_groups
 from sklearn_relish.inputs.training_rows import TrainingRows
 from sklearn_relish.preview import PreviewMixin
 from sklearn_relish.regressor import RelishRegressor
@@ -96,7 +97,8 @@ class RelishRegressorCV(
         Passes over the training rows, the length of the schedule.
     linear_path, n_iter_no_change
         As in `RelishRegressor`. The ridges are fitted once, before the heads. With groups or a
-        splitter their weight follows from the same folds.
+        splitter their weight follows from the same folds; there are none if each text has rows in
+        both parts of every fold.
     cv : int, splitter or iterable, default=None
         The folds. An int is a number of random folds, in which equal texts are together, or the
         rows of each group if `fit` gets groups. None is 5. A splitter of scikit-learn or an
@@ -105,8 +107,8 @@ class RelishRegressorCV(
     scoring : str or callable, default=None
         A name or scorer as in `GridSearchCV`. None is R²; for quantiles, a pinball loss is a better
         choice. It scores the prediction of a single head for each fold, weighted with the ridges if
-        there are any: heads of one candidate differ much more than ensembles. A callable gets an
-        object whose `predict` returns these predictions, and can't use the texts. With
+        there are any, so scores have a larger random error than the final ensemble. A callable
+        gets an object whose `predict` returns these predictions, and can't use the texts. With
         `sample_weight`, scores are weighted if the metric has this parameter.
     memory, device, dtype, model_kwargs
         As in `RelishRegressor`.
@@ -317,6 +319,7 @@ class RelishRegressorCV(
         context.call_on_fit_task_end(**data, reconstruction_attributes={})
         return self
 
+    @torch.inference_mode(False)
     def _fit(
         self,
         X: ArrayLike,
@@ -336,7 +339,7 @@ class RelishRegressorCV(
                 check_consistent_length(y, groups)
             if self.cv is None or isinstance(self.cv, Integral):
                 if groups is not None:
-                    labels = np.unique(np.asarray(groups), return_inverse=True)[1]
+                    labels = read_groups(groups)
                 return labels
             splits = row_splits(self.cv, y, groups)
             return parts_of_rows(splits, len(y))
@@ -381,7 +384,7 @@ class RelishRegressorCV(
                 rows.groups,
                 folds,
                 [candidate.sizes["state_norm"] for candidate in candidates],
-                linear_path=bool(self.linear_path),
+                linear_path=self.linear_path,
                 by_fold=splits is not None or labels is not None,
                 loss_fn=loss_fn,
                 random=random,

@@ -100,6 +100,28 @@ def test_a_regressor_on_another_reader(tmp_path):
     assert (kept["model"], kept["dtype"], kept["n_texts"]) == ("hashed-words", "float32", 80)
 
 
+def test_texts_of_one_token_do_not_inflate_predictions():
+    """The standard deviation of their states is 0, and so are the features of one ridge."""
+    texts, y = [f"word{i}" for i in range(80)], np.random.RandomState(0).randint(1, 6, 80)
+    regressor = make_regressor(HashedWords(), n_estimators=5, max_epochs=5).fit(texts, y)
+    predictions = regressor.predict(["word3", "new"])
+    assert (predictions > -5).all()
+    assert (predictions < 11).all()
+
+
+def test_states_that_are_not_finite_are_refused():
+    class Broken(HashedWords):
+        fingerprint = digest("broken")
+
+        def read(self, texts, **settings):
+            for rows, states, full_lengths in super().read(texts, **settings):
+                states[0].arrays[0][0] = np.nan
+                yield rows, states, full_lengths
+
+    with pytest.raises(FloatingPointError, match=r"Broken\('hashed-words'\) gives states"):
+        make_regressor(Broken()).fit(TEXTS, Y)
+
+
 def test_attention_of_a_reader_with_spans():
     regressor = make_regressor(HashedWordsWithSpans()).fit(TEXTS, Y)
     first, second = regressor.attention(["a good film", "superb"])

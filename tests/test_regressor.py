@@ -630,6 +630,14 @@ def test_enormous_weights_and_batches(llm, changes):
     assert np.isfinite(make(llm, **settings).partial_fit(texts, y, enormous).predict(texts)).all()
 
 
+def test_a_weight_that_outweighs_all_others(llm):
+    texts, y = reviews(40)
+    weight = np.ones(40)
+    weight[3] = 1e17  # the sum of all weights is the same number
+    regressor = make(llm, max_epochs=2).fit(texts, y, weight)
+    np.testing.assert_allclose(regressor.predict(texts[3:4]), y[3], atol=1.0)
+
+
 def test_warm_start_goes_on_where_the_last_fit_ended(llm):
     texts, y = reviews(200)
     regressor = make(llm, max_epochs=8, n_estimators=2, warm_start=True).fit(texts, y)
@@ -653,7 +661,7 @@ def test_warm_start_goes_on_where_the_last_fit_ended(llm):
     [
         ({"latent_size": 16}, "latent_size=32, but 16 was requested"),
         ({"n_estimators": 3}, "n_estimators=3, but 2 heads are fitted"),
-        ({"loss": "poisson"}, "log-link=False, but True"),
+        ({"loss": "poisson"}, "log link of the loss=False, but True"),
         ({"loss": "quantile", "quantile": [0.1, 0.9]}, "number of quantiles=1, but 2"),
         ({"loss": "quantile", "quantile": 0.9}, "The fitted ridges predict a mean"),
     ],
@@ -728,6 +736,44 @@ def test_two_quantiles_predict_what_is_between_them(llm):
     regressor = make(llm, loss="quantile", quantile=[0.05, 0.95], max_epochs=2).fit(texts, y)
     middle = regressor.predict_quantiles(texts).mean(axis=1)
     np.testing.assert_allclose(regressor.predict(texts), middle)
+
+
+def test_a_fit_on_a_constant_target_does_not_spoil_later_ones(llm):
+    texts, y = reviews(100)
+    with pytest.warns(UserWarning, match="y is constant"):
+        regressor = make(llm, max_epochs=10).fit(texts, np.full(len(y), 3.0))
+    assert regressor.head_.head_weight.tolist() == [1.0]
+    assert regressor.partial_fit(texts, y).score(texts, y) > 0.5
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_a_fit_does_not_depend_on_settings_of_torch(llm, pair):
+    texts, y = reviews(60)
+    X = pd.DataFrame({"a": texts, "b": texts[::-1]}) if pair else texts
+    expected = make(llm, max_epochs=2).fit(X, y)
+    with torch.inference_mode():
+        found = make(llm, max_epochs=2).fit(X, y)
+        found.preview(X)
+    np.testing.assert_array_equal(found.predict(X), expected.predict(X))
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    try:
+        found = make(llm, max_epochs=2).fit(X, y)
+        found.preview(X)
+        assert {weight.dtype for weight in found.head_.parameters()} == {torch.float32}
+        assert found.partial_fit(X, y).score(X, y) > -1
+        assert LLMEncoder(llm).fit_transform(X).dtype == np.float32
+    finally:
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float32)
+
+
+def test_quantiles_are_those_of_the_fit(llm):
+    texts, y = reviews(100)
+    regressor = (
+        make(llm, max_epochs=1).fit(texts, y).set_params(loss="quantile", quantile=[0.1, 0.9])
+    )
+    assert not hasattr(regressor, "predict_quantiles")
 
 
 def test_a_constant_column_and_one_that_is_not(llm):

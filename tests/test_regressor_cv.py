@@ -250,6 +250,19 @@ def test_ridges_are_judged_on_the_same_folds(llm):
     assert make(llm, **quick).fit(texts, effect[groups]).validation_score_ > 0.5
 
 
+def test_raters_of_the_same_texts_as_groups(llm):
+    """Each text is in every fold, so no ridge can learn without the held-out texts."""
+    texts, y = reviews(30)
+    raters = ["ann"] * 30 + ["bob"] * 30
+    search = make(llm, cv=2).fit(texts * 2, np.concatenate([y, y + 1]), groups=raters)
+    assert search.head_.linear is None
+    assert np.isfinite(search.predict(texts)).all()
+    with pytest.raises(ValueError, match="groups has missing values in rows 1, 3, 5"):
+        make(llm, cv=2).fit(texts, y, groups=["ann", None] * 15)
+    mixed = make(llm, cv=2, max_epochs=1).fit(texts, y, groups=[[1], ["a"], [2.5]] * 10)
+    assert mixed.n_splits_ == 2
+
+
 def test_candidates_are_scored_with_the_ridges(llm):
     """Heads that learn nothing do not hide what the ridges know."""
     texts, y = reviews(60)
@@ -403,6 +416,31 @@ def test_another_search_does_not_continue_an_interrupted_one(llm, monkeypatch, c
         search.fit(texts, y)
     search.set_params(**change).fit(texts, y)
     expected = make(llm, max_epochs=1, **change).fit(texts, y)
+    np.testing.assert_array_equal(search.predict(texts), expected.predict(texts))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_interrupted_fit_is_continued_with_another_scoring(llm):
+    """The scoring decides which heads were dropped."""
+    texts, y = reviews(40)
+    grid = {"latent_size": [8, 16, 32, 64], "n_iterations": 1, "max_epochs": 2}
+    calls = []
+
+    def interrupts(estimator, X, y):
+        calls.append(y)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return -np.mean((estimator.predict(X) - y) ** 2)
+
+    def opposite(estimator, X, y):
+        return np.mean((estimator.predict(X) - y) ** 2)
+
+    search = make(llm, scoring=interrupts, **grid)
+    with pytest.raises(KeyboardInterrupt):
+        search.fit(texts, y)
+    search.set_params(scoring=opposite).fit(texts, y)
+    expected = make(llm, scoring=opposite, **grid).fit(texts, y)
+    assert search.best_params_ == expected.best_params_
     np.testing.assert_array_equal(search.predict(texts), expected.predict(texts))
 
 

@@ -68,13 +68,14 @@ class RelishEnsemble(nn.Module):
         self.loss_fn = loss_fn
         self.state_norm = heads[0].state_norm
         input_size, n_outputs = heads[0].sizes["input_size"], heads[0].sizes["n_outputs"]
-        self.head_weight = nn.Parameter(torch.ones(n_outputs), requires_grad=False)
+        ones = torch.ones(n_outputs, dtype=torch.float32)
+        self.head_weight = nn.Parameter(ones, requires_grad=False)
         self.linear: nn.Linear | None = None
         self.n_vectors = n_vectors if linear_path else 0
         if linear_path:
             n_inputs = (len(LINEAR_POOLINGS) + n_vectors) * input_size
             # Made without values: initial ones would be drawn from torch's global generator.
-            linear = nn.Linear(n_inputs, n_outputs, device="meta")
+            linear = nn.Linear(n_inputs, n_outputs, device="meta", dtype=torch.float32)
             linear = linear.to_empty(device=self.head_weight.device)
             linear.requires_grad_(False)
             nn.init.zeros_(linear.weight)

@@ -175,7 +175,7 @@ class SavingMixin(RelishPredictor):
         >>> regressor = RelishRegressor(random_state=0).fit(texts, y)
         >>> commit = regressor.push_to_hub("name/reviews", license="mit")  # doctest: +SKIP
         >>> RelishRegressor.from_pretrained("name/reviews")  # doctest: +SKIP
-        RelishRegressor(random_state=0)
+        RelishRegressor()
         """
         check_is_fitted(self)
         regressor = self._to_save()
@@ -323,6 +323,8 @@ def save(
     folder = Path(folder)
     path = folder / CONFIG
     files = contents(regressor, folder, metrics, license)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise NotADirectoryError(f"{folder.absolute()} is not a folder: choose another name.")
     folder.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(path) and not is_regressor_config(path):
         raise FileExistsError(

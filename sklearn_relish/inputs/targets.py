@@ -1,4 +1,4 @@
-"""Targets to float64: everything that scikit-learn accepts as `y`; errors name the rows."""
+"""Targets to float64, and groups to numbers; errors name the rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from scipy.sparse import issparse
-from sklearn.utils.validation import check_array
+from sklearn.utils.validation import check_array, column_or_1d
 
 from sklearn_relish.inputs.cells import is_missing
 from sklearn_relish.utils.messages import name_rows
@@ -61,6 +61,35 @@ def read_targets(y: Any) -> np.ndarray:
             f"Input y contains NaN or infinity in {name_rows(not_finite)}: drop these rows."
         )
     return y
+
+
+def read_groups(groups: Any) -> np.ndarray:
+    """A number from 0 for each row, the same for rows of one group.
+
+    Parameters
+    ----------
+    groups : array-like of shape (n_samples,) or (n_samples, 1)
+
+    Returns
+    -------
+    int64 ndarray of shape (n_samples,)
+        In the order of the sorted groups, whatever the order of the rows.
+
+    Raises
+    ------
+    ValueError
+        If a row has no group; the message names the rows.
+    """
+    labels = column_or_1d(np.asarray(groups, dtype=object)).tolist()
+    missing = [row for row, label in enumerate(labels) if is_missing(label)]
+    if missing:
+        raise ValueError(f"groups has missing values in {name_rows(missing)}: name their groups.")
+    try:
+        distinct = sorted(set(labels))
+    except TypeError:  # of different types
+        distinct = sorted(set(labels), key=lambda label: (type(label).__name__, repr(label)))
+    number = {label: i for i, label in enumerate(distinct)}
+    return np.array([number[label] for label in labels], dtype=np.int64)
 
 
 def _rows_of(mask: np.ndarray) -> np.ndarray:

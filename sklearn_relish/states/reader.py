@@ -257,7 +257,9 @@ class TokenStateReader(ABC):
         >>> len(pieces) == len(spans)
         True
         """
-        raise ValueError(f"{self!r} can't map tokens to pieces of the text.")
+        raise ValueError(
+            f"{self!r} can't map tokens to pieces of the text: its class needs the method `tokens`."
+        )
 
 
 def check_reader(reader: TokenStateReader) -> None:
@@ -305,6 +307,10 @@ def read_batches(
                     f"states of layer {layer} in {len(states.arrays)} arrays, the first of shape"
                     f" {tuple(array.shape)} and {array.dtype}, but one array of {dtype} is expected"
                     f" whose rows have size {', '.join(map(str, allowed))}",
+                )
+            if not array.isfinite().all():
+                raise FloatingPointError(
+                    f"{reader!r} gives states that are not finite at layer {layer}."
                 )
             if not len(rows) == len(states) == len(full_lengths):
                 raise _invalid(

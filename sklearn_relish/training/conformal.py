@@ -71,20 +71,20 @@ class Conformal:
         ValueError
             If there are too few held-out rows for that coverage.
         """
-        rank = coverage * (self.weight.sum() + 1)
+        rank = coverage * (self.weight.sum() + 1) * (1 - 1e-12)  # sums of weights are rounded
         if rank > self.weight.sum():
             needed = math.ceil(coverage / (1 - coverage) - 1e-9)
             raise ValueError(
                 f"coverage={coverage} needs {needed} held-out rows, and there were"
-                f" {len(self.weight)}, equal ones counted once: fit on more rows, hold out a larger"
-                " validation_fraction, or ask for a lower coverage."
+                f" {len(self.weight)}, equal ones counted once: fit on more different rows,"
+                " hold out a larger validation_fraction, or ask for a lower coverage."
             )
         widening = np.empty(self.scores.shape[1])
         for j, scores in enumerate(self.scores.T):
             order = scores.argsort()
             total = self.weight[order].cumsum()
-            # Sums of weights that should be equal differ by rounding.
-            widening[j] = scores[order[np.searchsorted(total, rank * (1 - 1e-12))]]
+            place = min(np.searchsorted(total, rank), len(order) - 1)
+            widening[j] = scores[order[place]]
         low, high = _outermost(self.loss_fn, predictions)
         widening = widening * self.loss_fn.interval_scale(low)
         low, high = low - widening, high + widening

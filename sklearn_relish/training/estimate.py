@@ -90,5 +90,5 @@ def typical_states(n_texts: int, mean_length: float, hidden_size: int) -> TokenS
     """Zeros in the shape of the states of a batch of texts."""
     length = max(1, round(mean_length))
     n_sample = max(1, min(n_texts, TYPICAL_TEXTS, TYPICAL_TOKENS // length))
-    values = torch.zeros(n_sample * length, hidden_size)
+    values = torch.zeros(n_sample * length, hidden_size, dtype=torch.float32)
     return TokenStates.from_lengths(values, torch.full((n_sample,), length))

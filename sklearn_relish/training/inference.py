@@ -93,7 +93,7 @@ def pool_states(
     >>> pool_states(states, "mean", None), pool_states(states, "last", None)
     (tensor([[2.]]), tensor([[3.]]))
     """
-    pooled = torch.empty(len(states), states.hidden_size)
+    pooled = torch.empty(len(states), states.hidden_size, dtype=torch.float32)
     windows = Windows(states, window_bytes)
     for rows in windows.in_order():
         for row, text in zip(rows.tolist(), windows.load(rows)[rows], strict=True):

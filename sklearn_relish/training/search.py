@@ -222,10 +222,14 @@ def search_heads(
             for key, results in trained.items():  # the heads of large searches need the memory
                 if key[1] not in alive:
                     trained[key] = [result._replace(head=None) for result in results]
-    best_index = int(np.nanargmax(_mean(scores)))
+        best_index = int(np.nanargmax(_mean(scores)))
+        (number,) = [number for number, members in enumerate(trainings) if best_index in members]
+        # An interrupted search with another scoring may have dropped some of the heads.
+        keys = [(fold, number) for fold in range(len(folds))]
+        keys = [key for key in keys if trained[key][0].head is None]
+        run_all([partial(train, key) for key in keys], options["device"], at_once)
     chosen = candidates[best_index].values
     log(logger, logging.INFO, "Chose %r, mean score %.4f", chosen, np.mean(scores[best_index]))
-    (number,) = [number for number, members in enumerate(trainings) if best_index in members]
     member = trainings[number].index(best_index)
     heads = [trained[fold, number][member] for fold in range(len(folds))]
     return SearchResult(best_index, heads, scores, seconds)

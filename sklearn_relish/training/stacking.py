@@ -28,6 +28,7 @@ from sklearn_relish.training.parallel import train_all
 from sklearn_relish.training.summary import add_ridges, summarize_heads, weighted_r2
 from sklearn_relish.training.trainer import Examples, Training
 from sklearn_relish.training.windows import window_size
+from sklearn_relish.utils.messages import warn
 from sklearn_relish.utils.progress import ProgressBar, log
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ PENALTIES = np.logspace(0, 6, 19)  # of the ridges, on standardized features and
 PRIOR_WEIGHTS = (0.5, 0.2, 0.15, 0.15)
 PAIR_PRIOR_WEIGHTS = (0.5, 0.1, 0.1, 0.1, 0.1, 0.1)  # of pairs, which have further ridges
 PRIOR_ROWS = 100.0  # rows that the prior weights count for
+# Predictions smaller than this share of the targets are rounding errors.
+SMALLEST_SHARE = 1e-9
 # How large the weighted sum is, relative to its least squares fit: prior, its rows, and minimum.
 PRIOR_SCALE, PRIOR_SCALE_ROWS, MIN_SCALE = 0.6, 30.0, 0.1
 
@@ -109,7 +112,7 @@ def fit_ensemble(
     held_out: list[np.ndarray],
     *,
     make_head: Callable[[int, int], RelishHead],
-    linear_path: bool,
+    linear_path: bool | str,
     loss_fn: Loss,
     random: np.random.RandomState,
     max_memory: float = math.inf,
@@ -133,8 +136,9 @@ def fit_ensemble(
         on all rows.
     make_head : callable
         Returns a head, given its number from 0 and a seed. It is trained in place.
-    linear_path : bool
+    linear_path : bool or "auto"
         Whether there is a linear path, given enough held-out texts and a loss that predicts a mean.
+        True warns if there are too few texts, ``"auto"`` does not.
     loss_fn : Loss
     random : RandomState
         Draws each head's seed, the order of its texts and the texts of the ridges.
@@ -179,7 +183,7 @@ def fit_linear_path(
     folds: Sequence[Fold],
     state_norms: Iterable[str | None],
     *,
-    linear_path: bool,
+    linear_path: bool | str,
     by_fold: bool = False,
     loss_fn: Loss,
     random: np.random.RandomState,
@@ -205,17 +209,32 @@ def fit_linear_path(
     -------
     dict of Ridges
         For each of `state_norms`; empty if there is no linear path.
+
+    Warns
+    -----
+    UserWarning
+        If `linear_path` is True and fewer than `MIN_TEXTS` texts are held out.
     """
     _, first = np.unique(groups, return_index=True)  # the first row of each text
     chosen = np.sort(random.permutation(len(first))[:MAX_RIDGE_TEXTS])
     held_out = np.concatenate([rows for _, rows in folds])
-    n_held_out = np.count_nonzero(np.isin(first[chosen], held_out))
-    if not (linear_path and loss_fn.allows_linear_path and n_held_out >= MIN_TEXTS):
+    n_held_out = np.count_nonzero(np.isin(chosen, groups[held_out]))
+    if not (linear_path and loss_fn.allows_linear_path):
+        return {}
+    if n_held_out < MIN_TEXTS:
+        if linear_path != "auto":
+            warn(
+                f"linear_path=True has no effect: the ridges need {MIN_TEXTS} different held-out"
+                f" texts, and there are {n_held_out}. Fit on more rows, or hold out more of them."
+            )
         return {}
     texts = examples.merged(groups)[chosen]
     y, weight = texts.y.double().numpy(), texts.weight.double().numpy()
-    window_bytes = window_size(examples.states.n_bytes, max_memory)
     text_folds = _text_folds(folds, groups, chosen) if by_fold else None
+    # Each text has rows in both parts of each fold, or one weight is larger than a sum can show.
+    if text_folds == [] or not (weight < weight.sum()).all():
+        return {}
+    window_bytes = window_size(examples.states.n_bytes, max_memory)
     fits = {}
     with ProgressBar(1, "Fitting the ridge models", "", shown=False):
         for norm in dict.fromkeys(state_norms):
@@ -270,18 +289,9 @@ def combine(
     ensemble = RelishEnsemble(heads, ridges is not None, loss_fn, n_vectors)
     summary = summarize_heads(examples, folds, trainings, loss_fn)
     if ridges is not None:
-        _, first = np.unique(groups, return_index=True)
-        rows = first[ridges.texts]
-        stacked = np.full((len(first), oof_predictions.shape[1]), np.nan)
-        stacked[ridges.texts], summary = _weight_parts(
-            ensemble,
-            summary,
-            examples.merged(groups)[ridges.texts],
-            n_held_out[rows] > 0,
-            (oof_predictions - target_means)[rows],
-            ridges.fits,
+        oof_predictions, summary = _weight_parts(
+            ensemble, summary, examples, groups, oof_predictions - target_means, ridges
         )
-        oof_predictions = stacked[groups]
     parts = ", ".join(f"{row['part']} {row['contribution']:.2f}" for row in summary)
     log(logger, logging.INFO, "Contributions to the predictions: %s", parts)
     return FittedEnsemble(ensemble.eval(), trainings, oof_predictions, summary)
@@ -326,19 +336,24 @@ def with_ridges(
     train_rows, rows = fold
     y, weight = examples.y[rows].double().numpy(), examples.weight[rows].double().numpy()
     mean = _mean_target(examples, train_rows)
-    of_texts = np.full((groups.max() + 1, len(ridges.fits), y.shape[1]), np.nan)
-    fits = ridges.fits.values()
-    of_texts[ridges.texts] = np.stack([fit.oof_predictions for fit in fits], axis=1)
-    of_rows = of_texts[groups[rows]]
+    of_rows = _ridge_predictions(ridges, groups)[rows]
     known = np.isfinite(of_rows).all(axis=(1, 2))
     if not known.any():
         return predictions
     weighted = np.full(predictions.shape, np.nan)
     for j in range(y.shape[1]):
         parts = np.column_stack([predictions[:, j] - mean[j], of_rows[:, :, j]])[known]
-        weights = stack(parts, y[known, j], weight[known], prior_weights(len(fits)))
+        weights = stack(parts, y[known, j], weight[known], prior_weights(len(ridges.fits)))
         weighted[known, j] = parts @ weights + mean[j]
     return weighted
+
+
+def _ridge_predictions(ridges: Ridges, groups: np.ndarray) -> np.ndarray:
+    """Out-of-fold predictions of the ridges for each row, (n, n_ridges, n_outputs), or NaN."""
+    found = np.stack([fit.oof_predictions for fit in ridges.fits.values()], axis=1)
+    of_texts = np.full((groups.max() + 1, *found.shape[1:]), np.nan)
+    of_texts[ridges.texts] = found
+    return of_texts[groups]
 
 
 def _mean_target(examples: Examples, rows: np.ndarray) -> np.ndarray:
@@ -349,31 +364,31 @@ def _mean_target(examples: Examples, rows: np.ndarray) -> np.ndarray:
 def _weight_parts(
     ensemble: RelishEnsemble,
     summary: list[dict[str, Any]],
-    texts: Examples,
-    has_oof: np.ndarray,
+    examples: Examples,
+    groups: np.ndarray,
     oof_predictions: np.ndarray,
-    ridges: dict[str, RidgeFit],
+    ridges: Ridges,
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Set the weights of the heads, and the linear path of the ensemble.
 
-    The weights come from the texts that are `has_oof`, a bool array: those with an out-of-fold
-    prediction of the heads. These predictions are minus the mean of their training targets. The
-    weighted predictions of all texts are returned, and the summary of the heads with the ridges.
+    The weights come from the rows with an out-of-fold prediction of both heads and ridges. That of
+    the heads is minus the mean of their training targets. The weighted predictions of these rows
+    are returned, NaN for the others, and the summary of the heads with the ridges.
     """
     linear = cast(nn.Linear, ensemble.linear)
+    texts = examples.merged(groups)[ridges.texts]
     y, weight = texts.y.double().numpy(), texts.weight.double().numpy()
-    fits = list(ridges.values())
-    has_oof = has_oof & np.isfinite(fits[0].oof_predictions[:, 0])
-    stacked = np.empty_like(oof_predictions)
+    fits, of_rows = list(ridges.fits.values()), _ridge_predictions(ridges, groups)
+    has_oof = np.isfinite(oof_predictions[:, 0]) & np.isfinite(of_rows[:, 0, 0])
+    targets = examples.y[has_oof].double().numpy()
+    row_weight = examples.weight[has_oof].double().numpy()
+    stacked = np.full_like(oof_predictions, np.nan)
     sizes, all_weights = np.empty((2, y.shape[1], 1 + len(fits)))
     for j in range(y.shape[1]):
-        predictions = np.column_stack(
-            [oof_predictions[:, j], *(fit.oof_predictions[:, j] for fit in fits)]
-        )
-        prior = prior_weights(len(fits))
-        weights = stack(predictions[has_oof], y[has_oof, j], weight[has_oof], prior)
-        stacked[:, j] = predictions @ weights
-        sizes[j], all_weights[j] = _sizes(predictions[has_oof], weight[has_oof]), weights
+        predictions = np.column_stack([oof_predictions[:, j], of_rows[:, :, j]])[has_oof]
+        weights = stack(predictions, targets[:, j], row_weight, prior_weights(len(fits)))
+        stacked[has_oof, j] = predictions @ weights
+        sizes[j], all_weights[j] = _sizes(predictions, row_weight), weights
         head_weight, *ridge_weights = weights
         ensemble.head_weight[j] = head_weight
         weighted = list(zip(ridge_weights, fits, strict=True))
@@ -384,8 +399,10 @@ def _weight_parts(
         linear.weight[j] = torch.from_numpy(
             np.concatenate([pooled, *(coef.ravel() for coef in coefs[n_poolings:])])
         )
-        linear.bias[j] = sum(part * fit.intercept[j] for part, fit in weighted)
-    rows = [_ridge_row(name, fit, y, weight) for name, fit in ridges.items()]
+        # Weights far above 1 are those of predictions near the mean, which they would multiply.
+        excess = max(0.0, sum(ridge_weights) - 1) * np.average(y[:, j], weights=weight)
+        linear.bias[j] = sum(part * fit.intercept[j] for part, fit in weighted) - excess
+    rows = [_ridge_row(name, fit, y, weight) for name, fit in ridges.fits.items()]
     return stacked, add_ridges(summary, rows, all_weights, sizes)
 
 
@@ -541,6 +558,8 @@ def stack(
     Returns
     -------
     ndarray of shape (n_models,)
+        A model whose predictions are rounding errors has weight 0. If all targets are 0, the first
+        model has weight 1 and the others 0.
 
     References
     ----------
@@ -555,8 +574,10 @@ def stack(
     >>> stack(predictions, y, np.ones(10_000), [0.5, 0.5]).round(1)
     array([ 0.5, 49.9])
     """
-    size = _sizes(oof_predictions, weight)
-    size = np.where(size > 0, size, np.inf)
+    size, target_size = _sizes(oof_predictions, weight), np.sqrt(np.average(y**2, weights=weight))
+    if target_size == 0:  # a constant target, which leaves nothing to weight
+        return np.eye(len(prior))[0]
+    size = np.where(size > SMALLEST_SHARE * target_size, size, np.inf)
     scaled, root, prior_root = oof_predictions / size, np.sqrt(weight), np.sqrt(PRIOR_ROWS)
     weights, _ = nnls(
         np.vstack([root[:, None] * scaled, prior_root * np.eye(len(prior))]),

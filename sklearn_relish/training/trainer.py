@@ -59,8 +59,8 @@ class Examples:
         """
         _, first = np.unique(groups, return_index=True)
         index = torch.from_numpy(groups)
-        weight = torch.zeros(len(first)).index_add_(0, index, self.weight)
-        y = torch.zeros(len(first), self.y.shape[1])
+        weight = torch.zeros_like(self.weight[: len(first)]).index_add_(0, index, self.weight)
+        y = torch.zeros_like(self.y[: len(first)])
         y.index_add_(0, index, self.y * self.weight[:, None])
         return Examples(self.states[torch.from_numpy(first)], y / weight[:, None], weight)
 
@@ -95,7 +95,7 @@ def new_head(seed: int, **sizes: Any) -> RelishHead:
     """A head with new weights drawn from `seed`; the global random state is left as it was."""
     with _init_lock, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return RelishHead(**sizes)
+        return RelishHead(**sizes).float()  # whatever torch's default dtype is
 
 
 def auto_epochs(n_rows: int, batch_size: int) -> int:

@@ -14,7 +14,10 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"device={device!r} is not available here: {reason}") from None
+            raise ValueError(
+                f"device={device!r} is not available here: pass device='cpu', or None for the best"
+                f" device of this machine. torch says: {reason}"
+            ) from None
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

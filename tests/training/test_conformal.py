@@ -51,6 +51,15 @@ def test_a_weight_of_two_is_the_same_as_a_row_given_twice():
     )
 
 
+def test_rounded_sums_of_weights_do_not_refuse_a_coverage():
+    """Weights with a mean of 1 can sum to a little less than the number of rows."""
+    oof_predictions, y = noisy(HuberLoss(), 4, seed=0)
+    weight = np.array([1.0, 1.0, 1.0, 1.0 - 4e-16])
+    assert weight.sum() < 4
+    conformal = Conformal.of(HuberLoss(), oof_predictions, y, weight)
+    assert np.isfinite(conformal.interval(oof_predictions, 0.8)).all()
+
+
 def test_a_coverage_with_too_few_rows_is_refused():
     loss_fn = HuberLoss()
     conformal = Conformal.of(loss_fn, *noisy(loss_fn, 19, seed=0), np.ones(19))

@@ -11,16 +11,18 @@ from sklearn_relish.head.ensemble import RelishEnsemble
 from sklearn_relish.head.head import RelishHead
 from sklearn_relish.head.losses import HuberLoss
 from sklearn_relish.states.token_states import TokenStates
+from sklearn_relish.training import stacking
 from sklearn_relish.training.inference import pool_states, predict_states
 from sklearn_relish.training.stacking import (
     PENALTIES,
+    combine,
     fit_ensemble,
     fit_linear_path,
     fit_ridges,
     stack,
     with_ridges,
 )
-from sklearn_relish.training.trainer import Examples, new_head
+from sklearn_relish.training.trainer import Examples, Training, new_head
 
 SIZES = {"input_size": 6, "latent_size": 8, "n_heads": 2}
 TRAINING = {
@@ -168,9 +170,10 @@ def test_out_of_fold_predictions_are_the_mean_of_the_heads_that_did_not_see_the_
 
 def test_there_is_no_linear_path_with_few_held_out_rows():
     examples = linear_examples(40)
-    ensemble, _ = fit(examples, [np.arange(5)], max_epochs=1)
+    with pytest.warns(UserWarning, match=r"linear_path=True has no effect.* there are 5"):
+        ensemble, _ = fit(examples, [np.arange(5)], max_epochs=1)
     assert ensemble.linear is None
-    ensemble, (training,) = fit(examples, [np.arange(0)], max_epochs=1)
+    ensemble, (training,) = fit(examples, [np.arange(0)], max_epochs=1, linear_path="auto")
     assert ensemble.linear is None
     assert "validation_loss" not in training.history[0]
 
@@ -199,6 +202,59 @@ def test_the_ridges_take_equal_texts_as_one():
     torch.testing.assert_close(merged.y, examples.y)
     assert (merged.weight == 2).all()
     torch.testing.assert_close(list(merged.states), list(examples.states))
+
+
+def test_rounding_errors_have_no_weight():
+    """The out-of-fold predictions of a ridge on constant features follow the mean of the rest."""
+    y, random = np.random.RandomState(0).randn(80), np.random.RandomState(1)
+    predictions = np.column_stack([y + random.randn(80), -1e-16 * y, 1e-16 * random.randn(80)])
+    weights = stack(predictions, y, np.ones(80), PRIOR)
+    assert 0 < weights[0] < 2
+    assert weights[1:].tolist() == [0.0, 0.0]
+
+
+def test_a_constant_target_leaves_the_weight_to_the_heads():
+    predictions = 1e-3 * np.random.RandomState(0).randn(20, 3)
+    assert stack(predictions, np.zeros(20), np.ones(20), PRIOR).tolist() == [1.0, 0.0, 0.0]
+    examples = linear_examples(40, n_outputs=2)
+    examples.y[:, 1] = 0
+    ensemble, _ = fit(examples, [np.arange(20), np.arange(20, 40)])
+    assert ensemble.head_weight[1] == 1
+    assert not ensemble.linear.weight[1].any()
+
+
+def test_each_row_of_a_text_has_the_prediction_of_the_head_that_did_not_see_it():
+    """With a splitter, the rows of a text can be in different folds."""
+    examples, groups = linear_examples(60), np.repeat(np.arange(60), 2)
+    examples, even, odd = examples[groups], np.arange(0, 120, 2), np.arange(1, 120, 2)
+    folds = [(odd, even), (even, odd[:50])]
+    heads = [new_head(seed, **SIZES) for seed in (0, 1)]
+    predictions = [
+        np.random.RandomState(k).randn(len(rows), 1) for k, (_, rows) in enumerate(folds)
+    ]
+    trainings = [Training([], 1, found) for found in predictions]
+    random, loss_fn = np.random.RandomState(0), HuberLoss()
+    settings = {"linear_path": True, "loss_fn": loss_fn, "random": random}
+    ridges = fit_linear_path(examples, groups, folds, ["rms"], **settings)["rms"]
+    found = combine(examples, groups, folds, heads, trainings, ridges, loss_fn=loss_fn)
+    oof = found.oof_predictions[:, 0]
+    assert np.isfinite(oof[even]).all()
+    assert np.isfinite(oof[odd]).tolist() == [True] * 50 + [False] * 10
+    # The ridges predict the same for both rows of a text.
+    means = [examples.y[train].numpy().mean() for train, _ in folds]
+    first, second = (p[:50, 0] - mean for p, mean in zip(predictions, means, strict=True))
+    expected = found.ensemble.head_weight.item() * (second - first)
+    np.testing.assert_allclose(oof[odd[:50]] - oof[even[:50]], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_large_weights_do_not_multiply_the_mean_of_the_texts_of_the_ridges(monkeypatch):
+    """They are those of predictions near the mean of a sample, which differs from that of all."""
+    monkeypatch.setattr(stacking, "MAX_RIDGE_TEXTS", 30)
+    monkeypatch.setattr(stacking, "stack", lambda *_: np.array([0.0, 50.0, 0.0, 0.0]))
+    examples = linear_examples(200, noise=1e3)
+    ensemble, _ = fit(examples, [np.arange(100), np.arange(100, 200)], max_epochs=1)
+    predictions = predict_states(ensemble, examples.states, device=torch.device("cpu"))
+    assert abs(predictions.mean()) < 1
 
 
 @pytest.fixture(scope="module")

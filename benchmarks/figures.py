@@ -188,10 +188,13 @@ def few_rows(lines: pd.DataFrame) -> str:
         ]
         best = f"{single.max():.1f} ({label(single.idxmax())})"
         means_of_cells = [average(cells.loc[OURS]), best, average(rivals.max())]
-        row = [f"{n_rows:,}", *means_of_cells, spread(ahead), "; ".join(behind) or "none"]
-        rows.append(row)
-    header = ["training rows", "`RelishRegressor`", "best single rival", "best rival of each cell"]
-    header += ["difference from it", "more than 0.5 behind it"]
+        n_draws = some.groupby(["model", "set", "method"])["draw"].nunique()
+        draws = " to ".join(map(str, sorted({n_draws.min(), n_draws.max()})))
+        difference = [spread(ahead), "; ".join(behind) or "none"]
+        rows.append([f"{n_rows:,}", draws, *means_of_cells, *difference])
+    header = ["training rows", "samples", "`RelishRegressor`", "best single rival"]
+    header += ["best rival of each cell", "difference from the best rival of each cell"]
+    header += ["cells more than 0.5 behind it"]
     return grid(header, rows)
 
 

@@ -1,7 +1,8 @@
 """Serving: how do many clients share one regressor?
 =================================================
 
-A folder of ``regressor.save_pretrained("reviews")``, or a Hub repository, behind HTTP::
+A folder of ``regressor.save_pretrained("reviews")``, or a Hub repository, behind HTTP. The
+regressor was fitted on a list of texts; for a table, change the request to a dict of columns::
 
     python examples/serve_fastapi.py reviews
     curl localhost:8000/predict -H "Content-Type: application/json" -d '{"texts": ["A good film."]}'

@@ -68,7 +68,7 @@ def test_rows_of_draws_are_only_in_the_table_of_few_rows(lines):
     *_, row = figures.few_rows(both).splitlines()
     behind = "; ".join(f"{title}, Gemma -1.0" for title in figures.TITLES.values())
     ahead = "-1.0 to +2.0, on average +0.5"
-    assert row == f"| 100 | 67.5 | 67.0 ({RIDGE}) | 67.0 | {ahead} | {behind} |"
+    assert row == f"| 100 | 2 | 67.5 | 67.0 ({RIDGE}) | 67.0 | {ahead} | {behind} |"
 
 
 def test_summary(lines):

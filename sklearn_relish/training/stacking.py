@@ -138,7 +138,7 @@ def fit_ensemble(
         Returns a head, given its number from 0 and a seed. It is trained in place.
     linear_path : bool or "auto"
         Whether there is a linear path, given enough held-out texts and a loss that predicts a mean.
-        True warns if there are too few texts, ``"auto"`` does not.
+        True warns if there is none for want of texts, ``"auto"`` does not.
     loss_fn : Loss
     random : RandomState
         Draws each head's seed, the order of its texts and the texts of the ridges.
@@ -213,7 +213,7 @@ def fit_linear_path(
     Warns
     -----
     UserWarning
-        If `linear_path` is True and fewer than `MIN_TEXTS` texts are held out.
+        If `linear_path` is True and the ridges can't be fitted.
     """
     _, first = np.unique(groups, return_index=True)  # the first row of each text
     chosen = np.sort(random.permutation(len(first))[:MAX_RIDGE_TEXTS])
@@ -222,18 +222,15 @@ def fit_linear_path(
     if not (linear_path and loss_fn.allows_linear_path):
         return {}
     if n_held_out < MIN_TEXTS:
-        if linear_path != "auto":
-            warn(
-                f"linear_path=True has no effect: the ridges need {MIN_TEXTS} different held-out"
-                f" texts, and there are {n_held_out}. Fit on more rows, or hold out more of them."
-            )
-        return {}
+        needed = f"{MIN_TEXTS} different held-out texts"
+        return _no_ridges(linear_path, f"they need {needed}, and there are {n_held_out}")
     texts = examples.merged(groups)[chosen]
     y, weight = texts.y.double().numpy(), texts.weight.double().numpy()
     text_folds = _text_folds(folds, groups, chosen) if by_fold else None
-    # Each text has rows in both parts of each fold, or one weight is larger than a sum can show.
-    if text_folds == [] or not (weight < weight.sum()).all():
-        return {}
+    if text_folds == []:
+        return _no_ridges(linear_path, "each text has rows in both parts of every fold")
+    if not (weight < weight.sum()).all():
+        return _no_ridges(linear_path, "one sample_weight is too large next to the others")
     window_bytes = window_size(examples.states.n_bytes, max_memory)
     fits = {}
     with ProgressBar(1, "Fitting the ridge models", "", shown=False):
@@ -241,6 +238,13 @@ def fit_linear_path(
             found = fit_ridges(texts.states, norm, y, weight, window_bytes, text_folds)
             fits[norm] = Ridges(chosen, found)
     return fits
+
+
+def _no_ridges(linear_path: bool | str, reason: str) -> dict[str | None, Ridges]:
+    """No ridges, with a warning if they were asked for."""
+    if linear_path != "auto":
+        warn(f"linear_path=True has no effect, because the ridges can't be fitted: {reason}.")
+    return {}
 
 
 def combine(

@@ -188,6 +188,9 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     regressor.save_pretrained(tmp_path / "new")
     regressor.save_pretrained(tmp_path / "new")
+    (tmp_path / "films.csv").touch()
+    with pytest.raises(NotADirectoryError, match=r"films\.csv is not a folder: choose another"):
+        regressor.save_pretrained(tmp_path / "films.csv")
 
 
 def test_what_is_no_regressor_is_said(tmp_path):

@@ -170,7 +170,7 @@ def test_out_of_fold_predictions_are_the_mean_of_the_heads_that_did_not_see_the_
 
 def test_there_is_no_linear_path_with_few_held_out_rows():
     examples = linear_examples(40)
-    with pytest.warns(UserWarning, match=r"linear_path=True has no effect.* there are 5"):
+    with pytest.warns(UserWarning, match=r"linear_path=True has no effect.*, and there are 5\."):
         ensemble, _ = fit(examples, [np.arange(5)], max_epochs=1)
     assert ensemble.linear is None
     ensemble, (training,) = fit(examples, [np.arange(0)], max_epochs=1, linear_path="auto")

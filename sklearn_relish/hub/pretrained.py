@@ -219,7 +219,8 @@ class PretrainedMixin(SavingMixin):
             For a private repository.
         **parameters
             Parameters to change: ``model`` if the language model is elsewhere or is a reader of
-            your own, ``memory``, ``device``, ...
+            your own, ``memory``, ``device``, ... Those of the training, such as ``n_estimators``,
+            only have an effect in the next fit.
 
         Returns
         -------

@@ -1,11 +1,13 @@
 """The estimators on a reader that is not a Transformers model."""
 
 import hashlib
+import json
 import pickle
 import re
 
 import joblib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.base import clone
@@ -120,6 +122,18 @@ def test_states_that_are_not_finite_are_refused():
 
     with pytest.raises(FloatingPointError, match=r"Broken\('hashed-words'\) gives states"):
         make_regressor(Broken()).fit(TEXTS, Y)
+
+
+def test_an_error_of_a_server_does_not_turn_off_the_comparison_of_two_texts():
+    class Server(HashedWordsWithSpans):
+        fingerprint = digest("server")
+
+        def tokens(self, texts, **settings):
+            return json.loads("not JSON")
+
+    X = pd.DataFrame({"a": TEXTS, "b": TEXTS[::-1]})
+    with pytest.raises(json.JSONDecodeError):
+        make_regressor(Server()).fit(X, Y)
 
 
 def test_attention_of_a_reader_with_spans():

@@ -331,7 +331,9 @@ class Reading:
             return None
         try:
             tokens = self.llm.tokens(texts, max_length=self.max_length, windows=self.windows)
-        except ValueError:
+        except ValueError as error:
+            if type(error) is not ValueError:  # such as a server's JSONDecodeError
+                raise
             return None
         for (_, spans), length in zip(tokens, lengths.tolist(), strict=True):
             if len(spans) != length:

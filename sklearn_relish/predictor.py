@@ -28,9 +28,9 @@ def _has_quantiles(regressor: Any) -> bool:
     """Whether `predict_quantiles` is available; otherwise the error says why not."""
     loss = regressor.head_.loss_fn.name if hasattr(regressor, "head_") else regressor.loss
     if loss != "quantile":
-        fitted = " of the fit" if hasattr(regressor, "head_") else ""
+        fitted = " in the fit" if hasattr(regressor, "head_") else ""
         raise AttributeError(
-            f"predict_quantiles needs loss='quantile', but the loss{fitted} is {loss!r}."
+            f"predict_quantiles needs loss='quantile', but the loss is {loss!r}{fitted}."
         )
     return True
 

@@ -117,7 +117,8 @@ class PreviewMixin:
         """
         regressor: Any = self
         regressor._validate_params()
-        return _preview(regressor._snapshot(), X)
+        with torch.inference_mode(False):
+            return _preview(regressor._snapshot(), X)
 
     def _plan(
         self,
@@ -186,7 +187,6 @@ class PreviewMixin:
         )
 
 
-@torch.inference_mode(False)
 def _preview(regressor: Any, X: Any) -> FitPreview:
     """The preview of a fit; `regressor` is a snapshot whose columns are set."""
     texts = regressor._render(regressor._read_table(X, reset=True))

@@ -386,12 +386,12 @@ class RelishRegressor(
         context = self._init_callback_context()
         context.call_on_fit_task_begin(**data)
         fitted = self._snapshot()  # a refused or interrupted fit leaves the previous one unchanged
-        fitted._fit(X, y, sample_weight)
+        with torch.inference_mode(False):  # the caller may have disabled gradients
+            fitted._fit(X, y, sample_weight)
         self._update_from(fitted)
         context.call_on_fit_task_end(**data, reconstruction_attributes={})
         return self
 
-    @torch.inference_mode(False)  # a caller may be in that mode, or have disabled gradients
     def _fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
         continuing = self.warm_start and hasattr(self, "head_")
         rows, targets, loss_fn = self._check_rows(X, y, sample_weight, continuing)
@@ -470,11 +470,11 @@ class RelishRegressor(
         ...     regressor = regressor.partial_fit(texts, y)
         """
         fitted = self._snapshot()
-        fitted._partial_fit(X, y, sample_weight)
+        with torch.inference_mode(False):
+            fitted._partial_fit(X, y, sample_weight)
         self._update_from(fitted)
         return self
 
-    @torch.inference_mode(False)
     def _partial_fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> None:
         continuing = hasattr(self, "head_")
         rows, targets, loss_fn = self._check_rows(X, y, sample_weight, continuing)
@@ -612,8 +612,8 @@ class RelishRegressor(
                 )
         if self.head_.linear is not None and not loss_fn.allows_linear_path:
             raise ValueError(
-                f"The fitted ridges do not fit loss={self.loss!r}: keep the loss, or fit again with"
-                " warm_start=False."
+                f"The fitted ridges can't be used with loss={self.loss!r}: keep the loss, or fit"
+                " again with warm_start=False."
             )
 
     def _n_estimators(self, n_rows: int | None, continuing: bool) -> int:

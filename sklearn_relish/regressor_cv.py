@@ -311,7 +311,8 @@ class RelishRegressorCV(
         fitted = self._snapshot()
         unfinished = _unfinished.pop(self, None) or Unfinished()
         try:
-            fitted._fit(X, y, sample_weight, groups, unfinished)
+            with torch.inference_mode(False):  # the caller may have disabled gradients
+                fitted._fit(X, y, sample_weight, groups, unfinished)
         except BaseException:
             _unfinished[self] = unfinished
             raise
@@ -319,7 +320,6 @@ class RelishRegressorCV(
         context.call_on_fit_task_end(**data, reconstruction_attributes={})
         return self
 
-    @torch.inference_mode(False)
     def _fit(
         self,
         X: ArrayLike,

@@ -24,6 +24,7 @@ from sklearn_relish.inputs.prompts import (
     write_cells,
 )
 from sklearn_relish.llm.frozen import FrozenLLM, shared_llm
+from sklearn_relish.llm.prefix import with_prefix
 from sklearn_relish.states.pairs import PairTemplate
 from sklearn_relish.states.reader import TokenStateReader, check_reader
 from sklearn_relish.states.store import StateStore, open_store
@@ -45,6 +46,7 @@ class BaseLLMEstimator(BaseEstimator):
         ],
         "state_norm": [StrOptions({"rms"}), None],
         "prompt": [str, None],
+        "prefix": [str],
         "chat_template": ["boolean"],
         "max_length": [Interval(Integral, 1, None, closed="left")],
         "long_text": [StrOptions({"truncate", "window"})],
@@ -151,15 +153,22 @@ class BaseLLMEstimator(BaseEstimator):
 
     def _llm(self) -> TokenStateReader:
         if not isinstance(self.model, TokenStateReader):
-            return shared_llm(self.model, self.device, self.dtype, self.model_kwargs)
+            llm = shared_llm(self.model, self.device, self.dtype, self.model_kwargs)
+            return with_prefix(llm, self.prefix)
         if self.device is not None or self.dtype != "auto" or self.model_kwargs is not None:
             name = type(self.model).__name__
             raise ValueError(
                 "device, dtype and model_kwargs apply to a model given by name, but model is a"
                 f" {name}: pass them to {name} instead."
             )
-        if not isinstance(self.model, FrozenLLM):
-            check_reader(self.model)
+        if isinstance(self.model, FrozenLLM):
+            return with_prefix(self.model, self.prefix)
+        check_reader(self.model)
+        if self.prefix:
+            raise ValueError(
+                f"prefix applies to a language model, but model is a {type(self.model).__name__},"
+                " which reads texts by itself: pass prefix=''."
+            )
         return self.model
 
     def _states(self, texts: list[str], layer: int, also: Sequence[int] = ()) -> TokenStates:

@@ -44,6 +44,8 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
         The mean of a text's token states, the last token's, or the standard deviation.
     prompt : str, default=None
         Template of a row's text, as in :class:`RelishRegressor`.
+    prefix : str, default=""
+        Text that the model reads before the text of each row, as in :class:`RelishRegressor`.
     chat_template : bool, default=False
         Whether the text is formatted by the tokenizer's chat template.
     max_length : int, default=512
@@ -102,6 +104,7 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
         state_norm: str | None = "rms",
         pooling: str = "mean",
         prompt: str | None = None,
+        prefix: str = "",
         chat_template: bool = False,
         max_length: int = 512,
         long_text: str = "truncate",
@@ -116,6 +119,7 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
         self.state_norm = state_norm
         self.pooling = pooling
         self.prompt = prompt
+        self.prefix = prefix
         self.chat_template = chat_template
         self.max_length = max_length
         self.long_text = long_text

@@ -302,9 +302,9 @@ class RelishPredictor(BaseLLMEstimator):
             fitted = f" (commit {self._llm_revision})" if self._llm_revision else ""
             warn(
                 f"{llm!r}{f' (commit {llm.revision})' if llm.revision else ''} differs from the"
-                f" language model, or from its revision, used in fit{fitted}: unless the weights"
-                " are the same, the predictions are wrong. Fit again, or pass the model that was"
-                " used in fit.",
+                f" language model, or from its revision or prefix, used in fit{fitted}: unless the"
+                " weights and the prefix are the same, the predictions are wrong. Fit again, or"
+                " pass the model and the prefix that were used in fit.",
             )
 
 

@@ -30,7 +30,7 @@ SAMPLE_TEXTS = 64  # that are read
 WARM_UP_TEXTS = 16  # read before them, because the first texts of a process take longer
 # By which the bar of a fit names a candidate of a search, and what it leaves out.
 MAIN_VALUES = ("latent_size", "n_iterations")
-NOT_SEARCHED = ("model", "memory", "device", "dtype", "random_state", "verbose")
+NOT_SEARCHED = ("model", "prefix", "memory", "device", "dtype", "random_state", "verbose")
 
 
 @dataclass(frozen=True)

@@ -75,18 +75,19 @@ class RelishRegressor(
         the number of layers; a negative int counts from the end. -1, the published choice, is the
         last layer after the final norm. A float in (0, 1] is a fraction of the depth. Middle layers
         describe a text better than the last one, which is tuned to predict the next token.
-        ``"auto"`` compares the layers at 50, 55, 60 and 65 % of the depth on a sample of the rows
-        and takes the one at 60 % unless another one is clearly better; reading takes up to a
-        seventh longer.
+        ``"auto"`` compares 50, 55, 60 and 65 % of the depth on a sample of the rows and takes 60 %
+        unless another one is clearly better; reading takes up to a seventh longer.
     state_norm : {"rms", None}, default="rms"
-        ``"rms"`` divides each token state by its root mean square. In middle layers the first token
-        is a hundred times larger than the others; this makes them comparable. None is the published
-        choice.
+        ``"rms"`` divides each token state by its root mean square: in middle layers that of the
+        first token is a hundred times larger than the others. None is the published choice.
     prompt : str, default=None
         Template of the text of a row, for example
         ``"Sentence 1: {premise}\nSentence 2: {hypothesis}"`` with the names of columns as fields;
         ``{text}`` for one-dimensional `X`; ``{x0}``, ... for arrays. None: the text itself, or
         ``column: value`` lines for several columns. Two columns of texts are compared by token.
+    prefix : str, default=""
+        Text that the model reads before each row's text, such as a rubric. The head gets no states
+        of it, and `max_length` does not count it. A causal model on a CPU reads it once.
     chat_template : bool, default=False
         Whether the text is formatted by the tokenizer's chat template, as a message of the user, up
         to the point where the model's answer begins.
@@ -153,8 +154,8 @@ class RelishRegressor(
     memory : str, path, joblib.Memory or StateStore, default=None
         Where token states are kept; a text with kept states is not read again. A folder is shared
         by processes and stays. None keeps them in this process up to 2 GiB, and beyond that in a
-        temporary folder, which is removed with the process. States of texts that are only predicted
-        are not written to files. See :class:`StateStore` for bounds and other options.
+        temporary folder, which is removed with the process; states of texts that are only predicted
+        are never in files. See :class:`StateStore` for bounds and other options.
     device : str or torch.device, default=None
         Device of the language model and the heads. None: ``"cuda"`` if available, else ``"mps"``,
         else ``"cpu"``; if `model` is a :class:`FrozenLLM`, its device.
@@ -162,8 +163,7 @@ class RelishRegressor(
         Dtype of the language model and the kept states. ``"auto"`` is bfloat16 if the hardware
         supports it, else float32.
     model_kwargs : dict, default=None
-        Passed to `from_pretrained`: ``revision``, ``device_map``, ``quantization_config``, ...;
-        see :class:`FrozenLLM`.
+        Passed to `from_pretrained`: ``revision``, ``quantization_config``, ...; see `FrozenLLM`.
     random_state : int, RandomState instance or None, default=None
         Determines the held-out rows, the initial weights, the order of the texts and the rows used
         by ``layer="auto"``. With an int, a fit on a CPU on the same token states is reproducible to
@@ -178,8 +178,7 @@ class RelishRegressor(
     Attributes
     ----------
     head_ : RelishEnsemble
-        The fitted network, on the CPU, in standardized units: ``head_.heads`` are the RELISH heads,
-        ``head_.linear`` is the linear path or None.
+        The fitted network, on the CPU, in standardized units; its ``heads`` and ``linear``.
     validation_score_ : float or None
         R² of the out-of-fold predictions of heads and ridges. None without held-out rows, after a
         warm start, and after `partial_fit`.
@@ -274,6 +273,7 @@ class RelishRegressor(
         layer: int | float | str = 0.6,
         state_norm: str | None = "rms",
         prompt: str | None = None,
+        prefix: str = "",
         chat_template: bool = False,
         max_length: int = 512,
         long_text: str = "truncate",
@@ -305,6 +305,7 @@ class RelishRegressor(
         self.layer = layer
         self.state_norm = state_norm
         self.prompt = prompt
+        self.prefix = prefix
         self.chat_template = chat_template
         self.max_length = max_length
         self.long_text = long_text

@@ -68,7 +68,7 @@ class RelishRegressorCV(
 
     Parameters
     ----------
-    model, layer, prompt, chat_template, max_length, long_text
+    model, layer, prompt, prefix, chat_template, max_length, long_text
         As in `RelishRegressor`. ``layer="auto"`` chooses a layer before the search, from a sample
         of all rows.
     state_norm : {"rms", None} or list, default="rms"
@@ -194,6 +194,7 @@ class RelishRegressorCV(
         layer: int | float | str = 0.6,
         state_norm: str | Sequence[str | None] | None = "rms",
         prompt: str | None = None,
+        prefix: str = "",
         chat_template: bool = False,
         max_length: int = 512,
         long_text: str = "truncate",
@@ -223,6 +224,7 @@ class RelishRegressorCV(
         self.layer = layer
         self.state_norm = state_norm
         self.prompt = prompt
+        self.prefix = prefix
         self.chat_template = chat_template
         self.max_length = max_length
         self.long_text = long_text

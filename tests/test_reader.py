@@ -179,6 +179,11 @@ def test_parameters_of_a_model_given_by_name_are_refused(parameters):
         LLMEncoder(HashedWords(), **parameters).fit(TEXTS)
 
 
+def test_a_reader_has_no_prefix():
+    with pytest.raises(ValueError, match=r"model is a HashedWords, which reads texts by itself"):
+        LLMEncoder(HashedWords(), prefix="films: ").fit_transform(TEXTS)
+
+
 def test_a_reader_without_a_chat_template():
     with pytest.raises(ValueError, match=r"no chat template: pass chat_template=False"):
         LLMEncoder(HashedWords(), chat_template=True).fit(TEXTS)

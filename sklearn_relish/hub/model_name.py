@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import constants
 
-from sklearn_relish.llm.fingerprint import model_fingerprint
+from sklearn_relish.llm.fingerprint import model_fingerprint, prefixed_fingerprint
 
 
 def with_hub_id(state: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def with_hub_id(state: dict[str, Any]) -> dict[str, Any]:
     if len(parts) != 3 or not parts[0].startswith("models--") or parts[1] != "snapshots":
         return state
     repo_id, commit = "/".join(parts[0].split("--")[1:]), parts[2]
-    fingerprint = model_fingerprint(repo_id, commit, kwargs)
+    fingerprint = prefixed_fingerprint(model_fingerprint(repo_id, commit, kwargs), state["prefix"])
     return state | {"model": repo_id, "_llm_revision": commit, "_llm_fingerprint": fingerprint}
 
 

@@ -52,6 +52,13 @@ def model_fingerprint(model: str, revision: str | None, model_kwargs: dict[str, 
     return digest.hexdigest()[:32]
 
 
+def prefixed_fingerprint(fingerprint: str, prefix: str) -> str:
+    """The fingerprint of a model that reads a prefix before every text."""
+    if not prefix:
+        return fingerprint
+    return hashlib.sha256(f"{fingerprint} {prefix}".encode()).hexdigest()[:32]
+
+
 def _as_json(value: Any) -> Any:
     """A value that JSON lacks, such as a quantization configuration or a dtype."""
     return value.to_dict() if hasattr(value, "to_dict") else str(value).removeprefix("torch.")

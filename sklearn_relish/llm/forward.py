@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from sklearn_relish.llm.batch_invariance import JOINT_TOKENS, BatchInvariant
-from sklearn_relish.llm.batching import Packing, make_batch, pack
+from sklearn_relish.llm.batching import Batch, Packing, make_batch, pack
 from sklearn_relish.llm.layers import NotLoadedError, text_layers
+from sklearn_relish.llm.prefix_attention import (
+    NotCausalError,
+    Prefix,
+    PrefixCache,
+    RecordKeys,
+    RecordMasks,
+    pack_after_prefix,
+)
 from sklearn_relish.llm.tokenize import TextTokenizer
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.utils.locks import FairLock, renew_in_forked_child
@@ -68,7 +77,9 @@ class ForwardPass:
     def _renew_lock(self) -> None:
         self.lock = FairLock()
 
-    def run(self, tokens: list[np.ndarray], layers: Sequence[int]) -> list[TokenStates]:
+    def run(
+        self, tokens: list[np.ndarray], layers: Sequence[int], prefix: Prefix | None = None
+    ) -> list[TokenStates]:
         """States of a batch of tokenized texts at each of `layers`, on the CPU.
 
         Parameters
@@ -76,6 +87,8 @@ class ForwardPass:
         tokens : list of int64 arrays
         layers : sequence of int
             Each from 1 to the number of layers.
+        prefix : Prefix, default=None
+            Tokens that each text comes after.
 
         Raises
         ------
@@ -84,23 +97,53 @@ class ForwardPass:
         torch.OutOfMemoryError
             If the batch does not fit into the memory of a CUDA device.
         """
+        if prefix is not None:
+            cache = self.prefix_cache(prefix, layers, max(map(len, tokens)))
+            if cache is not None:
+                return self._run_after_prefix(tokens, layers, cache)
+            tokens = [prefix.before(ids) for ids in tokens]
         batch = make_batch(
             tokens,
             self.tokenizer,
             kind=self.kind,
             packing=self.packing(max(layers)) if len(tokens) > 1 else None,
         )
+        values, lengths = self._run_batch(batch, layers), batch.lengths
+        if prefix is not None:
+            rows = prefix.rows_of_texts(lengths)
+            values, lengths = [states[rows] for states in values], lengths - prefix.n_tokens
+        return [TokenStates.from_lengths(states, lengths) for states in values]
+
+    def _run_after_prefix(
+        self, tokens: list[np.ndarray], layers: Sequence[int], cache: PrefixCache
+    ) -> list[TokenStates]:
+        """As `run`, with the keys and values of the prefix."""
+        batch = pack_after_prefix(
+            [ids[cache.n_special :] for ids in tokens], cache, self.tokenizer.filler_id
+        )
+        values = []
+        for layer, states in zip(layers, self._run_batch(batch, layers), strict=True):
+            special = cache.special_states[layer]
+            if len(special):
+                texts = states.split(batch.lengths.tolist())
+                states = torch.cat([part for text in texts for part in (special, text)])
+            values.append(states)
+        lengths = batch.lengths + cache.n_special
+        return [TokenStates.from_lengths(states, lengths) for states in values]
+
+    def _run_batch(self, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
+        """States (n_tokens, D) of the texts' tokens at each of `layers`, on the CPU."""
         values = []
         with self.lock, torch.inference_mode(), batch.context:
             device = self.network.device
             inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
             outputs = self.states_at(layers, **inputs)
             for layer, output in zip(layers, outputs, strict=True):
-                states = batch.real_states(output)  # (n_tokens, D)
+                states = batch.real_states(output)
                 if not states.isfinite().all():
                     raise FloatingPointError(self._not_finite(layer))
                 values.append(states.cpu())
-        return [TokenStates.from_lengths(states, batch.lengths) for states in values]
+        return values
 
     def states_at(self, layers: Sequence[int], **inputs: Tensor) -> list[Tensor]:
         """Outputs (B, S, D) of layers; that of the last layer is taken after the final norm."""
@@ -153,12 +196,7 @@ class ForwardPass:
 
     def _packs(self, packing: Packing, layer: int) -> bool:
         """Whether packed texts have the same bits at a layer as each has alone."""
-        generator = np.random.default_rng(0)
-        longest = self.tokenizer.token_limit(JOINT_TOKENS + 6)
-        texts = [
-            generator.integers(self.config.vocab_size, size=min(length, longest))
-            for length in (longest, 33, 33, 9, 9, 9, 3)
-        ]
+        texts = self._probe_texts(self.tokenizer.token_limit(JOINT_TOKENS + 6))
         with self.lock, torch.inference_mode():
             try:
                 batch = pack(texts, packing, self.tokenizer.filler_id)
@@ -174,6 +212,76 @@ class ForwardPass:
                 raise
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
                 return False  # the network does not take these inputs
+
+    def _probe_texts(self, longest: int) -> list[np.ndarray]:
+        """Random tokens of texts that test whether a text's states depend on its batch."""
+        generator = np.random.default_rng(0)
+        return [
+            generator.integers(self.config.vocab_size, size=min(length, longest))
+            for length in (longest, 33, 33, 9, 9, 9, 3)
+        ]
+
+    def prefix_cache(
+        self, prefix: Prefix, layers: Sequence[int], longest: int
+    ) -> PrefixCache | None:
+        """What a prefix contributes to texts of up to `longest` tokens; it is read once.
+
+        None if each text is read together with the prefix: on devices other than the CPU, with a
+        model that packs no texts, or in which a token attends to later ones.
+        """
+        n_threads = torch.get_num_threads()
+        if self.packing(max(layers)) is None or n_threads in prefix.not_causal:
+            return None
+        cache = prefix.caches.get(n_threads)
+        known = set() if cache is None else set(cache.special_states)
+        try:
+            if cache is None or not known.issuperset(layers):
+                cache = self._read_prefix(prefix, sorted(known.union(layers)))
+            if cache.max_length < cache.n_tokens + longest:
+                cache = self._with_masks(cache, cache.n_tokens + longest)
+        except NotCausalError:
+            prefix.not_causal.add(n_threads)
+            return None
+        prefix.caches[n_threads] = cache
+        return cache
+
+    def _read_prefix(self, prefix: Prefix, layers: list[int]) -> PrefixCache:
+        """Read the prefix alone, up to the deepest of `layers`."""
+        batch = pack([prefix.ids], "separate", self.tokenizer.filler_id)
+        recorder = RecordKeys(batch.context.lengths)
+        states = self._run_batch(replace(batch, context=recorder), layers)
+        special_states = {
+            layer: values[: prefix.n_special].clone()
+            for layer, values in zip(layers, states, strict=True)
+        }
+        cache = PrefixCache(recorder.keys, recorder.values, prefix.n_special, special_states)
+        if not self._packs_after(cache, layers[-1]):
+            raise NotCausalError
+        return cache
+
+    def _packs_after(self, cache: PrefixCache, layer: int) -> bool:
+        """Whether packed texts have the same bits at a layer after a prefix as each has alone."""
+        room = self.tokenizer.token_limit(cache.n_tokens + JOINT_TOKENS + 6) - cache.n_tokens
+        texts = self._probe_texts(room)
+        cache = self._with_masks(cache, cache.n_tokens + len(texts[0]))
+
+        def outputs(tokens: list[np.ndarray]) -> Tensor:
+            batch = pack_after_prefix(tokens, cache, self.tokenizer.filler_id)
+            with self.lock, torch.inference_mode(), batch.context:
+                return batch.real_states(self.states_at([layer], **batch.inputs)[0])
+
+        return torch.equal(outputs(texts), torch.cat([outputs([ids]) for ids in texts]))
+
+    def _with_masks(self, cache: PrefixCache, length: int) -> PrefixCache:
+        """The cache with masks of at least `length` tokens, the prefix included."""
+        length = 1 << (length - 1).bit_length()
+        limit = self.tokenizer.context_length
+        if limit is not None and limit > 0:
+            length = min(length, limit)
+        batch = pack([np.full(length, self.tokenizer.filler_id)], "separate", 0)
+        with self.lock, torch.inference_mode(), RecordMasks() as recorder:
+            self.states_at([max(cache.special_states)], **batch.inputs)
+        return replace(cache, masks=recorder.masks, max_length=length)
 
     def _not_finite(self, layer: int) -> str:
         advice = (

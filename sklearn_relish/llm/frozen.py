@@ -30,6 +30,7 @@ from sklearn_relish.llm.loading import (
     load_pretrained,
     model_source,
 )
+from sklearn_relish.llm.prefix_attention import Prefix
 from sklearn_relish.llm.tokenize import TextTokenizer
 from sklearn_relish.states.reader import TokenStateReader
 from sklearn_relish.states.token_states import TokenStates
@@ -113,6 +114,8 @@ class FrozenLLM(TokenStateReader):
     >>> from sklearn_relish import LLMEncoder, RelishRegressor
     >>> regressor, encoder = RelishRegressor(llm), LLMEncoder(llm)
     """
+
+    _prefix: Prefix | None = None
 
     def __init__(
         self,
@@ -438,6 +441,7 @@ class FrozenLLM(TokenStateReader):
         packed = len(tokens) > 1 and self._with_layers(
             deepest, lambda network: network.packing(deepest) is not None
         )
+        lengths += self._n_prefix_tokens(layers, int(lengths.max()))
         start = 0
         while start < len(tokens):
             remaining = longest_first[start:]
@@ -460,7 +464,13 @@ class FrozenLLM(TokenStateReader):
 
     def _read_batch(self, tokens: list[np.ndarray], layers: Sequence[int]) -> list[TokenStates]:
         """States of one batch of tokenized texts at each of `layers`."""
-        return self._with_layers(max(layers), lambda network: network.run(tokens, layers))
+        return self._with_layers(
+            max(layers), lambda network: network.run(tokens, layers, self._prefix)
+        )
+
+    def _n_prefix_tokens(self, layers: Sequence[int], longest: int) -> int:
+        """Tokens that are read with every text of up to `longest` tokens in addition to its own."""
+        return 0
 
     def _halve_budget(self, n_tokens: int) -> None:
         """Make batches smaller than one of `n_tokens` that did not fit into memory."""

@@ -67,14 +67,21 @@ class TextTokenizer:
         Tokens that the model has positions for; None or -1 for a model without such a limit.
     model : str
         The model's name, for errors.
+    n_before : int, default=0
+        Tokens of the context that a prefix needs.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, context_length: int | None, model: str
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        context_length: int | None,
+        model: str,
+        n_before: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
         self.context_length = context_length
         self.model = model
+        self.n_before = n_before
         self._renew_lock()
         renew_in_forked_child(self, TextTokenizer._renew_lock)
 
@@ -85,8 +92,28 @@ class TextTokenizer:
         """Tokens that the model reads at once: `max_length`, or less if its context is shorter."""
         if max_length < 1:
             raise ValueError(f"max_length must be 1 or more, got {max_length}.")
-        limits = (self.tokenizer.model_max_length, self.context_length)
-        return min([max_length, *(limit for limit in limits if limit and limit > 0)])
+        known = (self.tokenizer.model_max_length, self.context_length)
+        limits = [limit for limit in known if limit and limit > 0]
+        longest = min(limits, default=max_length + self.n_before)
+        limit = min(max_length, longest - self.n_before)
+        if limit < 1:
+            raise ValueError(
+                f"The prefix has {self.n_before} tokens, and {self.model!r} reads {longest} tokens"
+                " at once: shorten the prefix."
+            )
+        return limit
+
+    def special_ids(self) -> list[int]:
+        """The special tokens that begin each text."""
+        with self._locked():
+            encoded = self.tokenizer("a", return_special_tokens_mask=True)
+        n_before, _ = _count_special_ends(encoded["special_tokens_mask"])
+        return encoded["input_ids"][:n_before]
+
+    def content_ids(self, text: str) -> list[int]:
+        """Tokens of a text without special tokens."""
+        with self._locked():
+            return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     @property
     def filler_id(self) -> int:

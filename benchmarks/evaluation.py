@@ -20,8 +20,7 @@ the versions of the packages and the settings of the estimator. A cell is not ru
 it has a line with the current versions and settings; lines with others are left out. A table and a
 picture of all lines come at the end; ``--report`` makes nothing else.
 
-The methods that are fine-tuned or have demonstrations are run only if they are named: ``--methods
-RAFT "LoRA, 6 epochs"``.
+The methods that are fine-tuned are run only if they are named: ``--methods RAFT "LoRA, 6 epochs"``.
 
 ``--rows 100 300 1000 --draws 5`` draws the training rows five times, from those of a complete cell,
 and measures on dev.csv, on which no file here chooses a default. A draw's number is also the seed.
@@ -57,11 +56,9 @@ from rivals import (
     tfidf_ridge,
 )
 from scipy.stats import pearsonr, spearmanr
-from sklearn.ensemble import VotingRegressor
 
 from sklearn_relish import FrozenLLM, RelishRegressor, StateStore, __version__
 from sklearn_relish.inputs.prompts import pair_literals
-from sklearn_relish.llm.prefix import with_prefix
 from sklearn_relish.states.pairs import PairTemplate
 from sklearn_relish.states.vectors import layers_to_read
 
@@ -80,32 +77,6 @@ class Task:
     instruction: str
     decimals: int
     train_rows: int
-    demonstrations: tuple[dict[str, Any], ...] = ()  # rows that are read before each text
-
-    @property
-    def prefix(self) -> str:
-        """The demonstrations with their scores."""
-        return "".join(
-            f"{self.prompt.format_map(row)} {row['score']:.{self.decimals}f}\n\n"
-            for row in self.demonstrations
-        )
-
-    def demonstrated(
-        self, train: pd.DataFrame, n: int, llm: FrozenLLM
-    ) -> tuple[Task, pd.DataFrame]:
-        """The task with rows as demonstrations, and the rows that are left for training.
-
-        They are `n` short rows, spread evenly over the scores, in a random order; half as many, or
-        a quarter, if they have more than PREFIX_TOKENS tokens.
-        """
-        n_characters = train["text_a"].str.len() + train["text_b"].str.len()
-        short = train[n_characters <= n_characters.median()].sort_values("score", kind="stable")
-        places = np.linspace(0.05, 0.95, n) * (len(short) - 1)
-        shown = short.iloc[places.round().astype(int)].sample(frac=1, random_state=0)
-        task = replace(self, demonstrations=tuple(shown.to_dict("records")))
-        if n > 1 and len(llm.tokenizer(task.prefix).input_ids) > PREFIX_TOKENS:
-            return self.demonstrated(train, n // 2, llm)
-        return task, train.drop(shown.index)
 
     @property
     def pair(self) -> PairTemplate | None:
@@ -160,7 +131,6 @@ TEST_ROWS = 1000
 ANSWER_ROWS = 50  # test rows of the methods that answer in words
 LORA_TEST_ROWS = 500  # test rows of the language models that are fine-tuned
 SHOTS = 16
-PREFIX_TOKENS = 1024  # of demonstrations, at most
 SAMPLE = 128  # training rows whose reading is timed
 QUICK_SETS, QUICK_ROWS = ["stsb", "sickr"], 600
 
@@ -177,13 +147,10 @@ class Method:
     uses_llm: bool = True  # False: a cell is run once, and its line is copied for other models
     has_heads: bool = False  # whether it trains the heads of this package
     n_readings: int = 1  # 2: it also reads the second text before the first
-    n_demonstrations: int = 0  # training rows that are read before each text, and not trained on
 
 
 def relish(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
-    return RelishRegressor(
-        llm, prompt=task.prompt, prefix=task.prefix, memory=store, random_state=seed
-    )
+    return RelishRegressor(llm, prompt=task.prompt, memory=store, random_state=seed)
 
 
 def chosen(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
@@ -191,8 +158,7 @@ def chosen(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
 
 
 def both_orders(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
-    second = relish(task.swapped, llm, store, seed)
-    return VotingRegressor([("first", relish(task, llm, store, seed)), ("second", second)])
+    return relish(task, llm, store, seed).set_params(prompt=[task.prompt, task.swapped.prompt])
 
 
 def published(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
@@ -266,24 +232,13 @@ METHODS = {
     f"{SHOTS}-shot": speaking(DecodingRegressor, SHOTS),
     "RAIL, zero-shot": speaking(ExpectationRegressor, 0),
     f"RAIL, {SHOTS}-shot": speaking(ExpectationRegressor, SHOTS),
-    f"{OURS}, {SHOTS} demonstrations": Method(
-        relish, DEFAULT_LAYER, seeded=True, has_heads=True, n_demonstrations=SHOTS
-    ),
-    f"{BOTH_ORDERS}, {SHOTS} demonstrations": Method(
-        both_orders,
-        DEFAULT_LAYER,
-        seeded=True,
-        has_heads=True,
-        n_readings=2,
-        n_demonstrations=SHOTS,
-    ),
     "RELISH, layer chosen": Method(chosen, seeded=True, has_heads=True),
     "LoRA": fine_tuned(LoRARegressor),
     "LoRA, as long as RELISH": fine_tuned(LoRARegressor, timed=True),
     "RAFT": fine_tuned(RAFTRegressor),
     "cross-encoder": Method(cross_encoder, seeded=True, uses_llm=False),
 }
-DEFAULT_METHODS = list(METHODS)[:-7]  # the last seven are run when they are named
+DEFAULT_METHODS = list(METHODS)[:-5]  # the last five are run when they are named
 QUICK_METHODS = [
     *[OURS, PUBLISHED, "ridge, mean of states", "ridge, last state", COUNTED],
     *["zero-shot", f"RAIL, {SHOTS}-shot"],
@@ -364,8 +319,6 @@ def n_parameters(fitted: Any) -> int:
     """Trained numbers of a fitted regressor."""
     if isinstance(fitted, RelishRegressor):
         return sum(weight.numel() for weight in fitted.head_.parameters())
-    if isinstance(fitted, VotingRegressor):
-        return sum(map(n_parameters, fitted.estimators_))
     if hasattr(fitted, "n_parameters_"):
         return fitted.n_parameters_
     while not hasattr(fitted, "coef_"):
@@ -462,12 +415,10 @@ class Cells(Results):
             return False
         return line["settings"] == settings_of(self.estimator(line))
 
-    def estimator(
-        self, cell: dict[str, Any], task: Task | None = None, llm: Any = NO_LLM, store: Any = None
-    ) -> Any:
+    def estimator(self, cell: dict[str, Any], llm: Any = NO_LLM, store: Any = None) -> Any:
         """The estimator of a cell; a timed one has as long as RELISH took, if that is known."""
         method = find_method(cell["method"])
-        estimator = method.make(task or TASKS[cell["set"]], llm, store, cell["seed"])
+        estimator = method.make(TASKS[cell["set"]], llm, store, cell["seed"])
         if method.timed:
             names = ("set", "model", "seed", "draw", "train_rows")
             same = {name: cell.get(name) for name in names}
@@ -482,7 +433,6 @@ def read_ahead(
 ) -> None:
     """One pass for the layers of all methods."""
     texts = [task.prompt.format_map(row) for row in frame.to_dict("records")]
-    llm = with_prefix(llm, task.prefix)
     deepest, *others = sorted(set(map(llm.resolve_layer, layers)), reverse=True)
     store.fetch(
         texts, llm, layer=deepest, also=others, max_length=512, pair=task.pair, progress=True
@@ -493,7 +443,6 @@ def seconds_to_read(task: Task, frame: pd.DataFrame, llm: FrozenLLM, layer: floa
     """What a frame's states at a layer take, from some of its rows."""
     some = frame.sample(min(SAMPLE, len(frame)), random_state=0)
     texts = [task.prompt.format_map(row) for row in some.to_dict("records")]
-    llm = with_prefix(llm, task.prefix)
     layers = layers_to_read([llm.resolve_layer(layer)])
     list(llm.read(texts[:4], layers=layers, max_length=512))
     start = time.perf_counter()
@@ -541,24 +490,15 @@ def run(
             largest = max(cell["train_rows"] for cell in wanted)
             train = load(folder / name, "train", task.train_rows if draws else largest)
             test = load(folder / name, split, test_rows)
-            # With draws, the demonstrations depend on the cell: its texts are read for it.
-            used = {
-                cell["method"]: find_method(cell["method"])
-                for cell in wanted
-                if not (draws and find_method(cell["method"]).n_demonstrations)
+            used = [find_method(cell["method"]) for cell in wanted]
+            layers = {method.layer for method in used} - {None}
+            layers_of_both = {method.layer for method in used if method.n_readings == 2}
+            for order, needed in ((task, layers), (task.swapped, layers_of_both)):
+                if needed:
+                    read_ahead(order, pd.concat([train, test]), llm, store, needed)
+            reading = {
+                layer: seconds_to_read(task, train, llm, layer) / len(train) for layer in layers
             }
-            reading = {}
-            for n in sorted({method.n_demonstrations for method in used.values()}):
-                shown, rest = task.demonstrated(train, n, llm)
-                same = [method for method in used.values() if method.n_demonstrations == n]
-                layers = {method.layer for method in same} - {None}
-                layers_of_both = {method.layer for method in same if method.n_readings == 2}
-                for order, needed in ((shown, layers), (shown.swapped, layers_of_both)):
-                    if needed:
-                        read_ahead(order, pd.concat([rest, test]), llm, store, needed)
-                for layer in layers:
-                    seconds = seconds_to_read(shown, rest, llm, layer)
-                    reading[n, layer] = seconds / len(rest)
             spread = np.ptp(load(folder / name, split, TEST_ROWS)["score"])
             for cell in wanted:
                 method, n_rows = find_method(cell["method"]), cell["train_rows"]
@@ -567,20 +507,16 @@ def run(
                     if same:
                         results.add(**same[0] | {"model": model})
                         continue
-                drawn = train.sample(n_rows, random_state=cell["draw"]) if draws else train
-                n = method.n_demonstrations
-                shown, rows_left = task.demonstrated(drawn.head(n_rows), n, llm)
-                estimator = results.estimator(cell, shown, llm, store)
+                estimator = results.estimator(cell, llm, store)
                 if method.timed and estimator.max_seconds is None:
                     raise SystemExit(f"{cell['method']} needs the line of {OURS}: name it before.")
                 settings = settings_of(estimator)
                 some = test.head(method.test_rows)
-                found = run_cell(estimator, rows_left, some, spread)
+                drawn = train.sample(n_rows, random_state=cell["draw"]) if draws else train
+                found = run_cell(estimator, drawn.head(n_rows), some, spread)
                 results.add(
                     **cell,
-                    reading_seconds=method.n_readings
-                    * reading.get((n, method.layer), 0.0)
-                    * n_rows,
+                    reading_seconds=method.n_readings * reading.get(method.layer, 0.0) * n_rows,
                     **found,
                     versions=versions_of(method),
                     settings=settings,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,6 +13,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from sklearn_relish.base import BaseLLMEstimator
 from sklearn_relish.head.ensemble import RelishEnsemble
+from sklearn_relish.inputs.prompts import Table
+from sklearn_relish.inputs.training_rows import TrainingRows
+from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.conformal import Conformal
 from sklearn_relish.training.inference import (
     attention_weights,
@@ -48,6 +51,7 @@ class RelishPredictor(BaseLLMEstimator):
     _y_scale: np.ndarray  # scale of each output, (n_outputs,)
     _y_shape: tuple[int, ...]  # the shape of one target: () or (n_outputs,)
     _conformal: Conformal | None
+    _view = 0  # the number of the prompt
     _llm_fingerprint: str
     _llm_revision: str | None
 
@@ -73,7 +77,7 @@ class RelishPredictor(BaseLLMEstimator):
         (2,)
         """
         fitted = self._snapshot()
-        return fitted._point_prediction(fitted._predict(fitted._texts(X)))
+        return fitted._point_prediction(fitted._predict_rows(X))
 
     def staged_predict(self, X: ArrayLike) -> Iterator[np.ndarray]:
         """Predict the target of texts after each iteration of the heads.
@@ -103,14 +107,14 @@ class RelishPredictor(BaseLLMEstimator):
         """
         fitted = self._snapshot()
         # (n_samples, n_iterations, n_outputs * n_predictions)
-        stages = fitted._predict(fitted._texts(X), staged_predict_states)
+        stages = fitted._predict_rows(X, staged_predict_states)
         return map(fitted._point_prediction, stages.transpose(1, 0, 2))
 
     def attention(self, X: ArrayLike) -> list[TextAttention]:
         """The attention weight of each token in each iteration.
 
         These are the weights of the prediction. The linear path does not attend to tokens and has
-        no part in them.
+        no part in them. With several prompts they are those of the first one.
 
         Parameters
         ----------
@@ -137,7 +141,7 @@ class RelishPredictor(BaseLLMEstimator):
         >>> attention.weights.shape == (5, 3, 8, len(attention.tokens))
         True
         """
-        fitted = self._snapshot()
+        fitted = self._snapshot()._fitted_views()[0]
         texts = fitted._texts(X)
         tokens = fitted._llm().tokens(
             texts, max_length=fitted.max_length, windows=fitted.long_text == "window"
@@ -173,7 +177,7 @@ class RelishPredictor(BaseLLMEstimator):
         (2, 3)
         """
         fitted = self._snapshot()
-        predictions = fitted._predict(fitted._texts(X))
+        predictions = fitted._predict_rows(X)
         return fitted._to_target_units(predictions.reshape(len(predictions), fitted.n_outputs_, -1))
 
     def predict_interval(self, X: ArrayLike, coverage: float = 0.9) -> np.ndarray:
@@ -221,8 +225,61 @@ class RelishPredictor(BaseLLMEstimator):
                 " training. Call fit with warm_start=False and early_stopping=True, on more than"
                 " one text."
             )
-        predictions = fitted._predict(fitted._texts(X))
+        predictions = fitted._predict_rows(X)
         return fitted._to_target_units(fitted._conformal.interval(predictions, coverage))
+
+    def _views(self) -> list[Self]:
+        """A copy of the regressor for each prompt; the columns are known."""
+        if self.prompt is None or isinstance(self.prompt, str):
+            return [self]
+        prompts = list(self.prompt)
+        wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
+        if wrong or not prompts:
+            raise TypeError(
+                f"prompt={self.prompt!r} must be a template, or a list of one or more templates."
+            )
+        views = []
+        for number, prompt in enumerate(prompts):
+            view = self._snapshot()
+            view.prompt, view._view = prompt, number
+            views.append(view)
+        return views
+
+    def _fitted_views(self) -> list[Self]:
+        """A copy of the regressor for each prompt of the fit."""
+        check_is_fitted(self)
+        views = self._views()
+        if len(views) != self.head_.n_views:
+            raise ValueError(
+                f"The regressor was fitted with {self.head_.n_views} prompts, but"
+                f" prompt={self.prompt!r} has {len(views)}: pass the prompts of fit, or fit again."
+            )
+        return views
+
+    def _texts_of_views(self, table: Table) -> list[Any]:
+        """The text of each row; with several prompts, a tuple of its texts."""
+        views = self._views()
+        if len({view._pair() is None for view in views}) > 1:
+            raise ValueError(
+                f"Some templates of prompt={self.prompt!r} have two columns of texts and others do"
+                " not: use two columns in all of them, or in none."
+            )
+        texts = [view._render(table) for view in views]
+        return texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
+
+    def _states_of_views(self, rows: TrainingRows, layer: int) -> list[TokenStates]:
+        """States for a fit of the texts of each prompt."""
+        return [
+            view._states(rows.texts_of_view(number), layer)
+            for number, view in enumerate(self._views())
+        ]
+
+    def _predict_rows(
+        self, X: ArrayLike, function: Callable[..., Any] = predict_states
+    ) -> np.ndarray:
+        """As `_predict`, for rows: the mean over the prompts."""
+        predictions = [view._predict(view._texts(X), function) for view in self._fitted_views()]
+        return predictions[0] if len(predictions) == 1 else np.mean(predictions, axis=0)
 
     def _texts(self, X: ArrayLike) -> list[str]:
         """The text of each row; the regressor is fitted and has its language model."""
@@ -240,7 +297,7 @@ class RelishPredictor(BaseLLMEstimator):
         """
         device = self._llm().torch_device
         for rows, states in self._stream(texts, self.layer_):
-            yield rows, function(self.head_, states, device)
+            yield rows, function(self.head_.of_view(self._view), states, device)
 
     def _predict(
         self, texts: list[str], function: Callable[..., Any] = predict_states
@@ -293,7 +350,7 @@ class RelishPredictor(BaseLLMEstimator):
                 f" but {llm!r} has a hidden size of {llm.hidden_size} and {llm.n_layers} layers:"
                 " pass the model that was used in fit, or fit again."
             )
-        if self.head_.heads[0].sizes["pair"] and self._pair() is None:
+        if self.head_.heads[0].sizes["pair"] and self._views()[0]._pair() is None:
             raise ValueError(
                 f"The regressor was fitted on rows of two texts, but prompt={self.prompt!r} does"
                 " not make a text of two: pass the prompt of fit, or fit again."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from sklearn_relish.llm.frozen import FrozenLLM
-from sklearn_relish.states.pairs import MATCH_BYTES, N_PAIR_VECTORS, PairTemplate
+from sklearn_relish.states.pairs import MATCH_BYTES, N_PAIR_VECTORS
 from sklearn_relish.states.quantization import QUANTIZERS, n_rows
 from sklearn_relish.states.reader import read_batches
 from sklearn_relish.states.store import open_store
@@ -152,9 +153,11 @@ class PreviewMixin:
             regressor._training_options(loss_fn),
         )
 
-    def _fit_progress(self, n_texts: int, pair: PairTemplate | None, **known: Any) -> FitProgress:
-        """The bar of a fit on a number of different texts; `known` is passed to `_plan`."""
+    def _fit_progress(self, n_texts: int, **known: Any) -> FitProgress:
+        """The bar of a fit on a number of different rows; `known` is passed to `_plan`."""
         regressor: Any = self
+        views = regressor._views()
+        n_texts, pair = len(views) * n_texts, views[0]._pair()
 
         def estimate(mean_length: float) -> float:
             try:
@@ -189,8 +192,10 @@ class PreviewMixin:
 
 def _preview(regressor: Any, X: Any) -> FitPreview:
     """The preview of a fit; `regressor` is a snapshot whose columns are set."""
-    texts = regressor._render(regressor._read_table(X, reset=True))
-    distinct = list(dict.fromkeys(texts))
+    table = regressor._read_table(X, reset=True)
+    views = regressor._views()
+    texts, *further = [view._render(table) for view in views]
+    distinct = list(dict.fromkeys(itertools.chain(texts, *further)))
     n_texts, llm = len(distinct), regressor._llm()
     layer = llm.resolve_layer(max(SHARES) if regressor.layer == "auto" else regressor.layer)
     layers = layers_to_read([layer])
@@ -217,14 +222,15 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
         n_read, full_lengths = llm.count_tokens(distinct, **reading)
         n_tokens, n_cut = int(n_read.sum()), int((full_lengths > n_read).sum())
 
-    is_pair = regressor._pair() is not None
+    is_pair = views[0]._pair() is not None
     n_vectors = N_VECTORS + (N_PAIR_VECTORS if is_pair else 0)
     vector_bytes = n_vectors * pieces[0][0].nbytes if len(layers) > 1 else 0
     values, bits = torch.cat(pieces), open_store(regressor.memory).bits
     lengths = torch.tensor([len(piece) for piece in pieces])
     values = values if bits is None else QUANTIZERS[bits].quantize_texts(values, lengths)
     states = TokenStates.from_lengths(values, lengths)
-    plan = regressor._plan(n_texts, states.hidden_size, pair=is_pair)
+    n_heads = regressor._n_estimators(len(set(texts)), continuing=False)
+    plan = regressor._plan(n_texts, states.hidden_size, n_heads, pair=is_pair)
     return FitPreview(
         texts=texts,
         n_distinct=n_texts,

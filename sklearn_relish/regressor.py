@@ -25,7 +25,7 @@ from sklearn.utils.validation import _check_sample_weight
 
 from sklearn_relish.head.ensemble import RelishEnsemble
 from sklearn_relish.head.head import RelishHead, check_head_sizes
-from sklearn_relish.head.losses import LOSSES, Loss, make_loss
+from sklearn_relish.head.losses import LOSSES, Loss, loss_of
 from sklearn_relish.hub.pretrained import PretrainedMixin
 from sklearn_relish.inputs.targets import read_targets
 from sklearn_relish.inputs.training_rows import TargetScaler, TrainingRows
@@ -80,11 +80,13 @@ class RelishRegressor(
     state_norm : {"rms", None}, default="rms"
         ``"rms"`` divides each token state by its root mean square: in middle layers that of the
         first token is a hundred times larger than the others. None is the published choice.
-    prompt : str, default=None
+    prompt : str or list of str, default=None
         Template of the text of a row, for example
         ``"Sentence 1: {premise}\nSentence 2: {hypothesis}"`` with the names of columns as fields;
         ``{text}`` for one-dimensional `X`; ``{x0}``, ... for arrays. None: the text itself, or
         ``column: value`` lines for several columns. Two columns of texts are compared by token.
+        With a list of templates, each row is read with each of them. Heads learn from all of its
+        texts, and its prediction is the mean over them.
     prefix : str, default=""
         Text that the model reads before each row's text, such as a rubric. The head gets no states
         of it, and `max_length` does not count it. A causal model on a CPU reads it once.
@@ -245,6 +247,7 @@ class RelishRegressor(
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **RelishPredictor._parameter_constraints,
+        "prompt": [str, list, tuple, None],
         "layer": [*RelishPredictor._parameter_constraints["layer"], StrOptions({"auto"})],
         "latent_size": [Interval(Integral, 1, None, closed="left")],
         "n_iterations": [Interval(Integral, 1, None, closed="left")],
@@ -272,7 +275,7 @@ class RelishRegressor(
         *,
         layer: int | float | str = 0.6,
         state_norm: str | None = "rms",
-        prompt: str | None = None,
+        prompt: str | Sequence[str] | None = None,
         prefix: str = "",
         chat_template: bool = False,
         max_length: int = 512,
@@ -397,7 +400,7 @@ class RelishRegressor(
         continuing = self.warm_start and hasattr(self, "head_")
         rows, targets, loss_fn = self._check_rows(X, y, sample_weight, continuing)
         n_heads = self._n_estimators(len(rows.texts), continuing)
-        with self._fit_progress(rows.n_texts, self._pair(), n_heads=n_heads):
+        with self._fit_progress(rows.n_texts, n_heads=n_heads):
             self._fit_rows(rows, targets, loss_fn, n_heads, continuing)
 
     def _fit_rows(
@@ -408,7 +411,7 @@ class RelishRegressor(
         held_out = held_out_rows(rows.groups, fraction, n_heads, random)
         if not continuing:
             self.layer_, self.layer_scores_ = self._find_layer(rows, targets, random)
-        states = self._states(rows.texts, self.layer_)
+        states, *views = self._states_of_views(rows, self.layer_)
         sizes = self._head_sizes(states.hidden_size, targets.shape[1], loss_fn)
 
         def make_head(number: int, seed: int) -> RelishHead:
@@ -418,7 +421,8 @@ class RelishRegressor(
 
         max_epochs = self.max_epochs
         if max_epochs == "auto":
-            max_epochs = auto_epochs(len(rows.groups) - len(held_out[0]), self.batch_size)
+            n_trained = (1 + len(views)) * (len(rows.groups) - len(held_out[0]))
+            max_epochs = auto_epochs(n_trained, self.batch_size)
         ensemble, trainings, oof_predictions, summary = fit_ensemble(
             Examples.of(states, targets, rows.weight),
             rows.groups,
@@ -426,6 +430,7 @@ class RelishRegressor(
             make_head=make_head,
             linear_path=False if continuing else self.linear_path,
             random=random,
+            views=views,
             max_epochs=max_epochs,
             progress=bool(self.verbose),
             n_iter_no_change=self.n_iter_no_change,
@@ -480,7 +485,7 @@ class RelishRegressor(
         continuing = hasattr(self, "head_")
         rows, targets, loss_fn = self._check_rows(X, y, sample_weight, continuing)
         n_heads = self._n_estimators(None, continuing)
-        with self._fit_progress(rows.n_texts, self._pair(), n_heads=n_heads, is_partial=True):
+        with self._fit_progress(rows.n_texts, n_heads=n_heads, is_partial=True):
             self._partial_fit_rows(rows, targets, loss_fn, n_heads, continuing)
 
     def _partial_fit_rows(
@@ -489,7 +494,7 @@ class RelishRegressor(
         random = self._random()
         if not continuing:
             self.layer_, self.layer_scores_ = self._find_layer(rows, targets, random)
-        states = self._states(rows.texts, self.layer_)
+        states, *views = self._states_of_views(rows, self.layer_)
         if continuing:
             heads, history = list(copy.deepcopy(self.head_.heads)), list(self.history_)
         else:
@@ -502,7 +507,7 @@ class RelishRegressor(
         seeds = random.randint(np.iinfo(np.int32).max, size=len(heads)).tolist()
         trainings = train_all(
             heads,
-            [(examples, None)] * len(heads),
+            [(examples.with_views(views), None)] * len(heads),
             seeds,
             max_epochs=n_epochs,
             n_iter_no_change=None,
@@ -517,7 +522,8 @@ class RelishRegressor(
             ensemble = self.head_.with_heads(heads, loss_fn)
             summary = continue_summary(self.ensemble_summary_, summary)
         else:
-            ensemble = RelishEnsemble(heads, linear_path=False, loss_fn=loss_fn).eval()
+            n_views = 1 + len(views)
+            ensemble = RelishEnsemble(heads, False, loss_fn, n_views=n_views).eval()
         self._set_fitted(ensemble, history, summary)
 
     def _check_rows(
@@ -550,7 +556,8 @@ class RelishRegressor(
         check_head_sizes(self.latent_size, self.n_heads)
         loss_fn = self._loss_fn(y)
         parts = parts_of(y)
-        rows = TrainingRows.from_rows(self._render(table), y.reshape(len(y), -1), weight, parts)
+        texts = self._texts_of_views(table)
+        rows = TrainingRows.from_rows(texts, y.reshape(len(y), -1), weight, parts)
         n_outputs = rows.y.shape[1]
         if continuing:
             self._check_continuing(loss_fn, n_outputs)
@@ -567,32 +574,13 @@ class RelishRegressor(
 
     def _loss_fn(self, y: np.ndarray) -> Loss:
         """Make the loss; raise an error if its parameters or the targets are not valid."""
-        if self.loss == "quantile":
-            quantiles = np.atleast_1d(np.asarray(self.quantile, dtype=float))
-            rising = quantiles.ndim == 1 and (np.diff(quantiles) > 0).all()
-            if not (rising and len(quantiles) and quantiles[0] > 0 and quantiles[-1] < 1):
-                raise ValueError(
-                    f"quantile={self.quantile!r} is neither a number above 0 and below 1 nor"
-                    " several of them in rising order."
-                )
-            loss_fn = make_loss(self.loss, quantiles.tolist())
-        elif isinstance(self.quantile, Real) and self.quantile == 0.5:
-            loss_fn = make_loss(self.loss)
-        else:
-            raise ValueError(
-                f"quantile={self.quantile!r} has no effect with loss={self.loss!r}: pass"
-                " loss='quantile', or leave quantile at 0.5."
-            )
-        if self.linear_path != "auto" and self.linear_path and not loss_fn.allows_linear_path:
-            raise ValueError(
-                f"linear_path=True is not available with loss={self.loss!r}: pass"
-                " linear_path='auto' or False."
-            )
+        loss_fn = loss_of(self.loss, self.quantile, self.linear_path)
         loss_fn.check_targets(y)
         return loss_fn
 
     def _check_continuing(self, loss_fn: Loss, n_outputs: int) -> None:
         """Raise an error if the fitted heads do not fit the parameters or the targets."""
+        self._fitted_views()
         self._check_model()
         fitted = self.head_.heads[0].sizes | {
             "n_outputs": self.n_outputs_,
@@ -696,5 +684,6 @@ class RelishRegressor(
         if not isinstance(self.layer, str):
             return llm.resolve_layer(self.layer), None
         layers = list(dict.fromkeys(llm.resolve_layer(fraction) for fraction in SHARES))
-        data = rows.texts, rows.groups, targets, rows.weight, self._states
+        first = self._views()[0]
+        data = rows.texts_of_view(0), rows.groups, targets, rows.weight, first._states
         return search_layer(layers, *data, self.state_norm, random)

@@ -183,6 +183,7 @@ class RelishRegressorCV(
             for name, allowed in _constraints.items()
             if name not in ("early_stopping", "validation_fraction", "n_estimators", "warm_start")
         },
+        "prompt": [str, None],
         "cv": ["cv_object"],
         "scoring": [StrOptions(set(get_scorer_names())), callable, None],
     }
@@ -361,10 +362,10 @@ class RelishRegressorCV(
         else:
             folds = random_folds(rows.groups, self._n_folds(), "different texts", random)
         with self._fit_progress(
-            rows.n_texts, first._pair(), n_folds=len(folds), n_trained=len(unfinished.trained)
+            rows.n_texts, n_folds=len(folds), n_trained=len(unfinished.trained)
         ):
             first.layer_, first.layer_scores_ = first._find_layer(rows, targets, random)
-            states = first._states(rows.texts, first.layer_)
+            states = first._states(rows.texts_of_view(0), first.layer_)
             examples = Examples.of(states, targets, rows.weight)
             options = first._training_options(loss_fn)
             n_outputs = targets.shape[1]

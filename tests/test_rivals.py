@@ -166,19 +166,6 @@ def test_both_orders_read_the_same_pair(task):
         assert other == task.prompt.format(text_a="two", text_b="one")
 
 
-def test_both_orders_are_averaged(llm):
-    task, store = evaluation.TASKS["stsb"], StateStore()
-    X = pd.DataFrame({"text_a": list(WORDS) * 10, "text_b": ["film", "book"] * 20})
-    y = [WORDS[word] for word in X["text_a"]]
-    make = evaluation.find_method(evaluation.BOTH_ORDERS).make
-    both = make(task, llm, store, 0).set_params(first__max_epochs=1, second__max_epochs=1)
-    first, second = both.fit(X, y).estimators_
-    predicted = [regressor.predict(X) for regressor in (first, second)]
-    np.testing.assert_allclose(both.predict(X), np.mean(predicted, axis=0))
-    assert not np.allclose(*predicted)
-    assert evaluation.n_parameters(both) == 2 * evaluation.n_parameters(first)
-
-
 def test_both_orders_are_read_before_the_fit_is_timed(llm, tmp_path, monkeypatch):
     for split in ("train", "test"):
         X = pd.DataFrame({"text_a": [f"film {i}" for i in range(40)], "text_b": "a book"})
@@ -192,7 +179,7 @@ def test_both_orders_are_read_before_the_fit_is_timed(llm, tmp_path, monkeypatch
 
     def run_cell(estimator, train, test, spread):
         before = n_texts()
-        estimator.set_params(first__max_epochs=1, second__max_epochs=1)
+        estimator.set_params(max_epochs=1)
         estimator.fit(train[evaluation.COLUMNS], train["score"]).predict(test[evaluation.COLUMNS])
         n_read.append((before, n_texts() - before))
         return {"r": 0.0, "nrmse": 0.0, "fit_seconds": 0.0}

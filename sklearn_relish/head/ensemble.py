@@ -35,6 +35,9 @@ class RelishEnsemble(nn.Module):
         Its inverse link turns the heads' raw predictions into predictions.
     n_vectors : int, default=0
         Number of vectors of a text that the linear path reads in addition.
+    n_views : int, default=1
+        Number of texts of a row, such as one for each of several prompts. Each has its own linear
+        path: see `of_view`. The ensemble itself predicts for the first.
 
     Attributes
     ----------
@@ -44,7 +47,8 @@ class RelishEnsemble(nn.Module):
         Weight of the heads' mean, 1 at first.
     linear : torch.nn.Linear or None
         From the pooled states of a text, one for each of `LINEAR_POOLINGS` and normalized like
-        those of the heads, and its further vectors to its prediction.
+        those of the heads, and its further vectors to its prediction. With several views, the
+        outputs of each view come one after the other.
 
     Examples
     --------
@@ -61,6 +65,7 @@ class RelishEnsemble(nn.Module):
         linear_path: bool,
         loss_fn: Loss = HUBER,
         n_vectors: int = 0,
+        n_views: int = 1,
     ) -> None:
         super().__init__()
         # A ModuleList: torch does not know the type of its modules.
@@ -72,10 +77,13 @@ class RelishEnsemble(nn.Module):
         self.head_weight = nn.Parameter(ones, requires_grad=False)
         self.linear: nn.Linear | None = None
         self.n_vectors = n_vectors if linear_path else 0
+        self.n_views = n_views
+        self._of_views: dict[int, RelishEnsemble] = {}
         if linear_path:
             n_inputs = (len(LINEAR_POOLINGS) + n_vectors) * input_size
             # Made without values: initial ones would be drawn from torch's global generator.
-            linear = nn.Linear(n_inputs, n_outputs, device="meta", dtype=torch.float32)
+            n_linear = n_views * n_outputs
+            linear = nn.Linear(n_inputs, n_linear, device="meta", dtype=torch.float32)
             linear = linear.to_empty(device=self.head_weight.device)
             linear.requires_grad_(False)
             nn.init.zeros_(linear.weight)
@@ -96,11 +104,37 @@ class RelishEnsemble(nn.Module):
         3
         """
         linear_path = self.linear is not None
-        ensemble = RelishEnsemble(list(heads), linear_path, loss_fn, self.n_vectors)
+        ensemble = RelishEnsemble(list(heads), linear_path, loss_fn, self.n_vectors, self.n_views)
         ensemble.head_weight.copy_(self.head_weight)
         if self.linear is not None and ensemble.linear is not None:
             ensemble.linear.load_state_dict(self.linear.state_dict())
         return ensemble.eval()
+
+    def of_view(self, view: int) -> RelishEnsemble:
+        """The ensemble that predicts for one view, numbered from 0; it shares the weights.
+
+        Examples
+        --------
+        >>> from sklearn_relish import RelishHead
+        >>> from sklearn_relish.head.ensemble import RelishEnsemble
+        >>> heads = [RelishHead(input_size=16, latent_size=8, n_heads=2) for _ in range(5)]
+        >>> ensemble = RelishEnsemble(heads, linear_path=True, n_views=2)
+        >>> ensemble.linear.out_features, ensemble.of_view(1).linear.out_features
+        (2, 1)
+        """
+        if self.n_views == 1:
+            return self
+        if view not in self._of_views:
+            heads, n_outputs = list(self.heads), self.heads[0].sizes["n_outputs"]
+            ensemble = RelishEnsemble(heads, self.linear is not None, self.loss_fn, self.n_vectors)
+            ensemble.head_weight = self.head_weight
+            if self.linear is not None and ensemble.linear is not None:
+                rows = slice(view * n_outputs, (view + 1) * n_outputs)
+                for name, weight in self.linear.named_parameters():
+                    part = nn.Parameter(weight[rows], requires_grad=False)
+                    setattr(ensemble.linear, name, part)
+            self._of_views[view] = ensemble.eval()
+        return self._of_views[view]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RelishEnsemble:
         """A copy as of any other module, not by way of `__getstate__`."""
@@ -117,6 +151,7 @@ class RelishEnsemble(nn.Module):
             "n_heads": len(self.heads),
             "linear_path": self.linear is not None,
             "n_vectors": self.n_vectors,
+            "n_views": self.n_views,
             "loss_fn": {
                 "name": self.loss_fn.name,
                 "quantiles": list(self.loss_fn.quantiles),
@@ -129,7 +164,9 @@ class RelishEnsemble(nn.Module):
         with torch.device("meta"):
             heads = [RelishHead(**state["sizes"]) for _ in range(state["n_heads"])]
             loss_fn = make_loss(**state["loss_fn"])
-            type(self).__init__(self, heads, state["linear_path"], loss_fn, state["n_vectors"])
+            type(self).__init__(
+                self, heads, state["linear_path"], loss_fn, state["n_vectors"], state["n_views"]
+            )
         weights = {name: torch.tensor(array) for name, array in state["weights"].items()}
         self.load_state_dict(weights, assign=True)
         self.eval()
@@ -253,4 +290,5 @@ class RelishEnsemble(nn.Module):
                 )
             used = vectors[:, : self.n_vectors].to(states.dtype)
             pooled.append(used.flatten(1))  # (B, n_vectors * D)
-        return self.head_weight * mean + self.linear(torch.cat(pooled, dim=1))
+        linear = self.linear(torch.cat(pooled, dim=1))[:, : len(self.head_weight)]
+        return self.head_weight * mean + linear

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar, TypeVar, cast
 
 import numpy as np
@@ -262,3 +263,35 @@ def make_loss(name: str, quantiles: Sequence[float] = ()) -> Loss:
         names = ", ".join(map(repr, LOSSES))
         raise ValueError(f"loss must be one of {names}, got {name!r}.")
     return LOSSES[name](tuple(quantiles))
+
+
+def loss_of(loss: str, quantile: float | Sequence[float], linear_path: bool | str) -> Loss:
+    """The loss that the parameters of a regressor describe.
+
+    Raises
+    ------
+    ValueError
+        If the parameters do not fit together.
+    """
+    if loss == "quantile":
+        quantiles = np.atleast_1d(np.asarray(quantile, dtype=float))
+        rising = quantiles.ndim == 1 and (np.diff(quantiles) > 0).all()
+        if not (rising and len(quantiles) and quantiles[0] > 0 and quantiles[-1] < 1):
+            raise ValueError(
+                f"quantile={quantile!r} is neither a number above 0 and below 1 nor several of them"
+                " in rising order."
+            )
+        loss_fn = make_loss(loss, quantiles.tolist())
+    elif isinstance(quantile, Real) and quantile == 0.5:
+        loss_fn = make_loss(loss)
+    else:
+        raise ValueError(
+            f"quantile={quantile!r} has no effect with loss={loss!r}: pass loss='quantile', or"
+            " leave quantile at 0.5."
+        )
+    if linear_path != "auto" and linear_path and not loss_fn.allows_linear_path:
+        raise ValueError(
+            f"linear_path=True is not available with loss={loss!r}: pass linear_path='auto' or"
+            " False."
+        )
+    return loss_fn

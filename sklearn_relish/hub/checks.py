@@ -65,6 +65,7 @@ HEAD: dict[str, list[Any]] = {
     "n_heads": COUNT,
     "linear_path": ["boolean"],
     "n_vectors": [Interval(Integral, 0, MAX_VECTORS, closed="both")],
+    "n_views": COUNT,
     "loss_fn": [dict],
 }
 SIZES: dict[str, list[Any]] = {
@@ -315,7 +316,10 @@ def check_shapes(
             _refuse(path, f"fitted.head.{field}", what, value)
     with torch.device("meta"):  # names and shapes alone; all heads have the same
         ensemble = RelishEnsemble(
-            [RelishHead(**sizes)], head["linear_path"], n_vectors=head["n_vectors"]
+            [RelishHead(**sizes)],
+            head["linear_path"],
+            n_vectors=head["n_vectors"],
+            n_views=head["n_views"],
         )
     expected = {
         f"head.{name.replace('heads.0.', f'heads.{number}.')}": ("F32", tuple(weight.shape))

@@ -6,7 +6,7 @@ A fit on them depends neither on the order of the rows nor on whether a row is r
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,8 @@ class TrainingRows(NamedTuple):
 
     Parameters
     ----------
-    texts : list of str
-        One for each pair.
+    texts : list of str, or of tuple of str
+        One for each pair; a tuple has the text of each prompt.
     groups : int64 ndarray of shape (n_pairs,)
         A number from 0 for each distinct text: pairs of equal texts are one group.
     y : float64 ndarray of shape (n_pairs, n_outputs)
@@ -30,7 +30,7 @@ class TrainingRows(NamedTuple):
         The pair of each row; -1 if its pair was dropped.
     """
 
-    texts: list[str]
+    texts: list[Any]
     groups: np.ndarray
     y: np.ndarray
     weight: np.ndarray
@@ -41,10 +41,14 @@ class TrainingRows(NamedTuple):
         """Number of distinct texts."""
         return int(self.groups.max()) + 1
 
+    def texts_of_view(self, view: int) -> list[str]:
+        """The text of each pair under one prompt, numbered from 0."""
+        return [text if isinstance(text, str) else text[view] for text in self.texts]
+
     @classmethod
     def from_rows(
         cls,
-        texts: list[str],
+        texts: list[Any],
         y: np.ndarray,
         weight: np.ndarray,
         parts: np.ndarray | None = None,
@@ -53,7 +57,7 @@ class TrainingRows(NamedTuple):
 
         Parameters
         ----------
-        texts : list of str
+        texts : list of str, or of tuple of str
         y : ndarray of shape (n_rows, n_outputs)
         weight : ndarray of shape (n_rows,)
         parts : int64 ndarray of shape (n_rows,), default=None

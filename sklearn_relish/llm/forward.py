@@ -248,7 +248,7 @@ class ForwardPass:
     def _read_prefix(self, prefix: Prefix, layers: list[int]) -> PrefixCache:
         """Read the prefix alone, up to the deepest of `layers`."""
         batch = pack([prefix.ids], "separate", self.tokenizer.filler_id)
-        recorder = RecordKeys(batch.context.lengths)
+        recorder = RecordKeys(len(prefix.ids), batch.inputs["input_ids"].shape[1])
         states = self._run_batch(replace(batch, context=recorder), layers)
         special_states = {
             layer: values[: prefix.n_special].clone()

@@ -77,17 +77,17 @@ class PrefixedLLM(FrozenLLM):
         return self.llm.revision
 
     @property
-    def config(self) -> PretrainedConfig:  # type: ignore[override]
+    def config(self) -> PretrainedConfig:
         """The model's configuration."""
         return self.llm.config
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:  # type: ignore[override]
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         return self.llm.tokenizer
 
     @property
-    def token_budget(self) -> int:  # type: ignore[override]
+    def token_budget(self) -> int:
         """Tokens of a batch, see `FrozenLLM.token_budget`."""
         return self.llm.token_budget
 
@@ -103,7 +103,7 @@ class PrefixedLLM(FrozenLLM):
         return Prefix(np.array(ids, dtype=np.int64), len(special))
 
     @cached_property
-    def _text_tokenizer(self) -> TextTokenizer:  # type: ignore[override]
+    def _text_tokenizer(self) -> TextTokenizer:
         context_length = self.llm._text_tokenizer.context_length
         n_before = self._prefix.n_tokens
         return TextTokenizer(self.tokenizer, context_length, self.model, n_before=n_before)

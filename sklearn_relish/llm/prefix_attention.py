@@ -101,15 +101,18 @@ class NotCausalError(Exception):
 
 
 class RecordKeys(BatchInvariant):
-    """A context that records keys and values of the first text in a packed row.
+    """A context that records the keys and values of a text in a row that is filled up.
 
     Parameters
     ----------
-    lengths : sequence of int
+    length : int
+        Tokens of the text.
+    row_length : int
+        Tokens of the row.
     """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
-        super().__init__(lengths)
+    def __init__(self, length: int, row_length: int) -> None:
+        super().__init__([length, row_length - length] if row_length > length else [length])
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 

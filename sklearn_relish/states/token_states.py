@@ -5,10 +5,11 @@ Texts have different lengths. Nothing is padded or copied before a batch is made
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -79,6 +80,35 @@ class TokenStates:
         """
         rows = n_rows(values, lengths)
         return cls((values,), torch.zeros_like(lengths), rows.cumsum(0) - rows, lengths)
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[TokenStates]) -> TokenStates:
+        """The texts of several states, one after the other; the arrays are shared.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from sklearn_relish import TokenStates
+        >>> states = TokenStates.from_lengths(torch.zeros(5, 2), torch.tensor([2, 3]))
+        >>> TokenStates.concatenated([states, states]).lengths.tolist()
+        [2, 3, 2, 3]
+        """
+        if len(parts) == 1:
+            return parts[0]
+        n_before = np.cumsum([0, *(len(part.arrays) for part in parts[:-1])]).tolist()
+        array_index = [part.array_index + n for part, n in zip(parts, n_before, strict=True)]
+        files = [part.files or (None,) * len(part.arrays) for part in parts]
+        vectors = [part.vectors for part in parts if part.vectors is not None]
+        matches = [part.matches for part in parts if part.matches is not None]
+        return cls(
+            tuple(array for part in parts for array in part.arrays),
+            torch.cat(array_index),
+            torch.cat([part.starts for part in parts]),
+            torch.cat([part.lengths for part in parts]),
+            tuple(file for part in files for file in part),
+            cls.concatenated(vectors) if len(vectors) == len(parts) else None,
+            cls.concatenated(matches) if len(matches) == len(parts) else None,
+        )
 
     @property
     def hidden_size(self) -> int:

@@ -98,12 +98,22 @@ class Ridges(NamedTuple):
     ----------
     texts : int64 ndarray of shape (n_fitted,)
         Numbers of the texts that they are fitted on.
-    fits : dict of str to RidgeFit
-        By the names of the ridges, see `fit_ridges`.
+    of_views : list of dict of str to RidgeFit
+        For each view of the texts, by the names of the ridges, see `fit_ridges`.
     """
 
     texts: np.ndarray
-    fits: dict[str, RidgeFit]
+    of_views: list[dict[str, RidgeFit]]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the ridges."""
+        return list(self.of_views[0])
+
+    def oof_predictions(self, name: str) -> np.ndarray:
+        """Out-of-fold predictions of a ridge, see `RidgeFit`: the mean over the views."""
+        of_views = [fits[name].oof_predictions for fits in self.of_views]
+        return of_views[0] if len(of_views) == 1 else np.mean(of_views, axis=0)
 
 
 def fit_ensemble(
@@ -115,6 +125,7 @@ def fit_ensemble(
     linear_path: bool | str,
     loss_fn: Loss,
     random: np.random.RandomState,
+    views: Sequence[TokenStates] = (),
     max_memory: float = math.inf,
     **training: Any,
 ) -> FittedEnsemble:
@@ -125,6 +136,9 @@ def fit_ensemble(
     and ridges are weighted by their out-of-fold predictions, see `stack`. A row's out-of-fold
     prediction is that of a single head where each row is held out once, so the mean of the heads
     has the weight of one of them.
+
+    With further views, such as the texts of other prompts, the heads are trained on all views of
+    their rows, and each view has its own ridges. A row's prediction is the mean over its views.
 
     Parameters
     ----------
@@ -142,6 +156,8 @@ def fit_ensemble(
     loss_fn : Loss
     random : RandomState
         Draws each head's seed, the order of its texts and the texts of the ridges.
+    views : sequence of TokenStates, default=()
+        Further states of the same rows, in the same order.
     max_memory : float, default=infinity
         Bytes of states up to which they are all held in memory, see `train_head`.
     **training
@@ -164,17 +180,27 @@ def fit_ensemble(
         linear_path=linear_path,
         loss_fn=loss_fn,
         random=random,
+        views=views,
         max_memory=max_memory,
     )
+    all_views, n_views = examples.with_views(views), 1 + len(views)
+
+    def examples_of(rows: np.ndarray) -> Examples:
+        return all_views[np.concatenate([rows + view * n_rows for view in range(n_views)])]
+
     trainings = train_all(
         heads,
-        [(examples[train], examples[rows] if len(rows) else None) for train, rows in folds],
+        [(examples_of(train), examples_of(rows) if len(rows) else None) for train, rows in folds],
         [seed for _, seed in seeds],
         loss_fn=loss_fn,
         max_memory=max_memory,
         **training,
     )
-    return combine(examples, groups, folds, heads, trainings, ridges.get(norm), loss_fn=loss_fn)
+    trainings = [training.with_mean_of_views(n_views) for training in trainings]
+    found = ridges.get(norm)
+    return combine(
+        examples, groups, folds, heads, trainings, found, loss_fn=loss_fn, n_views=n_views
+    )
 
 
 def fit_linear_path(
@@ -187,6 +213,7 @@ def fit_linear_path(
     by_fold: bool = False,
     loss_fn: Loss,
     random: np.random.RandomState,
+    views: Sequence[TokenStates] = (),
     max_memory: float = math.inf,
 ) -> dict[str | None, Ridges]:
     """Fit the ridges on a sample of at most `MAX_RIDGE_TEXTS` texts.
@@ -202,7 +229,7 @@ def fit_linear_path(
     by_fold : bool, default=False
         Whether the ridges' out-of-fold predictions are those of ridges fitted on the training rows
         of a fold, not leave-one-out. Needed if texts of a fold are related, such as groups.
-    linear_path, loss_fn, random, max_memory
+    linear_path, loss_fn, random, views, max_memory
         As of `fit_ensemble`.
 
     Returns
@@ -232,11 +259,15 @@ def fit_linear_path(
     if not (weight < weight.sum()).all():
         return _no_ridges(linear_path, "one sample_weight is too large next to the others")
     window_bytes = window_size(examples.states.n_bytes, max_memory)
+    further = [view[torch.from_numpy(first[chosen])] for view in views]
     fits = {}
     with ProgressBar(1, "Fitting the ridge models", "", shown=False):
         for norm in dict.fromkeys(state_norms):
-            found = fit_ridges(texts.states, norm, y, weight, window_bytes, text_folds)
-            fits[norm] = Ridges(chosen, found)
+            of_views = [
+                fit_ridges(states, norm, y, weight, window_bytes, text_folds)
+                for states in (texts.states, *further)
+            ]
+            fits[norm] = Ridges(chosen, of_views)
     return fits
 
 
@@ -256,6 +287,7 @@ def combine(
     ridges: Ridges | None,
     *,
     loss_fn: Loss,
+    n_views: int = 1,
 ) -> FittedEnsemble:
     """Make an ensemble of trained heads and ridges; see `fit_ensemble`.
 
@@ -271,6 +303,7 @@ def combine(
     ridges : Ridges or None
         None: there is no linear path.
     loss_fn : Loss
+    n_views : int, default=1
 
     Returns
     -------
@@ -290,7 +323,7 @@ def combine(
     target_means /= np.maximum(n_held_out, 1)[:, None]
 
     n_vectors = examples.states.n_vectors
-    ensemble = RelishEnsemble(heads, ridges is not None, loss_fn, n_vectors)
+    ensemble = RelishEnsemble(heads, ridges is not None, loss_fn, n_vectors, n_views)
     summary = summarize_heads(examples, folds, trainings, loss_fn)
     if ridges is not None:
         oof_predictions, summary = _weight_parts(
@@ -347,14 +380,14 @@ def with_ridges(
     weighted = np.full(predictions.shape, np.nan)
     for j in range(y.shape[1]):
         parts = np.column_stack([predictions[:, j] - mean[j], of_rows[:, :, j]])[known]
-        weights = stack(parts, y[known, j], weight[known], prior_weights(len(ridges.fits)))
+        weights = stack(parts, y[known, j], weight[known], prior_weights(len(ridges.names)))
         weighted[known, j] = parts @ weights + mean[j]
     return weighted
 
 
 def _ridge_predictions(ridges: Ridges, groups: np.ndarray) -> np.ndarray:
     """Out-of-fold predictions of the ridges for each row, (n, n_ridges, n_outputs), or NaN."""
-    found = np.stack([fit.oof_predictions for fit in ridges.fits.values()], axis=1)
+    found = np.stack([ridges.oof_predictions(name) for name in ridges.names], axis=1)
     of_texts = np.full((groups.max() + 1, *found.shape[1:]), np.nan)
     of_texts[ridges.texts] = found
     return of_texts[groups]
@@ -379,41 +412,45 @@ def _weight_parts(
     the heads is minus the mean of their training targets. The weighted predictions of these rows
     are returned, NaN for the others, and the summary of the heads with the ridges.
     """
-    linear = cast(nn.Linear, ensemble.linear)
+    linear = cast(nn.Linear, ensemble.linear)  # has the outputs of each view, view by view
     texts = examples.merged(groups)[ridges.texts]
     y, weight = texts.y.double().numpy(), texts.weight.double().numpy()
-    fits, of_rows = list(ridges.fits.values()), _ridge_predictions(ridges, groups)
+    names, of_rows = ridges.names, _ridge_predictions(ridges, groups)
     has_oof = np.isfinite(oof_predictions[:, 0]) & np.isfinite(of_rows[:, 0, 0])
     targets = examples.y[has_oof].double().numpy()
     row_weight = examples.weight[has_oof].double().numpy()
     stacked = np.full_like(oof_predictions, np.nan)
-    sizes, all_weights = np.empty((2, y.shape[1], 1 + len(fits)))
+    sizes, all_weights = np.empty((2, y.shape[1], 1 + len(names)))
     for j in range(y.shape[1]):
         predictions = np.column_stack([oof_predictions[:, j], of_rows[:, :, j]])[has_oof]
-        weights = stack(predictions, targets[:, j], row_weight, prior_weights(len(fits)))
+        weights = stack(predictions, targets[:, j], row_weight, prior_weights(len(names)))
         stacked[has_oof, j] = predictions @ weights
         sizes[j], all_weights[j] = _sizes(predictions, row_weight), weights
         head_weight, *ridge_weights = weights
         ensemble.head_weight[j] = head_weight
-        weighted = list(zip(ridge_weights, fits, strict=True))
-        coefs = [part * fit.coef[j].reshape(-1, texts.states.hidden_size) for part, fit in weighted]
-        n_poolings = len(LINEAR_POOLINGS)
-        # All pooled states come before the vectors of the lower layer, and those of pairs last.
-        pooled = np.stack(coefs[:n_poolings], axis=1).ravel()
-        linear.weight[j] = torch.from_numpy(
-            np.concatenate([pooled, *(coef.ravel() for coef in coefs[n_poolings:])])
-        )
         # Weights far above 1 are those of predictions near the mean, which they would multiply.
         excess = max(0.0, sum(ridge_weights) - 1) * np.average(y[:, j], weights=weight)
-        linear.bias[j] = sum(part * fit.intercept[j] for part, fit in weighted) - excess
-    rows = [_ridge_row(name, fit, y, weight) for name, fit in ridges.fits.items()]
+        for view, fits in enumerate(ridges.of_views):
+            weighted = list(zip(ridge_weights, fits.values(), strict=True))
+            size = texts.states.hidden_size
+            coefs = [part * fit.coef[j].reshape(-1, size) for part, fit in weighted]
+            n_poolings = len(LINEAR_POOLINGS)
+            # All pooled states come before the vectors of the lower layer, and those of pairs last.
+            pooled = np.stack(coefs[:n_poolings], axis=1).ravel()
+            row = view * y.shape[1] + j
+            linear.weight[row] = torch.from_numpy(
+                np.concatenate([pooled, *(coef.ravel() for coef in coefs[n_poolings:])])
+            )
+            linear.bias[row] = sum(part * fit.intercept[j] for part, fit in weighted) - excess
+    rows = [_ridge_row(name, ridges, y, weight) for name in names]
     return stacked, add_ridges(summary, rows, all_weights, sizes)
 
 
-def _ridge_row(name: str, ridge: RidgeFit, y: np.ndarray, weight: np.ndarray) -> dict[str, Any]:
+def _ridge_row(name: str, ridges: Ridges, y: np.ndarray, weight: np.ndarray) -> dict[str, Any]:
     """The row of a ridge in the summary of the ensemble, without its weight."""
-    held_out = np.isfinite(ridge.oof_predictions[:, 0])
-    predictions = (ridge.oof_predictions + ridge.target_means)[held_out]
+    oof_predictions = ridges.oof_predictions(name)
+    held_out = np.isfinite(oof_predictions[:, 0])
+    predictions = (oof_predictions + ridges.of_views[0][name].target_means)[held_out]
     return {
         "part": f"ridge {name}",
         "best_epoch": None,

@@ -52,6 +52,12 @@ class Examples:
         chosen = torch.from_numpy(rows)
         return Examples(self.states[chosen], self.y[chosen], self.weight[chosen])
 
+    def with_views(self, views: Sequence[TokenStates]) -> Examples:
+        """These examples, and after them the same ones with other states."""
+        states = TokenStates.concatenated([self.states, *views])
+        n_views = 1 + len(views)
+        return Examples(states, self.y.repeat(n_views, 1), self.weight.repeat(n_views))
+
     def merged(self, groups: np.ndarray) -> Examples:
         """One example for each group of equal texts: mean of the targets, sum of the weights.
 
@@ -82,6 +88,13 @@ class Training(NamedTuple):
     history: list[dict[str, float]]
     best_epoch: int
     oof_predictions: np.ndarray | None
+
+    def with_mean_of_views(self, n_views: int) -> Training:
+        """The training with predictions for rows, where those of `n_views` views were made."""
+        if n_views == 1 or self.oof_predictions is None:
+            return self
+        of_views = self.oof_predictions.reshape(n_views, -1, self.oof_predictions.shape[1])
+        return self._replace(oof_predictions=of_views.mean(axis=0))
 
 
 class Stopped(Exception):  # noqa: N818, it is no error

@@ -1,0 +1,196 @@
+"""A regressor with several prompts: each row has a text for each of them."""
+
+import pickle
+from unittest.mock import patch
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV
+from tiny import tiny_model
+
+from sklearn_relish import RelishRegressor, RelishRegressorCV, StateStore, TokenStates
+
+ORDERS = ["A: {a}\nB: {b}\nScore:", "B: {b}\nA: {a}\nScore:"]
+WORDS = ["dull", "fine", "splendid", "poor", "good"]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    random = np.random.default_rng(0)
+    a, b = random.integers(len(WORDS), size=(2, 60))
+    X = pd.DataFrame({"a": [f"{WORDS[i]} {n}" for n, i in enumerate(a)], "b": np.take(WORDS, b)})
+    return X, (a - b).astype(float)
+
+
+def regressor(**parameters):
+    return RelishRegressor(
+        tiny_model(n_layers=6),
+        dtype="float32",
+        random_state=0,
+        **{"prompt": ORDERS, "n_estimators": 3, "max_epochs": 3} | parameters,
+    )
+
+
+def with_prompt(fitted, number):
+    """The regressor of one of the prompts."""
+    single = pickle.loads(pickle.dumps(fitted)).set_params(prompt=fitted.prompt[number])
+    single.head_ = fitted.head_.of_view(number)
+    return single
+
+
+@pytest.mark.parametrize("prompts", [ORDERS, ["{a} {a}", "{b}", "{a}; {b}; {b}"]])
+def test_a_prediction_is_the_mean_over_the_prompts(prompts, rows):
+    X, y = rows
+    fitted = regressor(prompt=prompts).fit(X, y)
+    of_prompts = [with_prompt(fitted, number).predict(X) for number in range(len(prompts))]
+    np.testing.assert_allclose(fitted.predict(X), np.mean(of_prompts, axis=0), rtol=1e-6)
+    *_, last = fitted.staged_predict(X)
+    np.testing.assert_allclose(last, fitted.predict(X), rtol=1e-6)
+    assert not np.allclose(of_prompts[0], of_prompts[1])
+
+
+def test_one_prompt_in_a_list_is_that_prompt(rows):
+    X, y = rows
+    alone = regressor(prompt=ORDERS[0]).fit(X, y)
+    listed = regressor(prompt=ORDERS[:1]).fit(X, y)
+    np.testing.assert_array_equal(listed.predict(X), alone.predict(X))
+
+
+def test_all_texts_of_a_row_are_held_out_together(rows):
+    X, y = rows
+    fitted = regressor().fit(X, y)
+    heads = [row for row in fitted.ensemble_summary_ if row["part"].startswith("head")]
+    assert [(row["n_rows"], row["n_held_out"]) for row in heads] == [(48, 12)] * 3
+    ridges = [row for row in fitted.ensemble_summary_ if row["part"].startswith("ridge")]
+    assert [row["n_held_out"] for row in ridges] == [60] * 5
+    trained = []
+    train_all = "sklearn_relish.training.stacking.train_all"
+    from sklearn_relish.training.parallel import train_all as original
+
+    def record(heads, examples, *args, **kwargs):
+        trained.extend(examples)
+        return original(heads, examples, *args, **kwargs)
+
+    with patch(train_all, record):
+        regressor().fit(X, y)
+    for train, held_out in trained:
+        assert (len(train.states), len(held_out.states)) == (96, 24)
+        assert torch.equal(train.y[:48], train.y[48:])
+        places = [
+            set(
+                zip(*map(torch.Tensor.tolist, (e.states.array_index, e.states.starts)), strict=True)
+            )
+            for e in (train, held_out)
+        ]
+        assert not places[0] & places[1]
+
+
+def test_the_fit_depends_on_neither_the_order_nor_the_repetition_of_rows(rows):
+    X, y = rows
+    weight = np.arange(len(y)) % 3
+    fitted = regressor().fit(X, y, sample_weight=weight)
+    order = np.random.default_rng(1).permutation(np.repeat(np.arange(len(y)), weight))
+    repeated = regressor().fit(X.iloc[order], y[order])
+    np.testing.assert_array_equal(repeated.predict(X), fitted.predict(X))
+
+
+def test_rows_that_differ_in_one_prompt_only_are_different(rows):
+    X, _ = rows
+    first, second = X.assign(a="same", b="one"), X.assign(a="same", b="two")
+    both = pd.concat([first.iloc[:30], second.iloc[30:]])
+    fitted = regressor(prompt=["{a}", "{a} {b}"]).fit(both, np.repeat([1.0, 2.0], 30))
+    assert fitted.ensemble_summary_[0]["n_rows"] == 1
+
+
+def test_each_prompt_has_its_own_ridges(rows):
+    X, y = rows
+    fitted = regressor().fit(X, y)
+    weight = fitted.head_.linear.weight
+    assert weight.shape[0] == 2
+    assert not torch.allclose(weight[0], weight[1])
+    second = fitted.head_.of_view(1)
+    assert torch.equal(second.linear.weight, weight[1:])
+    assert second.heads[0] is fitted.head_.heads[0]
+    assert fitted.head_.of_view(1) is second
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_concatenated_states(bits, rows):
+    X, y = rows
+    store = StateStore(bits=bits)
+    fitted = regressor(prompt=ORDERS[0], memory=store).fit(X, y)
+    texts = fitted._texts(X)
+    states = fitted._states(texts, fitted.layer_)
+    both = TokenStates.concatenated([states, states[torch.arange(10)]])
+    assert len(both) == len(texts) + 10
+    for name in ("vectors", "matches"):
+        whole, part = getattr(both, name), getattr(states, name)
+        assert all(map(torch.equal, list(whole)[-10:], list(part)[:10]))
+    assert all(map(torch.equal, list(both)[-10:], list(states)[:10]))
+
+
+def test_everything_that_a_regressor_does(rows, tmp_path):
+    X, y = rows
+    fitted = regressor(memory=StateStore(tmp_path / "states"), layer="auto").fit(X, y)
+    interval = fitted.predict_interval(X, coverage=0.5)
+    assert (interval[:, 0] < interval[:, 1]).all()
+    fitted.save_pretrained(tmp_path / "saved")
+    loaded = RelishRegressor.from_pretrained(tmp_path / "saved")
+    assert loaded.prompt == ORDERS
+    np.testing.assert_array_equal(loaded.predict(X), fitted.predict(X))
+    assert clone(fitted).prompt == ORDERS
+    (attention,) = fitted.attention(X.iloc[:1])
+    assert attention.text == ORDERS[0].format(**X.iloc[0])
+    before = fitted.predict(X)
+    assert not np.array_equal(fitted.partial_fit(X, y).predict(X), before)
+    warm = regressor(warm_start=True).fit(X, y)
+    assert np.isfinite(warm.fit(X, y).predict(X)).all()
+    quantiles = regressor(loss="quantile", quantile=[0.1, 0.9]).fit(X, y).predict_quantiles(X)
+    assert (quantiles[:, 0] < quantiles[:, 1]).all()
+
+
+def test_a_search_compares_lists_of_prompts(rows):
+    X, y = rows
+    candidates = [ORDERS[0], ORDERS]
+    search = GridSearchCV(regressor(n_estimators=1), {"prompt": candidates}, cv=2).fit(X, y)
+    assert search.best_params_["prompt"] in candidates
+
+
+def test_the_preview_counts_the_texts_of_all_prompts(rows):
+    X, _ = rows
+    both, first = regressor().preview(X), regressor(prompt=ORDERS[0]).preview(X)
+    assert both.n_tokens == 2 * first.n_tokens
+    assert both.n_distinct == 2 * first.n_distinct
+    assert both.texts == first.texts
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "message"),
+    [
+        ([], TypeError, r"prompt=\[\] must be a template, or a list of one or more"),
+        (["{a}", None], TypeError, r"must be a template, or a list of one or more"),
+        (["{a} {c}", "{a}"], ValueError, r"c"),
+        (["{a}\n{b}", "{a}"], ValueError, r"have two columns of texts and others do not"),
+    ],
+)
+def test_prompts_that_can_not_be_used(prompts, error, message, rows):
+    X, y = rows
+    with pytest.raises(error, match=message):
+        regressor(prompt=prompts).fit(X, y)
+
+
+def test_the_number_of_prompts_may_not_change_after_fit(rows):
+    X, y = rows
+    fitted = regressor(n_estimators=1).fit(X, y).set_params(prompt=ORDERS[0])
+    for call in (fitted.predict, lambda X: fitted.partial_fit(X, y), fitted.attention):
+        with pytest.raises(ValueError, match=r"fitted with 2 prompts, but prompt=.* has 1"):
+            call(X)
+
+
+def test_a_search_over_folds_has_one_prompt(rows):
+    X, y = rows
+    with pytest.raises(ValueError, match="'prompt' parameter of RelishRegressorCV must be"):
+        RelishRegressorCV(tiny_model(), dtype="float32", prompt=ORDERS).fit(X, y)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from sklearn_relish.llm.frozen import FrozenLLM
-from sklearn_relish.states.pairs import MATCH_BYTES, N_PAIR_VECTORS
+from sklearn_relish.states.pairs import MATCH_BYTES, N_PAIR_VECTORS, PairTemplate
 from sklearn_relish.states.quantization import QUANTIZERS, n_rows
 from sklearn_relish.states.reader import read_batches
 from sklearn_relish.states.store import open_store
@@ -153,11 +153,9 @@ class PreviewMixin:
             regressor._training_options(loss_fn),
         )
 
-    def _fit_progress(self, n_texts: int, **known: Any) -> FitProgress:
-        """The bar of a fit on a number of different rows; `known` is passed to `_plan`."""
+    def _fit_progress(self, n_texts: int, pair: PairTemplate | None, **known: Any) -> FitProgress:
+        """The bar of a fit on a number of different texts; `known` is passed to `_plan`."""
         regressor: Any = self
-        views = regressor._views()
-        n_texts, pair = len(views) * n_texts, views[0]._pair()
 
         def estimate(mean_length: float) -> float:
             try:

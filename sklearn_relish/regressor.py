@@ -400,7 +400,9 @@ class RelishRegressor(
         continuing = self.warm_start and hasattr(self, "head_")
         rows, targets, loss_fn = self._check_rows(X, y, sample_weight, continuing)
         n_heads = self._n_estimators(len(rows.texts), continuing)
-        with self._fit_progress(rows.n_texts, n_heads=n_heads):
+        views = self._views()
+        n_texts = len(views) * rows.n_texts
+        with self._fit_progress(n_texts, views[0]._pair(), n_heads=n_heads):
             self._fit_rows(rows, targets, loss_fn, n_heads, continuing)
 
     def _fit_rows(
@@ -485,7 +487,9 @@ class RelishRegressor(
         continuing = hasattr(self, "head_")
         rows, targets, loss_fn = self._check_rows(X, y, sample_weight, continuing)
         n_heads = self._n_estimators(None, continuing)
-        with self._fit_progress(rows.n_texts, n_heads=n_heads, is_partial=True):
+        views = self._views()
+        n_texts = len(views) * rows.n_texts
+        with self._fit_progress(n_texts, views[0]._pair(), n_heads=n_heads, is_partial=True):
             self._partial_fit_rows(rows, targets, loss_fn, n_heads, continuing)
 
     def _partial_fit_rows(

@@ -362,7 +362,7 @@ class RelishRegressorCV(
         else:
             folds = random_folds(rows.groups, self._n_folds(), "different texts", random)
         with self._fit_progress(
-            rows.n_texts, n_folds=len(folds), n_trained=len(unfinished.trained)
+            rows.n_texts, first._pair(), n_folds=len(folds), n_trained=len(unfinished.trained)
         ):
             first.layer_, first.layer_scores_ = first._find_layer(rows, targets, random)
             states = first._states(rows.texts_of_view(0), first.layer_)

@@ -146,8 +146,10 @@ def test_only_a_complete_snapshot_has_an_id(tmp_path, monkeypatch):
     monkeypatch.setattr(model_name.constants, "HF_HUB_CACHE", str(tmp_path))
     snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
     (snapshot / "part").mkdir(parents=True)
-    state = {"model": str(snapshot), "model_kwargs": None, "other": 1}
+    state = {"model": str(snapshot), "model_kwargs": None, "prefix": "", "other": 1}
     named = model_name.with_hub_id(state)
+    prefixed = model_name.with_hub_id(state | {"prefix": "rate: "})
+    assert prefixed["_llm_fingerprint"] != named["_llm_fingerprint"]
     assert (named["model"], named["_llm_revision"], named["other"]) == ("org/name", "abc", 1)
     for path in (snapshot / "part", snapshot.parent, tmp_path.parent, "org/name"):
         other = state | {"model": str(path)}

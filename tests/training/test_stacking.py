@@ -291,7 +291,7 @@ def test_only_texts_of_the_ridges_are_scored_with_them(fold_with_ridges):
             name: fit._replace(oof_predictions=fit.oof_predictions[:n_texts])
             for name, fit in ridges.of_views[0].items()
         }
-        some = ridges._replace(texts=ridges.texts[:n_texts], fits=fits)
+        some = ridges._replace(texts=ridges.texts[:n_texts], of_views=[fits])
         return with_ridges(examples, groups, fold, noise, some)
 
     assert np.isfinite(known(225)[:, 0]).tolist() == [True] * 25 + [False] * 15

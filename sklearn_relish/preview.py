@@ -227,8 +227,10 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
     lengths = torch.tensor([len(piece) for piece in pieces])
     values = values if bits is None else QUANTIZERS[bits].quantize_texts(values, lengths)
     states = TokenStates.from_lengths(values, lengths)
-    n_heads = regressor._n_estimators(len(set(texts)), continuing=False)
-    plan = regressor._plan(n_texts, states.hidden_size, n_heads, pair=is_pair)
+    known = {}
+    if further:  # the number of heads follows from that of the rows
+        known["n_heads"] = regressor._n_estimators(len(set(texts)), continuing=False)
+    plan = regressor._plan(n_texts, states.hidden_size, pair=is_pair, **known)
     return FitPreview(
         texts=texts,
         n_distinct=n_texts,

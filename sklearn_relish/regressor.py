@@ -88,8 +88,9 @@ class RelishRegressor(
         With a list of templates, each row is read with each of them. Heads learn from all of its
         texts, and its prediction is the mean over them.
     prefix : str, default=""
-        Text that the model reads before each row's text, such as a rubric. The head gets no states
-        of it, and `max_length` does not count it. A causal model on a CPU reads it once.
+        Text that the model reads before each row's text: instructions, a rubric, or examples. The
+        heads get no states of it, and `max_length` does not count it. A causal model on a CPU reads
+        it once.
     chat_template : bool, default=False
         Whether the text is formatted by the tokenizer's chat template, as a message of the user, up
         to the point where the model's answer begins.
@@ -165,7 +166,8 @@ class RelishRegressor(
         Dtype of the language model and the kept states. ``"auto"`` is bfloat16 if the hardware
         supports it, else float32.
     model_kwargs : dict, default=None
-        Passed to `from_pretrained`: ``revision``, ``quantization_config``, ...; see `FrozenLLM`.
+        Passed to `from_pretrained`: ``revision``, ``device_map``, ``quantization_config``, ...;
+        see :class:`FrozenLLM`.
     random_state : int, RandomState instance or None, default=None
         Determines the held-out rows, the initial weights, the order of the texts and the rows used
         by ``layer="auto"``. With an int, a fit on a CPU on the same token states is reproducible to
@@ -180,7 +182,8 @@ class RelishRegressor(
     Attributes
     ----------
     head_ : RelishEnsemble
-        The fitted network, on the CPU, in standardized units; its ``heads`` and ``linear``.
+        The fitted network, on the CPU, in standardized units: ``head_.heads`` are the RELISH heads,
+        ``head_.linear`` is the linear path or None.
     validation_score_ : float or None
         R² of the out-of-fold predictions of heads and ridges. None without held-out rows, after a
         warm start, and after `partial_fit`.

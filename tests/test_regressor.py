@@ -399,7 +399,7 @@ def test_another_model_than_the_fitted_one_is_said():
     regressor = make(str(tiny_model()), max_epochs=1).fit(texts, y)
     regressor.set_params(model=str(tiny_model("gpt2")))
     with pytest.warns(
-        UserWarning, match="differs from the language model, or from its revision, used in fit"
+        UserWarning, match="differs from the language model, or from its revision or prefix, used"
     ):
         regressor.predict(texts)
 

@@ -232,9 +232,9 @@ class RelishPredictor(BaseLLMEstimator):
         """A copy of the regressor for each prompt; the columns are known."""
         if self.prompt is None or isinstance(self.prompt, str):
             return [self]
-        prompts = list(self.prompt)
-        wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
-        if wrong or not prompts:
+        is_list = isinstance(self.prompt, (list, tuple))
+        prompts = list(self.prompt) if is_list else []
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise TypeError(
                 f"prompt={self.prompt!r} must be a template, or a list of one or more templates."
             )
@@ -249,9 +249,10 @@ class RelishPredictor(BaseLLMEstimator):
         """A copy of the regressor for each prompt of the fit."""
         check_is_fitted(self)
         views = self._views()
-        if len(views) != self.head_.n_views:
+        n_fitted = self.head_.n_views
+        if len(views) != n_fitted:
             raise ValueError(
-                f"The regressor was fitted with {self.head_.n_views} prompts, but"
+                f"The regressor was fitted with {n_fitted} prompt{'s'[: n_fitted - 1]}, but"
                 f" prompt={self.prompt!r} has {len(views)}: pass the prompts of fit, or fit again."
             )
         return views
@@ -268,11 +269,12 @@ class RelishPredictor(BaseLLMEstimator):
         return texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
 
     def _states_of_views(self, rows: TrainingRows, layer: int) -> list[TokenStates]:
-        """States for a fit of the texts of each prompt."""
-        return [
+        """States for a fit of the texts of each prompt, with the same vectors and matches."""
+        states = [
             view._states(rows.texts_of_view(number), layer)
             for number, view in enumerate(self._views())
         ]
+        return TokenStates.aligned(states)
 
     def _predict_rows(
         self, X: ArrayLike, function: Callable[..., Any] = predict_states

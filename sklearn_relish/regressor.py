@@ -89,8 +89,8 @@ class RelishRegressor(
         texts, and its prediction is the mean over them.
     prefix : str, default=""
         Text that the model reads before each row's text: instructions, a rubric, or examples. The
-        heads get no states of it, and `max_length` does not count it. A causal model on a CPU reads
-        it once.
+        heads get no states of it. The model's context counts its tokens, `max_length` does not. A
+        causal model on a CPU reads it once.
     chat_template : bool, default=False
         Whether the text is formatted by the tokenizer's chat template, as a message of the user, up
         to the point where the model's answer begins.
@@ -413,7 +413,8 @@ class RelishRegressor(
     ) -> None:
         random = self._random()
         fraction = self.validation_fraction if self.early_stopping else 0.0
-        held_out = held_out_rows(rows.groups, fraction, n_heads, random)
+        components = rows.components()
+        held_out = held_out_rows(components, fraction, n_heads, random)
         if not continuing:
             self.layer_, self.layer_scores_ = self._find_layer(rows, targets, random)
         states, *views = self._states_of_views(rows, self.layer_)
@@ -436,6 +437,7 @@ class RelishRegressor(
             linear_path=False if continuing else self.linear_path,
             random=random,
             views=views,
+            components=components,
             max_epochs=max_epochs,
             progress=bool(self.verbose),
             n_iter_no_change=self.n_iter_no_change,

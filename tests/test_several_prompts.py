@@ -1,6 +1,9 @@
 """A regressor with several prompts: each row has a text for each of them."""
 
+import copy
+import json
 import pickle
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -12,6 +15,7 @@ from sklearn.model_selection import GridSearchCV
 from tiny import tiny_model
 
 from sklearn_relish import RelishRegressor, RelishRegressorCV, StateStore, TokenStates
+from sklearn_relish.inputs.training_rows import TrainingRows
 
 ORDERS = ["A: {a}\nB: {b}\nScore:", "B: {b}\nA: {a}\nScore:"]
 WORDS = ["dull", "fine", "splendid", "poor", "good"]
@@ -97,12 +101,93 @@ def test_the_fit_depends_on_neither_the_order_nor_the_repetition_of_rows(rows):
     np.testing.assert_array_equal(repeated.predict(X), fitted.predict(X))
 
 
-def test_rows_that_differ_in_one_prompt_only_are_different(rows):
-    X, _ = rows
-    first, second = X.assign(a="same", b="one"), X.assign(a="same", b="two")
-    both = pd.concat([first.iloc[:30], second.iloc[30:]])
-    fitted = regressor(prompt=["{a}", "{a} {b}"]).fit(both, np.repeat([1.0, 2.0], 30))
-    assert fitted.ensemble_summary_[0]["n_rows"] == 1
+def test_rows_are_equal_if_all_of_their_texts_are():
+    texts = [("a", "b"), ("a", "c"), ("d", "e"), ("f", "d"), ("a", "b"), ("g", "h")]
+    rows = TrainingRows.from_rows(texts, np.zeros((6, 1)), np.ones(6))
+    assert rows.texts == [("a", "b"), ("a", "c"), ("d", "e"), ("f", "d"), ("g", "h")]
+    assert rows.weight[0] == 2 * rows.weight[1]
+    assert rows.components().tolist() == [0, 0, 1, 1, 2]
+    single = TrainingRows.from_rows(["a", "b", "a"], np.arange(3.0)[:, None], np.ones(3))
+    assert single.components() is single.groups
+    connected = TrainingRows.from_rows([("a", "b"), ("a", "c")], np.zeros((2, 1)), np.ones(2))
+    with pytest.warns(UserWarning, match="so none is held out"):
+        assert connected.components().tolist() == [0, 0]
+
+
+def test_rows_that_share_a_text_are_held_out_together():
+    random = np.random.default_rng(0)
+    a, b = (random.choice(list("abcdefghijklmnop"), size=(60, 12)) for _ in range(2))
+    a, b = ["".join(word) for word in a], ["".join(word) for word in b]
+    y = random.normal(size=60)
+    both = pd.DataFrame({"a": a + b, "b": b + a})  # each pair in both orders
+    prompts = ["A: {a}\nB: {b}", "A: {b}\nB: {a}"]
+    for linear_path in (False, True):
+        fitted = regressor(prompt=prompts, max_epochs=20, linear_path=linear_path)
+        fitted.fit(both, np.tile(y, 2))
+        assert fitted.validation_score_ < 0.2  # the targets are noise
+
+
+def test_single_rows_that_share_a_text(rows):
+    X, y = rows
+    X = X.assign(b=[f"{text} {n}!" for n, text in enumerate(X["b"])])
+    swapped = X.iloc[:5].rename(columns={"a": "b", "b": "a"})[["a", "b"]]
+    more, target = pd.concat([X, swapped]), np.concatenate([y, y[:5]])
+    prompts = ["A: {a}\nB: {b}", "A: {b}\nB: {a}"]
+    fitted = regressor(prompt=prompts).fit(more, target)
+    ridges = [row for row in fitted.ensemble_summary_ if row["part"].startswith("ridge")]
+    assert [row["n_held_out"] for row in ridges] == [55] * 5  # of 65, of which 10 share texts
+    assert np.isfinite(fitted.validation_score_)
+
+
+def test_predictions_follow_changed_weights(rows):
+    X, y = rows
+    fitted = regressor(n_estimators=1, max_epochs=1).fit(X, y)
+    before = fitted.predict(X)
+    copied = copy.deepcopy(fitted)
+    copied.head_.linear.bias += 1
+    np.testing.assert_allclose(copied.predict(X), before + y.std(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(fitted.predict(X), before)
+    weights = {name: value.clone() for name, value in fitted.head_.state_dict().items()}
+    weights["linear.bias"] += 1
+    fitted.head_.load_state_dict(weights, assign=True)
+    np.testing.assert_allclose(fitted.predict(X), copied.predict(X), rtol=1e-6)
+    fitted.head_.linear.bias.data = fitted.head_.linear.bias.data - 1
+    np.testing.assert_allclose(fitted.predict(X), before, rtol=1e-5, atol=1e-5)
+
+
+def test_states_without_matches_are_aligned(rows):
+    X, y = rows
+    fitted = regressor(prompt=ORDERS[0]).fit(X, y)
+    states = fitted._states(fitted._texts(X), fitted.layer_)
+    without = replace(
+        states,
+        matches=None,
+        vectors=replace(states.vectors, lengths=torch.full_like(states.vectors.lengths, 3)),
+    )
+    for parts in ([states, without], [without, states]):
+        aligned = TokenStates.aligned(parts)
+        assert [part.n_vectors for part in aligned] == [3, 3]
+        assert [part.matches for part in aligned] == [None, None]
+        kept = [list(part.vectors) for part in aligned]
+        assert all(map(torch.equal, *kept))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"prompt": ORDERS[0]}, {"prompt": [*ORDERS, "{a}"]}, {"prompt": [1, {}]}, {"n_views": 10**30}],
+)
+def test_a_saved_regressor_has_as_many_prompts_as_views(change, rows, tmp_path):
+    X, y = rows
+    regressor(n_estimators=1, max_epochs=1).fit(X, y).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    if "prompt" in change:
+        config["parameters"] |= change
+    else:
+        config["fitted"]["head"] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"prompt|n_views"):
+        RelishRegressor.from_pretrained(tmp_path)
 
 
 def test_each_prompt_has_its_own_ridges(rows):
@@ -170,6 +255,7 @@ def test_the_preview_counts_the_texts_of_all_prompts(rows):
 @pytest.mark.parametrize(
     ("prompts", "error", "message"),
     [
+        (np.array(["{a}", "{b}"]), ValueError, r"'prompt' parameter"),
         ([], TypeError, r"prompt=\[\] must be a template, or a list of one or more"),
         (["{a}", None], TypeError, r"must be a template, or a list of one or more"),
         (["{a} {c}", "{a}"], ValueError, r"c"),

@@ -78,7 +78,7 @@ class RelishEnsemble(nn.Module):
         self.linear: nn.Linear | None = None
         self.n_vectors = n_vectors if linear_path else 0
         self.n_views = n_views
-        self._of_views: dict[int, RelishEnsemble] = {}
+        self._of_views: dict[int, tuple[Any, RelishEnsemble]] = {}
         if linear_path:
             n_inputs = (len(LINEAR_POOLINGS) + n_vectors) * input_size
             # Made without values: initial ones would be drawn from torch's global generator.
@@ -124,22 +124,26 @@ class RelishEnsemble(nn.Module):
         """
         if self.n_views == 1:
             return self
-        if view not in self._of_views:
+        weights = [self.head_weight, *([] if self.linear is None else self.linear.parameters())]
+        heads_of = cast(nn.ModuleList, self.heads).parameters()
+        made_for = [(id(w), w.data_ptr(), w.dtype) for w in (*heads_of, *weights)]
+        kept = self._of_views.get(view)
+        if kept is None or kept[0] != made_for:
             heads, n_outputs = list(self.heads), self.heads[0].sizes["n_outputs"]
             ensemble = RelishEnsemble(heads, self.linear is not None, self.loss_fn, self.n_vectors)
             ensemble.head_weight = self.head_weight
             if self.linear is not None and ensemble.linear is not None:
                 rows = slice(view * n_outputs, (view + 1) * n_outputs)
                 for name, weight in self.linear.named_parameters():
-                    part = nn.Parameter(weight[rows], requires_grad=False)
+                    part = nn.Parameter(weight[rows], requires_grad=False)  # shares the memory
                     setattr(ensemble.linear, name, part)
-            self._of_views[view] = ensemble.eval()
-        return self._of_views[view]
+            self._of_views[view] = kept = made_for, ensemble.eval()
+        return kept[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RelishEnsemble:
         """A copy as of any other module, not by way of `__getstate__`."""
         copied = memo[id(self)] = object.__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied.__dict__.update(copy.deepcopy(self.__dict__ | {"_of_views": {}}, memo))
         return copied
 
     def __getstate__(self) -> dict[str, Any]:

@@ -40,6 +40,7 @@ MAX_ITERATIONS = 1_000  # with shared weights no tensor bounds their number
 # Parameters that belong to the machine or the session and are not saved.
 UNSAVED_PARAMETERS = ("memory", "device", "verbose", "random_state")
 MAX_VECTORS = 1_000  # of a text, for the linear path
+MAX_VIEWS = 1_000  # prompts
 COUNT = [Interval(Integral, 1, None, closed="left")]
 # The saved fitted attributes and their types. `_check_fitted` checks contents of lists and dicts.
 FITTED: dict[str, list[Any]] = {
@@ -65,7 +66,7 @@ HEAD: dict[str, list[Any]] = {
     "n_heads": COUNT,
     "linear_path": ["boolean"],
     "n_vectors": [Interval(Integral, 0, MAX_VECTORS, closed="both")],
-    "n_views": COUNT,
+    "n_views": [Interval(Integral, 1, MAX_VIEWS, closed="both")],
     "loss_fn": [dict],
 }
 SIZES: dict[str, list[Any]] = {
@@ -189,6 +190,11 @@ def check_config(config: dict[str, Any], cls: type[BaseLLMEstimator], path: Path
     _check_fields(fitted["head"]["sizes"], SIZES, path, "fitted.head.sizes.")
     _check_fields(fitted["head"]["loss_fn"], LOSS, path, "fitted.head.loss_fn.")
     _check_fitted(fitted, path)
+    prompt, n_views = config["parameters"]["prompt"], fitted["head"]["n_views"]
+    prompts = prompt if isinstance(prompt, list) else [prompt or ""]
+    if len(prompts) != n_views or not all(isinstance(each, str) for each in prompts):
+        what = f"must have a template for each of {n_views} prompts"
+        _refuse(path, "parameters.prompt", what, prompt)
 
 
 def _check_fitted(fitted: dict[str, Any], path: Path) -> None:

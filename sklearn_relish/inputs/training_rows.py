@@ -9,6 +9,8 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from sklearn_relish.utils.messages import warn
 
@@ -44,6 +46,33 @@ class TrainingRows(NamedTuple):
     def texts_of_view(self, view: int) -> list[str]:
         """The text of each pair under one prompt, numbered from 0."""
         return [text if isinstance(text, str) else text[view] for text in self.texts]
+
+    def components(self) -> np.ndarray:
+        """A number from 0 for each pair, the same for pairs that are to be held out together.
+
+        With several prompts, rows may share some of their texts, such as a pair of texts and the
+        same pair in the other order. They are held out together, and so are rows that are connected
+        by other rows. With one prompt these are the groups.
+        """
+        if isinstance(self.texts[0], str):
+            return self.groups
+        numbers: dict[str, int] = {}
+        n_groups = self.n_texts
+        edges = [
+            (group, n_groups + numbers.setdefault(text, len(numbers)))
+            for group, texts in zip(self.groups.tolist(), self.texts, strict=True)
+            for text in texts
+        ]
+        size = n_groups + len(numbers)
+        graph = coo_array((np.ones(len(edges)), np.transpose(edges)), shape=(size, size))
+        _, labels = connected_components(graph, directed=False)
+        components = np.unique(labels[self.groups], return_inverse=True)[1]
+        if n_groups > 1 and components.max() == 0:
+            warn(
+                "All rows are connected by texts that they share, so none is held out: leave out"
+                " prompts that give the same text for many rows.",
+            )
+        return components
 
     @classmethod
     def from_rows(

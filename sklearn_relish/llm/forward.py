@@ -33,6 +33,10 @@ from sklearn_relish.utils.locks import FairLock, renew_in_forked_child
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+MASK_STEP = 512  # masks are made for a multiple of this number of tokens
+# Scaled rotary positions that depend on the longest text of a pass: a prefix has no fixed keys.
+LENGTH_DEPENDENT = {"dynamic", "longrope"}
+
 
 class ForwardPass:
     """States of token ids at layers of a network.
@@ -232,15 +236,20 @@ class ForwardPass:
         n_threads = torch.get_num_threads()
         if self.packing(max(layers)) is None or n_threads in prefix.not_causal:
             return None
+        if rope_types(self.config) & LENGTH_DEPENDENT:
+            return None
         cache = prefix.caches.get(n_threads)
         known = set() if cache is None else set(cache.special_states)
         try:
             if cache is None or not known.issuperset(layers):
                 cache = self._read_prefix(prefix, sorted(known.union(layers)))
-            if cache.max_length < cache.n_tokens + longest:
-                cache = self._with_masks(cache, cache.n_tokens + longest)
-        except NotCausalError:
-            prefix.not_causal.add(n_threads)
+            needed = cache.n_tokens + max(1, longest - cache.n_special)
+            if cache.max_length < needed:
+                cache = self._with_masks(cache, needed)
+        except NotLoadedError:
+            raise
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            prefix.not_causal.add(n_threads)  # or the network does not take these inputs
             return None
         prefix.caches[n_threads] = cache
         return cache
@@ -274,7 +283,7 @@ class ForwardPass:
 
     def _with_masks(self, cache: PrefixCache, length: int) -> PrefixCache:
         """The cache with masks of at least `length` tokens, the prefix included."""
-        length = 1 << (length - 1).bit_length()
+        length = -(-length // MASK_STEP) * MASK_STEP
         limit = self.tokenizer.context_length
         if limit is not None and limit > 0:
             length = min(length, limit)
@@ -293,6 +302,15 @@ class ForwardPass:
             f"{self.name} gives states that are not finite at layer {layer} in"
             f" {self.dtype}: {advice}."
         )
+
+
+def rope_types(config: PretrainedConfig) -> set[str]:
+    """How a model's rotary positions are scaled; a model may have several ways."""
+    scaling = (
+        getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    )
+    parts = [scaling, *(part for part in scaling.values() if isinstance(part, dict))]
+    return {str(part.get("rope_type", part.get("type"))) for part in parts}
 
 
 class _DeepestLayerReached(Exception):  # noqa: N818, it is no error

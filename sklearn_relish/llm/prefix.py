@@ -14,10 +14,12 @@ from sklearn_relish.llm.forward import ForwardPass
 from sklearn_relish.llm.frozen import FrozenLLM
 from sklearn_relish.llm.prefix_attention import Prefix
 from sklearn_relish.llm.tokenize import TextTokenizer
+from sklearn_relish.utils.locks import ForkSafeLock
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+_lock = ForkSafeLock()
 MAX_PREFIXES = 8  # of a model, whose keys and values are kept
 
 
@@ -32,7 +34,7 @@ class PrefixedLLM(FrozenLLM):
     llm : FrozenLLM
         The model without a prefix.
     prefix : str
-        Its tokens do not count for `max_length`.
+        Its tokens do not count for `max_length`, but for the model's context.
 
     Raises
     ------
@@ -96,21 +98,26 @@ class PrefixedLLM(FrozenLLM):
         self.llm.token_budget = n_tokens
 
     @cached_property
-    def _prefix(self) -> Prefix:  # type: ignore[override]
+    def _prefix(self) -> Prefix | None:  # type: ignore[override]
         tokenizer = self.llm._text_tokenizer
-        special = tokenizer.special_ids()
+        special = tokenizer.special_ids
         ids = [*special, *tokenizer.content_ids(self.prefix)]
-        return Prefix(np.array(ids, dtype=np.int64), len(special))
+        prefix = Prefix(np.array(ids, dtype=np.int64), len(special))
+        return prefix if prefix.n_tokens else None
 
     @cached_property
     def _text_tokenizer(self) -> TextTokenizer:
-        context_length = self.llm._text_tokenizer.context_length
-        n_before = self._prefix.n_tokens
-        return TextTokenizer(self.tokenizer, context_length, self.model, n_before=n_before)
+        same = self.llm._text_tokenizer
+        n_before = 0 if self._prefix is None else self._prefix.n_tokens
+        made = TextTokenizer(self.tokenizer, same.context_length, self.model, n_before=n_before)
+        made._lock = same._lock  # there is one tokenizer
+        return made
 
     def _n_prefix_tokens(self, layers: Sequence[int], longest: int) -> int:
         """Tokens that are read with every text of up to `longest` tokens in addition to its own."""
         prefix = self._prefix
+        if prefix is None:
+            return 0
         cache = self._with_layers(
             max(layers), lambda network: network.prefix_cache(prefix, layers, longest)
         )
@@ -130,7 +137,7 @@ def with_prefix(llm: FrozenLLM, prefix: str) -> FrozenLLM:
     """
     if not prefix:
         return llm
-    with llm._loading:
+    with _lock:
         kept: dict[str, PrefixedLLM] = vars(llm).setdefault("_prefixed", {})
         found = kept.pop(prefix, None) or PrefixedLLM(llm, prefix)
         kept[prefix] = found  # the latest is the last

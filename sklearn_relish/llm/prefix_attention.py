@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 from sklearn_relish.llm.batch_invariance import ROW_STEP, BatchInvariant
 from sklearn_relish.llm.batching import Batch
 
+MASK_ROWS = 256  # of a mask that are checked at once
+
 
 @dataclass(frozen=True)
 class PrefixCache:
@@ -96,7 +98,7 @@ class Prefix:
         return ((place < self.n_special) | (place >= len(self.ids))).nonzero()[:, 0]
 
 
-class NotCausalError(Exception):
+class NotCausalError(ValueError):
     """The states of a prefix may depend on the text after it."""
 
 
@@ -184,11 +186,15 @@ class RecordMasks(TorchFunctionMode):
         if id(mask) not in self._checked:
             if mask.dtype != torch.bool or mask.shape[:2] != (1, 1):
                 raise NotCausalError
-            causal = torch.ones_like(mask).tril()
-            if bool((mask & ~causal).any()):
-                raise NotCausalError
+            rows, is_complete = mask[0, 0], True
+            for start in range(0, len(rows), MASK_ROWS):  # copies of a long mask would be large
+                part = rows[start : start + MASK_ROWS]
+                causal = torch.ones_like(part).tril(start)
+                if bool((part & ~causal).any()):
+                    raise NotCausalError
+                is_complete &= torch.equal(part, causal)
             # The mask is kept: otherwise a new one could get the id of a deleted one.
-            self._checked[id(mask)] = mask, None if torch.equal(mask, causal) else mask[0, 0]
+            self._checked[id(mask)] = mask, None if is_complete else rows
         return self._checked[id(mask)][1]
 
 

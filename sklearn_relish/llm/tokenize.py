@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -96,19 +97,26 @@ class TextTokenizer:
         limits = [limit for limit in known if limit and limit > 0]
         longest = min(limits, default=max_length + self.n_before)
         limit = min(max_length, longest - self.n_before)
-        if limit < 1:
+        needed = 1 + sum(self._short_text[1]) if self.n_before else 1  # a token of the text
+        if limit < min(max_length, needed):
             raise ValueError(
                 f"The prefix has {self.n_before} tokens, and {self.model!r} reads {longest} tokens"
                 " at once: shorten the prefix."
             )
         return limit
 
+    @cached_property
     def special_ids(self) -> list[int]:
         """The special tokens that begin each text."""
+        ids, special = self._short_text
+        return ids[: _count_special_ends(special)[0]]
+
+    @cached_property
+    def _short_text(self) -> tuple[list[int], list[int]]:
+        """Tokens of a short text, and 1 for the special ones."""
         with self._locked():
             encoded = self.tokenizer("a", return_special_tokens_mask=True)
-        n_before, _ = _count_special_ends(encoded["special_tokens_mask"])
-        return encoded["input_ids"][:n_before]
+        return encoded["input_ids"], encoded["special_tokens_mask"]
 
     def content_ids(self, text: str) -> list[int]:
         """Tokens of a text without special tokens."""

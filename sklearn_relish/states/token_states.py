@@ -6,7 +6,7 @@ Texts have different lengths. Nothing is padded or copied before a batch is made
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +109,23 @@ class TokenStates:
             cls.concatenated(vectors) if len(vectors) == len(parts) else None,
             cls.concatenated(matches) if len(matches) == len(parts) else None,
         )
+
+    @staticmethod
+    def aligned(parts: Sequence[TokenStates]) -> list[TokenStates]:
+        """States with equally many vectors; with matches if all have them."""
+        if len(parts) == 1:
+            return list(parts)
+        n_vectors = min(part.n_vectors for part in parts)
+        has_matches = all(part.matches is not None for part in parts)
+        result = []
+        for part in parts:
+            vectors = part.vectors
+            if vectors is not None:
+                lengths = torch.full_like(vectors.lengths, n_vectors)
+                vectors = replace(vectors, lengths=lengths) if n_vectors else None
+            matches = part.matches if has_matches else None
+            result.append(replace(part, vectors=vectors, matches=matches))
+        return result
 
     @property
     def hidden_size(self) -> int:

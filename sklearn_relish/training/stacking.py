@@ -5,6 +5,7 @@ The ridges are linear models on pooled states. They make the linear path of a `R
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 MIN_TEXTS = 10  # held-out texts; with fewer there are no ridges
 MAX_RIDGE_TEXTS = 10_000  # that the ridges are fitted on
+MAX_RELATED = 0.5  # share of related texts above which the ridges are fitted fold by fold
 PENALTIES = np.logspace(0, 6, 19)  # of the ridges, on standardized features and targets
 # Weights without any rows to estimate them from: of the heads, and of the ridge of each pooling.
 PRIOR_WEIGHTS = (0.5, 0.2, 0.15, 0.15)
@@ -126,6 +128,7 @@ def fit_ensemble(
     loss_fn: Loss,
     random: np.random.RandomState,
     views: Sequence[TokenStates] = (),
+    components: np.ndarray | None = None,
     max_memory: float = math.inf,
     **training: Any,
 ) -> FittedEnsemble:
@@ -158,6 +161,9 @@ def fit_ensemble(
         Draws each head's seed, the order of its texts and the texts of the ridges.
     views : sequence of TokenStates, default=()
         Further states of the same rows, in the same order.
+    components : int64 ndarray of shape (n,), default=None
+        A number for each example, the same for those that share the text of a view: `held_out` has
+        them together. None: the groups.
     max_memory : float, default=infinity
         Bytes of states up to which they are all held in memory, see `train_head`.
     **training
@@ -172,12 +178,15 @@ def fit_ensemble(
     seeds = random.randint(np.iinfo(np.int32).max, size=(len(folds), 2)).tolist()
     heads = [make_head(number, seed) for number, (seed, _) in enumerate(seeds)]
     norm = heads[0].sizes["state_norm"]
+    related = _related_texts(groups, groups if components is None else components)
     ridges = fit_linear_path(
         examples,
         groups,
         folds,
         [norm],
         linear_path=linear_path,
+        by_fold=bool(related.mean() > MAX_RELATED),
+        related=related,
         loss_fn=loss_fn,
         random=random,
         views=views,
@@ -211,6 +220,7 @@ def fit_linear_path(
     *,
     linear_path: bool | str,
     by_fold: bool = False,
+    related: np.ndarray | None = None,
     loss_fn: Loss,
     random: np.random.RandomState,
     views: Sequence[TokenStates] = (),
@@ -229,6 +239,8 @@ def fit_linear_path(
     by_fold : bool, default=False
         Whether the ridges' out-of-fold predictions are those of ridges fitted on the training rows
         of a fold, not leave-one-out. Needed if texts of a fold are related, such as groups.
+    related : bool ndarray of shape (n_texts,), default=None
+        Texts without a leave-one-out prediction, because the rows of others are too similar.
     linear_path, loss_fn, random, views, max_memory
         As of `fit_ensemble`.
 
@@ -258,7 +270,8 @@ def fit_linear_path(
         return _no_ridges(linear_path, "each text has rows in both parts of every fold")
     if not (weight < weight.sum()).all():
         return _no_ridges(linear_path, "one sample_weight is too large next to the others")
-    window_bytes = window_size(examples.states.n_bytes, max_memory)
+    n_bytes = max(states.n_bytes for states in (examples.states, *views))
+    window_bytes = window_size(n_bytes, max_memory)
     further = [view[torch.from_numpy(first[chosen])] for view in views]
     fits = {}
     with ProgressBar(1, "Fitting the ridge models", "", shown=False):
@@ -267,8 +280,17 @@ def fit_linear_path(
                 fit_ridges(states, norm, y, weight, window_bytes, text_folds)
                 for states in (texts.states, *further)
             ]
+            if related is not None and not by_fold:
+                for fit in itertools.chain(*(view_fits.values() for view_fits in of_views)):
+                    fit.oof_predictions[related[chosen]] = np.nan
             fits[norm] = Ridges(chosen, of_views)
     return fits
+
+
+def _related_texts(groups: np.ndarray, components: np.ndarray) -> np.ndarray:
+    """Which texts, by their number, are in a component with other texts."""
+    _, first = np.unique(groups, return_index=True)
+    return np.bincount(components[first])[components[first]] > 1
 
 
 def _no_ridges(linear_path: bool | str, reason: str) -> dict[str | None, Ridges]:

@@ -2,13 +2,15 @@
 
 import copy
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from read_helpers import read
 from tiny import SIZE, byte_tokenizer, tiny_model
-from transformers import AutoModel, Gemma3TextConfig, Qwen2Config
+from tokenizers import normalizers
+from transformers import AutoModel, Gemma3TextConfig, Phi3Config, Qwen2Config
 
 from sklearn_relish import FrozenLLM, LLMEncoder, RelishRegressor, StateStore
 from sklearn_relish.llm import prefix as prefix_module
@@ -46,7 +48,7 @@ def folders(tmp_path_factory):
 
 def in_full(llm, text, prefix, layer):
     """States of a text from a pass that reads the prefix and the text."""
-    n_special = len(llm._text_tokenizer.special_ids())
+    n_special = len(llm._text_tokenizer.special_ids)
     ids = llm.tokenizer(text).input_ids or [llm._text_tokenizer.filler_id]
     before = llm.tokenizer(prefix, add_special_tokens=False).input_ids
     tokens = torch.tensor([[*ids[:n_special], *before, *ids[n_special:]]])
@@ -178,6 +180,49 @@ def test_models_that_can_not_pack_texts_read_it_with_every_text(folders, monkeyp
         expected = in_full(llm, text, PREFIX, 2)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert prefixed._n_prefix_tokens([2], 10) == len(PREFIX)
+
+
+def test_a_prefix_without_tokens_is_none(tmp_path):
+    tokenizer = byte_tokenizer("llama")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    tokenizer.save_pretrained(tmp_path)
+    for path in tiny_model().iterdir():
+        if not path.name.startswith("tokenizer"):
+            shutil.copy(path, tmp_path)
+    llm = FrozenLLM(tmp_path, device="cpu", dtype="float32")
+    assert torch.equal(read(with_prefix(llm, " \n"), ["a"], 2)[0][0], read(llm, ["a"], 2)[0][0])
+
+
+def test_texts_at_the_limit_of_the_context(folders, monkeypatch):
+    llm = FrozenLLM(folders["bert"], device="cpu", dtype="float32")  # has 64 positions
+    for n_tokens in (60, 61):
+        ((states,), _) = read(with_prefix(llm, "a" * n_tokens), ["b" * 9], 2)
+        assert len(states) == 64 - n_tokens
+    with pytest.raises(ValueError, match="shorten the prefix"):
+        read(with_prefix(llm, "a" * 62), ["b"], 2)
+    causal = FrozenLLM(folders["gpt2"], device="cpu", dtype="float32")  # 1,024 positions
+    prefixed = with_prefix(causal, "a" * 1023)
+    assert torch.allclose(
+        read(prefixed, ["b"], 2)[0][0], in_full(causal, "b", "a" * 1023, 2), atol=1e-4
+    )
+
+
+def test_positions_that_depend_on_the_longest_text(tmp_path):
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config = Phi3Config(
+        **{"hidden_size": SIZE, "intermediate_size": 64, "num_hidden_layers": 3},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300},
+        **{"max_position_embeddings": 512, "original_max_position_embeddings": 128},
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10_000.0, **factors},
+        pad_token_id=0,
+    )
+    byte_tokenizer("llama").save_pretrained(tmp_path)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    llm = FrozenLLM(tmp_path, device="cpu", dtype="float32")
+    prefixed = with_prefix(llm, "a" * 30)
+    ((found,), _) = read(prefixed, ["b" * 120], 2)
+    torch.testing.assert_close(found, in_full(llm, "b" * 120, "a" * 30, 2), rtol=1e-4, atol=1e-4)
+    assert prefixed._n_prefix_tokens([2], 120) == 30
 
 
 @pytest.fixture

@@ -190,7 +190,7 @@ def check_config(config: dict[str, Any], cls: type[BaseLLMEstimator], path: Path
     _check_fields(fitted["head"]["sizes"], SIZES, path, "fitted.head.sizes.")
     _check_fields(fitted["head"]["loss_fn"], LOSS, path, "fitted.head.loss_fn.")
     _check_fitted(fitted, path)
-    prompt, n_views = config["parameters"]["prompt"], fitted["head"]["n_views"]
+    prompt, n_views = config["parameters"].get("prompt"), fitted["head"]["n_views"]
     prompts = prompt if isinstance(prompt, list) else [prompt or ""]
     if len(prompts) != n_views or not all(isinstance(each, str) for each in prompts):
         what = f"must have a template for each of {n_views} prompts"

@@ -112,7 +112,16 @@ class TokenStates:
 
     @staticmethod
     def aligned(parts: Sequence[TokenStates]) -> list[TokenStates]:
-        """States with equally many vectors; with matches if all have them."""
+        """States with equally many vectors; with matches if all have them.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from sklearn_relish import TokenStates
+        >>> states = TokenStates.from_lengths(torch.zeros(5, 2), torch.tensor([2, 3]))
+        >>> len(TokenStates.aligned([states, states]))
+        2
+        """
         if len(parts) == 1:
             return list(parts)
         n_vectors = min(part.n_vectors for part in parts)

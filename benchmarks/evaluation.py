@@ -125,7 +125,6 @@ TASKS = {
 
 OURS, PUBLISHED, COUNTED = "RELISH", "RELISH as published", "TF-IDF + ridge"
 BOTH_ORDERS = f"{OURS}, both orders"
-MORE_HEADS = f"{BOTH_ORDERS}, 5 heads"
 DEFAULT_LAYER = RelishRegressor().layer
 SEEDS = 3
 TEST_ROWS = 1000
@@ -160,10 +159,6 @@ def chosen(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
 
 def both_orders(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
     return relish(task, llm, store, seed).set_params(prompt=[task.prompt, task.swapped.prompt])
-
-
-def more_heads(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
-    return both_orders(task, llm, store, seed).set_params(n_estimators=5)
 
 
 def published(task: Task, llm: FrozenLLM, store: StateStore, seed: int) -> Any:
@@ -223,7 +218,6 @@ LAST = {"layer": -1, "state_norm": None}
 METHODS = {
     OURS: Method(relish, DEFAULT_LAYER, seeded=True, has_heads=True),
     BOTH_ORDERS: Method(both_orders, DEFAULT_LAYER, seeded=True, has_heads=True, n_readings=2),
-    MORE_HEADS: Method(more_heads, DEFAULT_LAYER, seeded=True, has_heads=True, n_readings=2),
     PUBLISHED: Method(published, -1, seeded=True, has_heads=True),
     "ridge, mean of states": pooled(pooled_linear, "mean"),
     "ridge, last state": pooled(pooled_linear, "last"),

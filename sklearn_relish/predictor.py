@@ -229,7 +229,7 @@ class RelishPredictor(BaseLLMEstimator):
         return fitted._to_target_units(fitted._conformal.interval(predictions, coverage))
 
     def _views(self) -> list[Self]:
-        """A copy of the regressor for each prompt; the columns are known."""
+        """The regressor itself if it has one prompt, else a copy of it for each prompt."""
         if self.prompt is None or isinstance(self.prompt, str):
             return [self]
         is_list = isinstance(self.prompt, (list, tuple))

@@ -16,6 +16,7 @@ from tiny import tiny_model
 
 from sklearn_relish import RelishRegressor, RelishRegressorCV, StateStore, TokenStates
 from sklearn_relish.inputs.training_rows import TrainingRows
+from sklearn_relish.training.parallel import train_all
 
 ORDERS = ["A: {a}\nB: {b}\nScore:", "B: {b}\nA: {a}\nScore:"]
 WORDS = ["dull", "fine", "splendid", "poor", "good"]
@@ -71,14 +72,12 @@ def test_all_texts_of_a_row_are_held_out_together(rows):
     ridges = [row for row in fitted.ensemble_summary_ if row["part"].startswith("ridge")]
     assert [row["n_held_out"] for row in ridges] == [60] * 5
     trained = []
-    train_all = "sklearn_relish.training.stacking.train_all"
-    from sklearn_relish.training.parallel import train_all as original
 
     def record(heads, examples, *args, **kwargs):
         trained.extend(examples)
-        return original(heads, examples, *args, **kwargs)
+        return train_all(heads, examples, *args, **kwargs)
 
-    with patch(train_all, record):
+    with patch("sklearn_relish.training.stacking.train_all", record):
         regressor().fit(X, y)
     for train, held_out in trained:
         assert (len(train.states), len(held_out.states)) == (96, 24)
@@ -258,7 +257,7 @@ def test_the_preview_counts_the_texts_of_all_prompts(rows):
         (np.array(["{a}", "{b}"]), ValueError, r"'prompt' parameter"),
         ([], TypeError, r"prompt=\[\] must be a template, or a list of one or more"),
         (["{a}", None], TypeError, r"must be a template, or a list of one or more"),
-        (["{a} {c}", "{a}"], ValueError, r"c"),
+        (["{a} {c}", "{a}"], ValueError, r"names \{c\}, which is no column"),
         (["{a}\n{b}", "{a}"], ValueError, r"have two columns of texts and others do not"),
     ],
 )

@@ -230,11 +230,12 @@ class ForwardPass:
     ) -> PrefixCache | None:
         """What a prefix contributes to texts of up to `longest` tokens; it is read once.
 
-        None if each text is read together with the prefix: on devices other than the CPU, with a
-        model that packs no texts, or in which a token attends to later ones.
+        None if each text is read together with the prefix: on devices other than the CPU, and with
+        a model that packs no texts, in which a token attends to later ones, or whose rotary
+        positions depend on the longest text.
         """
         n_threads = torch.get_num_threads()
-        if self.packing(max(layers)) is None or n_threads in prefix.not_causal:
+        if self.packing(max(layers)) is None or n_threads in prefix.not_cached:
             return None
         if rope_types(self.config) & LENGTH_DEPENDENT:
             return None
@@ -249,7 +250,7 @@ class ForwardPass:
         except NotLoadedError:
             raise
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-            prefix.not_causal.add(n_threads)  # or the network does not take these inputs
+            prefix.not_cached.add(n_threads)  # not causal, or it does not take these inputs
             return None
         prefix.caches[n_threads] = cache
         return cache

@@ -68,14 +68,14 @@ class Prefix:
         How many special tokens begin `ids`; their states are the text's.
     caches : dict of int to PrefixCache
         By the number of threads.
-    not_causal : set of int
+    not_cached : set of int
         Numbers of threads with which the prefix is read with each text.
     """
 
     ids: np.ndarray
     n_special: int
     caches: dict[int, PrefixCache] = field(default_factory=dict)
-    not_causal: set[int] = field(default_factory=set)
+    not_cached: set[int] = field(default_factory=set)
 
     @property
     def n_tokens(self) -> int:

@@ -193,7 +193,7 @@ def test_a_prefix_without_tokens_is_none(tmp_path):
     assert torch.equal(read(with_prefix(llm, " \n"), ["a"], 2)[0][0], read(llm, ["a"], 2)[0][0])
 
 
-def test_texts_at_the_limit_of_the_context(folders, monkeypatch):
+def test_texts_at_the_limit_of_the_context(folders):
     llm = FrozenLLM(folders["bert"], device="cpu", dtype="float32")  # has 64 positions
     for n_tokens in (60, 61):
         ((states,), _) = read(with_prefix(llm, "a" * n_tokens), ["b" * 9], 2)

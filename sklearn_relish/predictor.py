@@ -52,6 +52,7 @@ class RelishPredictor(BaseLLMEstimator):
     _y_shape: tuple[int, ...]  # the shape of one target: () or (n_outputs,)
     _conformal: Conformal | None
     _view = 0  # the number of the prompt
+    _fitted_templates: dict[str, Any]
     _llm_fingerprint: str
     _llm_revision: str | None
 
@@ -248,25 +249,41 @@ class RelishPredictor(BaseLLMEstimator):
     def _fitted_views(self) -> list[Self]:
         """A copy of the regressor for each prompt of the fit."""
         check_is_fitted(self)
-        views = self._views()
-        n_fitted = self.head_.n_views
-        if len(views) != n_fitted:
-            raise ValueError(
-                f"The regressor was fitted with {n_fitted} prompt{'s'[: n_fitted - 1]}, but"
-                f" prompt={self.prompt!r} has {len(views)}: pass the prompts of fit, or fit again."
-            )
-        return views
+        self._check_templates()
+        return self._views()
 
-    def _texts_of_views(self, table: Table) -> list[Any]:
+    def _templates(self) -> dict[str, Any]:
+        """The parameters by which a row becomes a text."""
+        prompts = [view.prompt for view in self._views()]
+        prompt = prompts if len(prompts) > 1 else prompts[0]
+        return {"prompt": prompt, "chat_template": self.chat_template}
+
+    def _check_templates(self) -> None:
+        """Raise an error if rows would become other texts than in the fit."""
+        templates = self._templates()
+        fitted = getattr(self, "_fitted_templates", templates)  # older pickles do not have it
+        for name, value in fitted.items():
+            if value != templates[name]:
+                raise ValueError(
+                    f"The regressor was fitted with {name}={value!r}, but now it has"
+                    f" {name}={templates[name]!r}: set the one of the fit, or fit again with"
+                    " warm_start=False."
+                )
+
+    def _texts_of_rows(self, table: Table) -> list[Any]:
         """The text of each row; with several prompts, a tuple of its texts."""
+        texts = self._texts_of_views(table)
+        return texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
+
+    def _texts_of_views(self, table: Table) -> list[list[str]]:
+        """The texts of the rows, for each prompt."""
         views = self._views()
         if len({view._pair() is None for view in views}) > 1:
             raise ValueError(
                 f"Some templates of prompt={self.prompt!r} have two columns of texts and others do"
                 " not: use two columns in all of them, or in none."
             )
-        texts = [view._render(table) for view in views]
-        return texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
+        return [view._render(table) for view in views]
 
     def _states_of_views(self, rows: TrainingRows, layer: int) -> list[TokenStates]:
         """States for a fit of the texts of each prompt, with the same vectors and matches."""
@@ -351,11 +368,6 @@ class RelishPredictor(BaseLLMEstimator):
                 f"The heads were fitted on a hidden size of {input_size} at layer {self.layer_},"
                 f" but {llm!r} has a hidden size of {llm.hidden_size} and {llm.n_layers} layers:"
                 " pass the model that was used in fit, or fit again."
-            )
-        if self.head_.heads[0].sizes["pair"] and self._views()[0]._pair() is None:
-            raise ValueError(
-                f"The regressor was fitted on rows of two texts, but prompt={self.prompt!r} does"
-                " not make a text of two: pass the prompt of fit, or fit again."
             )
         if llm.fingerprint != self._llm_fingerprint:
             fitted = f" (commit {self._llm_revision})" if self._llm_revision else ""

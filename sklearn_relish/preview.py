@@ -191,8 +191,7 @@ class PreviewMixin:
 def _preview(regressor: Any, X: Any) -> FitPreview:
     """The preview of a fit; `regressor` is a snapshot whose columns are set."""
     table = regressor._read_table(X, reset=True)
-    views = regressor._views()
-    texts, *further = [view._render(table) for view in views]
+    texts, *further = regressor._texts_of_views(table)
     distinct = list(dict.fromkeys(itertools.chain(texts, *further)))
     n_texts, llm = len(distinct), regressor._llm()
     layer = llm.resolve_layer(max(SHARES) if regressor.layer == "auto" else regressor.layer)
@@ -220,7 +219,7 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
         n_read, full_lengths = llm.count_tokens(distinct, **reading)
         n_tokens, n_cut = int(n_read.sum()), int((full_lengths > n_read).sum())
 
-    is_pair = views[0]._pair() is not None
+    is_pair = regressor._views()[0]._pair() is not None
     n_vectors = N_VECTORS + (N_PAIR_VECTORS if is_pair else 0)
     vector_bytes = n_vectors * pieces[0][0].nbytes if len(layers) > 1 else 0
     values, bits = torch.cat(pieces), open_store(regressor.memory).bits

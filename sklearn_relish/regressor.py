@@ -565,7 +565,7 @@ class RelishRegressor(
         check_head_sizes(self.latent_size, self.n_heads)
         loss_fn = self._loss_fn(y)
         parts = parts_of(y)
-        texts = self._texts_of_views(table)
+        texts = self._texts_of_rows(table)
         rows = TrainingRows.from_rows(texts, y.reshape(len(y), -1), weight, parts)
         n_outputs = rows.y.shape[1]
         if continuing:
@@ -666,6 +666,7 @@ class RelishRegressor(
         self.ensemble_summary_ = with_layers(summary, self.layer_)
         self.best_epoch_ = [row["best_epoch"] for row in summary[: len(ensemble.heads)]]
         self._llm_fingerprint, self._llm_revision = self._llm().fingerprint, self._llm().revision
+        self._fitted_templates = self._templates()
         self.validation_score_, self._conformal = None, None
 
     def _set_out_of_fold(

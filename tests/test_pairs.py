@@ -207,7 +207,7 @@ def test_a_regressor_of_pairs_refuses_a_prompt_of_one_column(llm):
     X, y = rows_of_pairs()
     regressor = small(RelishRegressor, llm, prompt=PROMPT).fit(X, y)
     regressor.set_params(prompt="One: {first}")
-    with pytest.raises(ValueError, match="was fitted on rows of two texts"):
+    with pytest.raises(ValueError, match="was fitted with prompt="):
         regressor.predict(X)
 
 
@@ -285,8 +285,6 @@ def test_the_heads_of_pairs_are_trained_further(llm, first):
     assert not np.array_equal(regressor.predict(X), before)
     regressor.set_params(warm_start=True).fit(X, y)
     assert regressor.head_.heads[0].sizes["pair"]
-    with pytest.raises(ValueError, match="fitted on rows of two texts, but"):
-        regressor.set_params(prompt="{first}").predict(X)
 
 
 @pytest.mark.parametrize("kind", KINDS)

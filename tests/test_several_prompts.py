@@ -42,7 +42,7 @@ def regressor(**parameters):
 def with_prompt(fitted, number):
     """The regressor of one of the prompts."""
     single = pickle.loads(pickle.dumps(fitted)).set_params(prompt=fitted.prompt[number])
-    single.head_ = fitted.head_.of_view(number)
+    single.head_, single._fitted_templates = fitted.head_.of_view(number), single._templates()
     return single
 
 
@@ -263,16 +263,21 @@ def test_the_preview_counts_the_texts_of_all_prompts(rows):
 )
 def test_prompts_that_can_not_be_used(prompts, error, message, rows):
     X, y = rows
-    with pytest.raises(error, match=message):
-        regressor(prompt=prompts).fit(X, y)
-
-
-def test_the_number_of_prompts_may_not_change_after_fit(rows):
-    X, y = rows
-    fitted = regressor(n_estimators=1).fit(X, y).set_params(prompt=ORDERS[0])
-    for call in (fitted.predict, lambda X: fitted.partial_fit(X, y), fitted.attention):
-        with pytest.raises(ValueError, match=r"fitted with 2 prompts, but prompt=.* has 1"):
+    for call in (lambda X: regressor(prompt=prompts).fit(X, y), regressor(prompt=prompts).preview):
+        with pytest.raises(error, match=message):
             call(X)
+
+
+@pytest.mark.parametrize("changed", [ORDERS[0], ORDERS[::-1], None])
+def test_prompts_may_not_change_after_fit(changed, rows):
+    X, y = rows
+    fitted = regressor(n_estimators=1).fit(X, y).set_params(prompt=changed)
+    calls = (fitted.predict, lambda X: fitted.partial_fit(X, y), fitted.attention)
+    message = r"fitted with prompt=\['.*'\], but now it has prompt="
+    for call in (*calls, fitted.staged_predict, fitted.predict_interval):
+        with pytest.raises(ValueError, match=message):
+            call(X)
+    assert len(fitted.set_params(prompt=tuple(ORDERS)).predict(X)) == len(X)
 
 
 def test_a_search_over_folds_has_one_prompt(rows):

@@ -267,7 +267,9 @@ def contents(
     contain the path of a local model.
     """
     folder = Path(folder)
-    state = regressor.__getstate__()  # one consistent state, though another thread may fit
+    regressor = regressor._snapshot()  # one consistent state, though another thread may fit
+    regressor._check_templates()
+    state = regressor.__getstate__()
     if isinstance(state["model"], TokenStateReader) and not isinstance(state["model"], FrozenLLM):
         state["model"] = state["model"].model
     else:
@@ -378,6 +380,7 @@ def load(
             pinned = {"revision": fitted["_llm_revision"]}
             kept["model_kwargs"] = pinned | (kept["model_kwargs"] or {})
     regressor = cls(**kept | parameters)
+    regressor._fitted_templates = cls(**kept)._templates()
     head = fitted.pop("head") | {"format": FORMAT}
     head["weights"] = {
         name.removeprefix("head."): array

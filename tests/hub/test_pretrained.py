@@ -91,6 +91,17 @@ def test_what_is_opened_is_what_was_saved(tmp_path, changes):
     opened.set_params(warm_start=True).fit(FRAME, Y)  # and it goes on
 
 
+def test_another_prompt_is_neither_saved_nor_used(tmp_path):
+    regressor = RelishRegressor(tiny_model(), **SMALL).fit(FRAME, Y)
+    regressor.save_pretrained(tmp_path)
+    opened = RelishRegressor.from_pretrained(tmp_path, prompt="{title}")
+    with pytest.raises(ValueError, match=r"fitted with prompt=None, but now it has prompt='{title"):
+        opened.predict(FRAME)
+    regressor.set_params(prompt="{title}")
+    with pytest.raises(ValueError, match=r"fitted with prompt=None, but now it has prompt='{title"):
+        regressor.save_pretrained(tmp_path)
+
+
 def test_several_targets_and_a_shared_model(tmp_path):
     llm = FrozenLLM(
         tiny_model(), dtype=torch.float32, model_kwargs={"attn_implementation": "eager"}

@@ -521,7 +521,7 @@ def _shards_of(contents: Contents, texts: list[str], collection: str) -> set[Sha
 def _warn_cut(n_cut: int, n_texts: int, max_length: int, longest: int) -> None:
     if n_cut:
         warn(
-            f"{n_cut} of {n_texts} texts are longer than max_length={max_length} tokens"
-            f" or the model's window and were cut; the longest has {longest}. A larger max_length,"
-            " or long_text='window', reads more of them.",
+            f"{n_cut} of {n_texts} texts are longer than max_length={max_length} tokens, or do not"
+            " fit into the model's context after the prefix, and were cut; the longest has"
+            f" {longest}. A larger max_length, or long_text='window', reads more of them.",
         )

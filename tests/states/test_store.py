@@ -123,7 +123,8 @@ def test_cut_texts_are_counted_in_one_warning_each_time(llm, tmp_path):
         with pytest.warns(UserWarning, match="were cut") as caught:
             states = fetch(store, ["short", "x" * 30, "y" * 50], llm, max_length=10)
         assert [str(warning.message) for warning in caught] == [
-            "2 of 3 texts are longer than max_length=10 tokens or the model's window and were cut;"
+            "2 of 3 texts are longer than max_length=10 tokens, or do not fit into the model's"
+            " context after the prefix, and were cut;"
             " the longest has 50. A larger max_length, or long_text='window', reads more of them."
         ]
         assert states.lengths.tolist() == [5, 10, 10]

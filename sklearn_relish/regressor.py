@@ -148,9 +148,10 @@ class RelishRegressor(
         If true, ridge models on the mean, the last and the standard deviation of the token
         states, at `layer` and at a lower one, are added, weighted together with the heads by
         out-of-fold error; for two columns of texts, two more on the means of the two texts and on
-        the distances between their tokens. For small or noisy sets they make up most of the
-        prediction. They need the loss ``"huber"`` or ``"squared_error"`` and 10 held-out texts.
-        Otherwise ``"auto"`` leaves them out; True raises an error, or warns if texts are missing.
+        the distances between their tokens. The mean out-of-fold error is added too. For small or
+        noisy sets they make up most of the prediction. They need the loss ``"huber"`` or
+        ``"squared_error"`` and 10 held-out texts. Otherwise ``"auto"`` leaves them out; True raises
+        an error, or warns if texts are missing.
     n_iter_no_change : int, default=None
         Stop training after this many epochs without a lower validation loss. None runs the schedule
         to its end, where the learning rate is low and most is gained.

@@ -41,7 +41,7 @@ PENALTIES = np.logspace(0, 6, 19)  # of the ridges, on standardized features and
 # Weights without any rows to estimate them from: of the heads, and of the ridge of each pooling.
 PRIOR_WEIGHTS = (0.5, 0.2, 0.15, 0.15)
 PAIR_PRIOR_WEIGHTS = (0.5, 0.1, 0.1, 0.1, 0.1, 0.1)  # of pairs, which have further ridges
-PRIOR_ROWS = 100.0  # rows that the prior weights count for
+PRIOR_ROWS = 100.0  # rows that the prior weights, and a mean error of 0, count for
 # Predictions smaller than this share of the targets are rounding errors.
 SMALLEST_SHARE = 1e-9
 # How large the weighted sum is, relative to its least squares fit: prior, its rows, and minimum.
@@ -431,7 +431,8 @@ def _weight_parts(
     """Set the weights of the heads, and the linear path of the ensemble.
 
     The weights come from the rows with an out-of-fold prediction of both heads and ridges. That of
-    the heads is minus the mean of their training targets. The weighted predictions of these rows
+    the heads is minus the mean of their training targets. The mean error of these rows is added to
+    all predictions, with `PRIOR_ROWS` further rows whose error is 0. The predictions of these rows
     are returned, NaN for the others, and the summary of the heads with the ridges.
     """
     linear = cast(nn.Linear, ensemble.linear)  # has the outputs of each view, view by view
@@ -447,6 +448,10 @@ def _weight_parts(
         predictions = np.column_stack([oof_predictions[:, j], of_rows[:, :, j]])[has_oof]
         weights = stack(predictions, targets[:, j], row_weight, prior_weights(len(names)))
         stacked[has_oof, j] = predictions @ weights
+        # Huber's loss is near the median of the targets, and the prediction is that of their mean.
+        errors = targets[:, j] - stacked[has_oof, j]
+        shift = row_weight @ errors / (row_weight.sum() + PRIOR_ROWS)
+        stacked[has_oof, j] += shift
         sizes[j], all_weights[j] = _sizes(predictions, row_weight), weights
         head_weight, *ridge_weights = weights
         ensemble.head_weight[j] = head_weight
@@ -463,7 +468,8 @@ def _weight_parts(
             linear.weight[row] = torch.from_numpy(
                 np.concatenate([pooled, *(coef.ravel() for coef in coefs[n_poolings:])])
             )
-            linear.bias[row] = sum(part * fit.intercept[j] for part, fit in weighted) - excess
+            intercept = sum(part * fit.intercept[j] for part, fit in weighted)
+            linear.bias[row] = intercept - excess + shift
     rows = [_ridge_row(name, ridges, y, weight) for name in names]
     return stacked, add_ridges(summary, rows, all_weights, sizes)
 

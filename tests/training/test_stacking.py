@@ -73,6 +73,19 @@ def test_a_linear_target_is_learned_by_the_linear_path(n_outputs):
         assert np.corrcoef(predictions[:, j], y)[0, 1] > np.corrcoef(alone[:, j], y)[0, 1]
 
 
+def test_predictions_have_the_mean_of_a_skewed_target():
+    """Huber's loss alone predicts less, towards the median."""
+    examples, fresh = linear_examples(2000), linear_examples(2000, seed=1)
+    for some, seed in ((examples, 0), (fresh, 1)):
+        noise = np.random.RandomState(seed).gamma(0.5, 2.0, size=some.y.shape)  # its mean is 1
+        some.y[:] = 0.5 * some.y + torch.from_numpy(noise - 1.0)
+    folds = np.array_split(np.random.RandomState(0).permutation(2000), 3)
+    for linear_path, lowest, highest in ((False, -0.5, -0.15), (True, -0.05, 0.05)):
+        ensemble, _ = fit(examples, folds, linear_path=linear_path)
+        predictions = predict_states(ensemble, fresh.states, torch.device("cpu"))
+        assert lowest < predictions.mean() - fresh.y.numpy().mean() < highest
+
+
 def test_a_prediction_is_the_weighted_mean_of_the_heads_plus_the_linear_path():
     torch.manual_seed(0)
     heads = [RelishHead(**SIZES) for _ in range(3)]

@@ -28,8 +28,9 @@ class LLMEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseLLMEstim
     """Encode texts as vectors: the pooled token states of a frozen language model.
 
     It shares kept states with :class:`RelishRegressor`: a text that one of them has read is not
-    read again by the other if `memory` and all parameters of reading are the same, from `model` and
-    `layer` to `long_text`. For two columns of texts, the columns and `prompt` must be the same too.
+    read again by the other if `memory`, `model`, `model_kwargs`, `layer`, `prefix`, `max_length`,
+    `long_text` and `dtype` are the same. For two columns of texts, the columns and `prompt` must be
+    the same too.
 
     Parameters
     ----------

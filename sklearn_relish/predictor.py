@@ -69,6 +69,19 @@ class RelishPredictor(BaseLLMEstimator):
         y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
             In the units of the `y` of `fit`.
 
+        Raises
+        ------
+        ValueError
+            If `X` has other columns than in `fit`, or cells that can't be converted to their kinds;
+            or if `prompt` or `chat_template` was changed after `fit`.
+        OSError
+            If the language model can't be loaded.
+
+        Warns
+        -----
+        UserWarning
+            If the language model or the prefix is not that of `fit`, or if texts were cut.
+
         Examples
         --------
         >>> from sklearn_relish import RelishRegressor

@@ -89,8 +89,8 @@ class RelishRegressor(
         texts, and its prediction is the mean over them.
     prefix : str, default=""
         Text that the model reads before each row's text: instructions, a rubric, or examples. The
-        heads get no states of it. The model's context counts its tokens, `max_length` does not. A
-        causal model on a CPU reads it once.
+        heads get no states of it. Its tokens count towards the model's context, not `max_length`.
+        A causal model on a CPU reads it once.
     chat_template : bool, default=False
         Whether the text is formatted by the tokenizer's chat template, as a message of the user, up
         to the point where the model's answer begins.
@@ -148,10 +148,10 @@ class RelishRegressor(
         If true, ridge models on the mean, the last and the standard deviation of the token
         states, at `layer` and at a lower one, are added, weighted together with the heads by
         out-of-fold error; for two columns of texts, two more on the means of the two texts and on
-        the distances between their tokens. The mean out-of-fold error is added too. For small or
-        noisy sets they make up most of the prediction. They need the loss ``"huber"`` or
-        ``"squared_error"`` and 10 held-out texts. Otherwise ``"auto"`` leaves them out; True raises
-        an error, or warns if texts are missing.
+        the distances between their tokens. The mean out-of-fold error is added too, less of
+        it with few rows. For small or noisy sets they make up most of the prediction. They need
+        the loss ``"huber"`` or ``"squared_error"`` and 10 held-out texts. Otherwise ``"auto"``
+        leaves them out; True raises an error for another loss, and warns if texts are too few.
     n_iter_no_change : int, default=None
         Stop training after this many epochs without a lower validation loss. None runs the schedule
         to its end, where the learning rate is low and most is gained.
@@ -208,11 +208,11 @@ class RelishRegressor(
     best_epoch_ : list of int
         For each estimator, the epoch whose weights it has.
     ensemble_summary_ : list of dict
-        What each head and each ridge contributes: ``part`` (``"head 1"``, ``"ridge mean"``, ...),
-        ``layer``, ``best_epoch``, ``n_rows`` and ``n_held_out``, the numbers of different rows that
-        it was fitted on and scored on, ``validation_r2``, R² of its predictions for them,
-        ``weight``, its factor in the prediction, and ``contribution``, the fraction of the
-        prediction's size, without the mean, that comes from it: means of the outputs, set by `fit`.
+        What each head and each ridge of the last `fit` contributes: ``part`` (``"head 1"``,
+        ``"ridge mean"``, ...), ``layer``, ``best_epoch``; ``n_rows`` and ``n_held_out``, how many
+        different rows it was fitted and scored on; ``validation_r2``, R² on the latter; ``weight``,
+        its factor; ``contribution``, its fraction of the prediction's size without the mean. With
+        several outputs, the last three are means over them.
 
     See Also
     --------

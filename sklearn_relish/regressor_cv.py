@@ -69,8 +69,8 @@ class RelishRegressorCV(
     Parameters
     ----------
     model, layer, prompt, prefix, chat_template, max_length, long_text
-        As in `RelishRegressor`. ``layer="auto"`` chooses a layer before the search, from a sample
-        of all rows.
+        As in `RelishRegressor`, but `prompt` is a single template. ``layer="auto"`` chooses a layer
+        before the search, from a sample of all rows.
     state_norm : {"rms", None} or list, default="rms"
         As in `RelishRegressor`. This and all other parameters that can be lists can also be tuples
         or arrays.

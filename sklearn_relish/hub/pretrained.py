@@ -80,7 +80,7 @@ class SavingMixin(RelishPredictor):
 
         ``config.json`` holds the parameters except `memory`, `device`, `verbose` and
         `random_state`; ``model.safetensors`` the weights; ``README.md`` a model card. Nothing is
-        pickled. Of a `RelishRegressorCV`, its `best_estimator_` is saved.
+        pickled. For a `RelishRegressorCV`, that is its `best_estimator_`.
 
         The language model is not saved, only its name and revision: the Hub id of a model of the
         Hub, also if it was given as a folder of the Hub's cache; the path of another model.
@@ -133,8 +133,8 @@ class SavingMixin(RelishPredictor):
     ) -> CommitInfo:
         """Save the fitted regressor to a repository of the Hugging Face Hub, in one commit.
 
-        The files are those of `save_pretrained`; other files of the repository are left alone. Of a
-        language model that is not on the Hub only the name of its file or folder is published, not
+        The files are those of `save_pretrained`; other files of the repository are left alone. If
+        the language model is not on the Hub, the name of its file or folder is published, but not
         its path. Whoever loads the regressor passes the path as `model` to `from_pretrained`.
 
         Parameters
@@ -233,8 +233,8 @@ class PretrainedMixin(SavingMixin):
             If there is no such folder or repository, or no regressor in it.
         ValueError
             If ``config.json`` is not a regressor's, has another format, could run foreign code, or
-            holds invalid values; or if the weights are damaged or do not fit it. All of this is
-            checked before anything is allocated, and the message names the field.
+            holds invalid values; or if the weights are damaged or do not fit it. The message names
+            the field. Fields, names and shapes are checked before any weight is allocated.
 
         Warns
         -----

@@ -80,7 +80,7 @@ class FrozenLLM(TokenStateReader):
     Parameters
     ----------
     model : str or path
-        Hub id, local folder, or path of a ``.gguf`` file. A causal LLM or an encoder; of an
+        Hub id, local folder, or path of a ``.gguf`` file. A causal LLM or an encoder; for an
         encoder-decoder, the encoder is used. A ``.gguf`` file is converted to safetensors once, in
         the user's cache folder; this needs the extra ``gguf``.
     device : str or torch.device, default=None

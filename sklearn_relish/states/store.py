@@ -67,7 +67,7 @@ class StateStore:
     bits : {4, 8, None}, default=None
         Bits per value of a state. None: states are kept in the model's own dtype. 8: in float8
         (e4m3, with a scale of 4 bytes per token), in half the bytes of bfloat16. 4: in 16 levels
-        of the randomly rotated state, but for its 4 largest values (18 more bytes per token), in
+        of the randomly rotated state, except its 4 largest values (18 more bytes per token), in
         about a quarter of the bytes. In both, the state of a text's last token is kept in bfloat16;
         in 4 bits a text also has a scale for each value. The vectors of a lower layer, three for
         each text and seven for a pair of texts, are never quantized, and the matches of a pair's

@@ -80,7 +80,7 @@ class SavingMixin(RelishPredictor):
 
         ``config.json`` holds the parameters except `memory`, `device`, `verbose` and
         `random_state`; ``model.safetensors`` the weights; ``README.md`` a model card. Nothing is
-        pickled. For a `RelishRegressorCV`, that is its `best_estimator_`.
+        pickled. For a `RelishRegressorCV`, `best_estimator_` is saved.
 
         The language model is not saved, only its name and revision: the Hub id of a model of the
         Hub, also if it was given as a folder of the Hub's cache; the path of another model.

@@ -141,13 +141,17 @@ def summary(lines: pd.DataFrame) -> str:
     ahead = (cells.loc[OURS] - cells.loc[frozen].max()).dropna()
     error = (errors.loc[OURS] / errors.loc[frozen].min()).dropna()
     of_sets = error.groupby("set", sort=False).mean()
+    in_both_orders = ""
+    if BOTH_ORDERS in errors.index:
+        ratio = (errors.loc[BOTH_ORDERS] / errors.loc[frozen].min()).dropna()
+        in_both_orders = f" With both orders: {ratio.mean():.2f} on average."
     text = (
         "Rivals are the methods of this table but `RelishRegressor`. 100 r of `RelishRegressor`"
         f" minus that of the best rival in each cell: {spread(ahead)}; ahead in"
         f" {(ahead > 0).sum()} of {len(ahead)} cells. Its NRMSE, divided by the lowest of a rival:"
         f" {error.mean():.2f} on average; "
         + ", ".join(f"{TITLES[name]} {value:.2f}" for name, value in of_sets.items())
-        + "."
+        + f".{in_both_orders}"
     )
     differences = {
         "100 r of `RelishRegressor` minus that of the published configuration": (OURS, PUBLISHED),

@@ -139,12 +139,13 @@ def summary(lines: pd.DataFrame) -> str:
     frozen = [name for name in lines["method"].unique() if is_frozen_rival(name)]
     cells, errors = means(lines), means(lines, "nrmse")
     ahead = (cells.loc[OURS] - cells.loc[frozen].max()).dropna()
-    error = (errors.loc[OURS] / errors.loc[frozen].min()).dropna()
+    lowest = errors.loc[frozen].min()
+    error = (errors.loc[OURS] / lowest).dropna()
     of_sets = error.groupby("set", sort=False).mean()
     in_both_orders = ""
     if BOTH_ORDERS in errors.index:
-        ratio = (errors.loc[BOTH_ORDERS] / errors.loc[frozen].min()).dropna()
-        in_both_orders = f" With both orders: {ratio.mean():.2f} on average."
+        ratio = (errors.loc[BOTH_ORDERS] / lowest).mean()
+        in_both_orders = f" With both orders: {ratio:.2f} on average."
     text = (
         "Rivals are the methods of this table but `RelishRegressor`. 100 r of `RelishRegressor`"
         f" minus that of the best rival in each cell: {spread(ahead)}; ahead in"

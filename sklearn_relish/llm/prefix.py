@@ -34,7 +34,7 @@ class PrefixedLLM(FrozenLLM):
     llm : FrozenLLM
         The model without a prefix.
     prefix : str
-        Its tokens do not count for `max_length`, but for the model's context.
+        Its tokens count towards the model's context, not towards `max_length`.
 
     Raises
     ------

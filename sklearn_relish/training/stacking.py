@@ -448,7 +448,7 @@ def _weight_parts(
         predictions = np.column_stack([oof_predictions[:, j], of_rows[:, :, j]])[has_oof]
         weights = stack(predictions, targets[:, j], row_weight, prior_weights(len(names)))
         stacked[has_oof, j] = predictions @ weights
-        # Huber's loss is near the median of the targets, and the prediction is that of their mean.
+        # Huber's loss pulls the heads towards the median of the targets, but a mean is predicted.
         errors = targets[:, j] - stacked[has_oof, j]
         shift = row_weight @ errors / (row_weight.sum() + PRIOR_ROWS)
         stacked[has_oof, j] += shift

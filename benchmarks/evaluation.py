@@ -269,14 +269,17 @@ def installed_version(package: str) -> str | None:
 
 PACKAGES = ["torch", "transformers", "scikit-learn", "sentence-transformers", "peft"]
 # These go up when a change of the package changes 100 r with the same settings by 0.01 or more: of
-# methods that train its heads, and of those that only read states with it, or do not use it.
-HEADS_REVISION, REVISION = 4, 3
+# methods that train its heads on both orders or on one, and of those that only read states with it,
+# or do not use it.
+ORDERS_REVISION, HEADS_REVISION, REVISION = 5, 4, 3
 VERSIONS = {name: installed_version(name) for name in PACKAGES}
 
 
 def versions_of(method: Method) -> dict[str, str | None]:
     """What a line must have been made with to be current."""
-    revision = HEADS_REVISION if method.has_heads else REVISION
+    revision = REVISION
+    if method.has_heads:
+        revision = ORDERS_REVISION if method.n_readings > 1 else HEADS_REVISION
     return {"sklearn_relish": f"{__version__} (revision {revision})", **VERSIONS}
 
 

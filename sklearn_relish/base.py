@@ -176,10 +176,12 @@ class BaseLLMEstimator(BaseEstimator):
         store = open_store(self.memory)
         return store.fetch(texts, self._llm(), layer=layer, also=also, **self._reading_options())
 
-    def _stream(self, texts: list[str], layer: int) -> Iterator[tuple[np.ndarray, TokenStates]]:
+    def _stream(
+        self, texts: list[str], layer: int, **options: Any
+    ) -> Iterator[tuple[np.ndarray, TokenStates]]:
         """States of texts for a prediction, batch by batch; see `StateStore.stream`."""
-        store = open_store(self.memory)
-        return store.stream(texts, self._llm(), layer=layer, **self._reading_options())
+        options = self._reading_options() | options
+        return open_store(self.memory).stream(texts, self._llm(), layer=layer, **options)
 
     def _pair(self) -> PairTemplate | None:
         """The template of rows whose text is made of two columns of texts."""

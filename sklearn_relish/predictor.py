@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from numbers import Real
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
 from sklearn_relish.base import BaseLLMEstimator
 from sklearn_relish.head.ensemble import RelishEnsemble
-from sklearn_relish.inputs.prompts import Table
+from sklearn_relish.inputs.prompts import Table, pair_columns
 from sklearn_relish.inputs.training_rows import TrainingRows
+from sklearn_relish.states.store import CutTexts
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.conformal import Conformal
 from sklearn_relish.training.inference import (
@@ -51,7 +54,6 @@ class RelishPredictor(BaseLLMEstimator):
     _y_scale: np.ndarray  # scale of each output, (n_outputs,)
     _y_shape: tuple[int, ...]  # the shape of one target: () or (n_outputs,)
     _conformal: Conformal | None
-    _view = 0  # the number of the prompt
     _fitted_templates: dict[str, Any]
     _llm_fingerprint: str
     _llm_revision: str | None
@@ -155,13 +157,14 @@ class RelishPredictor(BaseLLMEstimator):
         >>> attention.weights.shape == (5, 3, 8, len(attention.tokens))
         True
         """
-        fitted = self._snapshot()._fitted_views()[0]
-        texts = fitted._texts(X)
+        fitted = self._snapshot()
+        texts, device = fitted._fitted_views()[0]._texts(X), fitted._llm().torch_device
         tokens = fitted._llm().tokens(
             texts, max_length=fitted.max_length, windows=fitted.long_text == "window"
         )
         weights: list[Any] = [None] * len(texts)
-        for rows, batch_weights in fitted._map_states(texts, attention_weights):
+        for rows, states in fitted._stream_views(X):
+            batch_weights = attention_weights(fitted.head_.of_view(0), states[0], device)
             for row, text_weights in zip(rows, batch_weights, strict=True):
                 weights[row] = text_weights
         return [
@@ -253,9 +256,9 @@ class RelishPredictor(BaseLLMEstimator):
                 f"prompt={self.prompt!r} must be a template, or a list of one or more templates."
             )
         views = []
-        for number, prompt in enumerate(prompts):
+        for prompt in prompts:
             view = self._snapshot()
-            view.prompt, view._view = prompt, number
+            view.prompt = prompt
             views.append(view)
         return views
 
@@ -304,14 +307,34 @@ class RelishPredictor(BaseLLMEstimator):
             view._states(rows.texts_of_view(number), layer)
             for number, view in enumerate(self._views())
         ]
-        return TokenStates.aligned(states)
+        return self._in_both_orders(TokenStates.aligned(states))
 
-    def _predict_rows(
-        self, X: ArrayLike, function: Callable[..., Any] = predict_states
-    ) -> np.ndarray:
-        """As `_predict`, for rows: the mean over the prompts."""
-        predictions = [view._predict(view._texts(X), function) for view in self._fitted_views()]
-        return predictions[0] if len(predictions) == 1 else np.mean(predictions, axis=0)
+    def _other_orders(self) -> list[int] | None:
+        """For each prompt, the first one that has the two columns of texts in the other order.
+
+        None if there is not one for each prompt.
+        """
+        views = self._views()
+        if len(views) == 1 or any(view._pair() is None for view in views):
+            return None
+        columns = [pair_columns(self._column_names, view.prompt) for view in views]
+        if not all(each[::-1] in columns for each in columns):
+            return None
+        return [columns.index(each[::-1]) for each in columns]
+
+    def _head_inputs(self) -> dict[str, bool]:
+        """What heads get next to states, see `TokenStates.head_inputs`."""
+        is_pair = self._views()[0]._pair() is not None
+        return {"pair": is_pair, "both_orders": self._other_orders() is not None}
+
+    def _in_both_orders(self, states: list[TokenStates]) -> list[TokenStates]:
+        """States of each prompt, with those of the same rows in the other order, if any."""
+        others = self._other_orders()
+        if others is None or any(each.matches is None for each in states):
+            return states
+        return [
+            replace(own, others=states[other]) for own, other in zip(states, others, strict=True)
+        ]
 
     def _texts(self, X: ArrayLike) -> list[str]:
         """The text of each row; the regressor is fitted and has its language model."""
@@ -320,30 +343,44 @@ class RelishPredictor(BaseLLMEstimator):
         self._check_model()
         return self._render(table)
 
-    def _map_states(
-        self, texts: list[str], function: Callable[..., Any]
-    ) -> Iterator[tuple[np.ndarray, Any]]:
-        """Row numbers and ``function(head, states, device)`` of one batch of texts at a time.
+    def _stream_views(self, X: ArrayLike) -> Iterator[tuple[np.ndarray, list[TokenStates]]]:
+        """Row numbers, and for each prompt the states of the rows' texts; a batch at a time.
 
         The states of all texts are never in memory together.
         """
-        device = self._llm().torch_device
-        for rows, states in self._stream(texts, self.layer_):
-            yield rows, function(self.head_.of_view(self._view), states, device)
+        views = self._fitted_views()
+        first, *further = views
+        texts, *further_texts = [view._texts(X) for view in views]
+        cut = CutTexts(self.max_length)
+        for rows, states in first._stream(texts, self.layer_, cut=cut):
+            read = [states]
+            for view, of_view in zip(further, further_texts, strict=True):
+                batch = [of_view[row] for row in rows]
+                pieces = list(view._stream(batch, self.layer_, cut=cut, progress=False))
+                places = torch.from_numpy(np.concatenate([places for places, _ in pieces]))
+                of_batch = TokenStates.concatenated([piece for _, piece in pieces])
+                read.append(of_batch[places.argsort()])
+            yield rows, self._in_both_orders(read)
+        cut.warn()
 
-    def _predict(
-        self, texts: list[str], function: Callable[..., Any] = predict_states
+    def _predict_rows(
+        self, X: ArrayLike, function: Callable[..., Any] = predict_states
     ) -> np.ndarray:
         """Predictions in standardized units, of shape (n_samples, ..., n_outputs * n_predictions).
 
-        They are rounded to `PREDICTION_BITS`, because the last bits of float64 depend on the batch.
+        They are the mean over the prompts. The predictions of each are rounded to
+        `PREDICTION_BITS`, because the last bits of float64 depend on the batch.
         """
-        predictions = np.empty(0)
-        for rows, batch in self._map_states(texts, function):
-            if not predictions.size:
-                predictions = np.empty((len(texts), *batch.shape[1:]))
-            predictions[rows] = self._rounded(batch)
-        return predictions
+        device = self._llm().torch_device
+        order, predictions = [], []
+        for rows, states in self._stream_views(X):
+            of_views = [
+                self._rounded(function(self.head_.of_view(view), each, device))
+                for view, each in enumerate(states)
+            ]
+            order.append(rows)
+            predictions.append(of_views[0] if len(states) == 1 else np.mean(of_views, axis=0))
+        return np.concatenate(predictions)[np.concatenate(order).argsort()]
 
     def _rounded(self, predictions: np.ndarray) -> np.ndarray:
         """Predictions in `PREDICTION_BITS`."""

@@ -86,7 +86,8 @@ class RelishRegressor(
         ``{text}`` for one-dimensional `X`; ``{x0}``, ... for arrays. None: the text itself, or
         ``column: value`` lines for several columns. Two columns of texts are compared by token.
         With a list of templates, each row is read with each of them. Heads learn from all of its
-        texts, and its prediction is the mean over them.
+        texts, and its prediction is the mean over them. If two columns of texts are in both orders,
+        heads also read how a token's state differs between the two.
     prefix : str, default=""
         Text that the model reads before each row's text: instructions, a rubric, or examples. The
         heads get no states of it. Its tokens count towards the model's context, not `max_length`.
@@ -404,9 +405,8 @@ class RelishRegressor(
         continuing = self.warm_start and hasattr(self, "head_")
         rows, targets, loss_fn = self._check_rows(X, y, sample_weight, continuing)
         n_heads = self._n_estimators(len(rows.texts), continuing)
-        views = self._views()
-        n_texts = len(views) * rows.n_texts
-        with self._fit_progress(n_texts, views[0]._pair(), n_heads=n_heads):
+        n_texts = len(self._views()) * rows.n_texts
+        with self._fit_progress(n_texts, n_heads=n_heads, head_inputs=self._head_inputs()):
             self._fit_rows(rows, targets, loss_fn, n_heads, continuing)
 
     def _fit_rows(
@@ -424,7 +424,7 @@ class RelishRegressor(
         def make_head(number: int, seed: int) -> RelishHead:
             if continuing:
                 return copy.deepcopy(self.head_.heads[number])
-            return new_head(seed, pair=states.matches is not None, **sizes)
+            return new_head(seed, **states.head_inputs, **sizes)
 
         max_epochs = self.max_epochs
         if max_epochs == "auto":
@@ -493,9 +493,9 @@ class RelishRegressor(
         continuing = hasattr(self, "head_")
         rows, targets, loss_fn = self._check_rows(X, y, sample_weight, continuing)
         n_heads = self._n_estimators(None, continuing)
-        views = self._views()
-        n_texts = len(views) * rows.n_texts
-        with self._fit_progress(n_texts, views[0]._pair(), n_heads=n_heads, is_partial=True):
+        n_texts = len(self._views()) * rows.n_texts
+        known = {"n_heads": n_heads, "head_inputs": self._head_inputs()}
+        with self._fit_progress(n_texts, is_partial=True, **known):
             self._partial_fit_rows(rows, targets, loss_fn, n_heads, continuing)
 
     def _partial_fit_rows(
@@ -509,9 +509,9 @@ class RelishRegressor(
             heads, history = list(copy.deepcopy(self.head_.heads)), list(self.history_)
         else:
             sizes = self._head_sizes(states.hidden_size, targets.shape[1], loss_fn)
-            pair = states.matches is not None
+            sizes |= states.head_inputs
             seeds = random.randint(np.iinfo(np.int32).max, size=n_heads)
-            heads, history = [new_head(int(seed), pair=pair, **sizes) for seed in seeds], []
+            heads, history = [new_head(int(seed), **sizes) for seed in seeds], []
         n_epochs = AUTO_EPOCHS if self.max_epochs == "auto" else int(self.max_epochs)
         examples = Examples.of(states, targets, rows.weight)
         seeds = random.randint(np.iinfo(np.int32).max, size=len(heads)).tolist()

@@ -362,21 +362,23 @@ class RelishRegressorCV(
         else:
             folds = random_folds(rows.groups, self._n_folds(), "different texts", random)
         with self._fit_progress(
-            rows.n_texts, first._pair(), n_folds=len(folds), n_trained=len(unfinished.trained)
+            rows.n_texts,
+            n_folds=len(folds),
+            n_trained=len(unfinished.trained),
+            head_inputs=first._head_inputs(),
         ):
             first.layer_, first.layer_scores_ = first._find_layer(rows, targets, random)
             states = first._states(rows.texts_of_view(0), first.layer_)
             examples = Examples.of(states, targets, rows.weight)
             options = first._training_options(loss_fn)
             n_outputs = targets.shape[1]
-            pair = states.matches is not None
             candidates = candidates_of(
                 grid,
                 regressors,
                 loss_fn,
                 input_size=states.hidden_size,
                 n_outputs=n_outputs,
-                pair=pair,
+                head_inputs=states.head_inputs,
             )
             seeds = random.randint(np.iinfo(np.int32).max, size=(len(folds), 2)).tolist()
             weight = None
@@ -447,7 +449,7 @@ class RelishRegressorCV(
         n_folds: int | None = None,
         n_trained: int = 0,
         *,
-        pair: bool = False,
+        head_inputs: dict[str, bool] | None = None,
     ) -> Plan:
         """The trainings of a search; None folds: as many as `cv` says, if it does."""
         grid, regressors = self._grid()
@@ -461,7 +463,7 @@ class RelishRegressorCV(
                     n_folds = int(cv.get_n_splits())
         loss_fn = regressors[0]._loss_fn(np.ones(1))
         candidates = candidates_of(
-            grid, regressors, loss_fn, input_size=input_size, n_outputs=1, pair=pair
+            grid, regressors, loss_fn, input_size=input_size, n_outputs=1, head_inputs=head_inputs
         )
         shared = shared_trainings(candidates)
         n_held_out = min(round(n_texts / n_folds), n_texts - 1)
@@ -516,13 +518,13 @@ def candidates_of(
     *,
     input_size: int,
     n_outputs: int,
-    pair: bool,
+    head_inputs: dict[str, bool] | None,
 ) -> list[Candidate]:
     """The candidates of a grid, from its values and their regressors."""
     return [
         Candidate(
             values,
-            regressor._head_sizes(input_size, n_outputs, loss_fn) | {"pair": pair},
+            regressor._head_sizes(input_size, n_outputs, loss_fn) | (head_inputs or {}),
             {name: getattr(regressor, name) for name in TRAINING},
         )
         for values, regressor in zip(grid, regressors, strict=True)

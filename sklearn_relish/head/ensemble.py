@@ -28,7 +28,7 @@ class RelishEnsemble(nn.Module):
     Parameters
     ----------
     heads : list of RelishHead
-        With the same input size, `state_norm`, `pair` and number of outputs.
+        With the same input size, `state_norm`, `pair`, `both_orders` and number of outputs.
     linear_path : bool
         Whether there is a linear path. It has no influence until its weights are set.
     loss_fn : Loss
@@ -180,12 +180,13 @@ class RelishEnsemble(nn.Module):
         states: Tensor,
         mask: Tensor,
         matches: Tensor | None = None,
+        others: Tensor | None = None,
         vectors: Tensor | None = None,
     ) -> Tensor:
         """Predict for each text of a padded batch, in standardized units; see `RelishHead`.
 
-        `matches` is (B, S), for heads of pairs. `vectors` is (B, n, D), of which the linear path
-        reads the first `n_vectors`.
+        `matches` is (B, S), for heads of pairs, and `others` (B, S, D), for those of pairs in both
+        orders. `vectors` is (B, n, D), of which the linear path reads the first `n_vectors`.
 
         Examples
         --------
@@ -197,13 +198,17 @@ class RelishEnsemble(nn.Module):
         >>> RelishEnsemble(heads, linear_path=True)(states, mask).shape
         torch.Size([2, 1])
         """
-        return self.forward_zero_padded(zero_padding(states, mask), mask, matches, vectors)
+        if others is not None:
+            others = zero_padding(others, mask)
+        states = zero_padding(states, mask)
+        return self.forward_zero_padded(states, mask, matches, others, vectors)
 
     def forward_zero_padded(
         self,
         states: Tensor,
         mask: Tensor,
         matches: Tensor | None = None,
+        others: Tensor | None = None,
         vectors: Tensor | None = None,
     ) -> Tensor:
         """The same as `forward`, without its check and copy: the padding must hold zeros.
@@ -220,7 +225,7 @@ class RelishEnsemble(nn.Module):
         torch.Size([2, 1])
         """
         states = states.to(self.head_weight.dtype)  # (B, S, D)
-        raw = [head.forward_zero_padded(states, mask, matches) for head in self.heads]
+        raw = [head.forward_zero_padded(states, mask, matches, others) for head in self.heads]
         # (B, n_outputs) each
         return self._with_linear_path(self._mean(raw), states, mask, vectors)
 
@@ -229,6 +234,7 @@ class RelishEnsemble(nn.Module):
         states: Tensor,
         mask: Tensor,
         matches: Tensor | None = None,
+        others: Tensor | None = None,
         vectors: Tensor | None = None,
     ) -> Tensor:
         """The prediction after each iteration of the heads, (n_iterations, B, n_outputs).
@@ -247,12 +253,18 @@ class RelishEnsemble(nn.Module):
         torch.Size([3, 2, 1])
         """
         states = states.to(self.head_weight.dtype)  # (B, S, D)
-        raw = [head.staged(states, mask, matches).unbind() for head in self.heads]
+        raw = [head.staged(states, mask, matches, others).unbind() for head in self.heads]
         mean = torch.stack([self._mean(stage) for stage in zip(*raw, strict=True)])
         # (n_iterations, B, n_outputs)
         return self._with_linear_path(mean, states, mask, vectors)
 
-    def attention(self, states: Tensor, mask: Tensor, matches: Tensor | None = None) -> Tensor:
+    def attention(
+        self,
+        states: Tensor,
+        mask: Tensor,
+        matches: Tensor | None = None,
+        others: Tensor | None = None,
+    ) -> Tensor:
         """Weights of the tokens, (n_estimators, n_iterations, B, n_heads, S), of sum 1.
 
         The padding must hold zeros.
@@ -269,7 +281,7 @@ class RelishEnsemble(nn.Module):
         torch.Size([5, 3, 2, 2, 7])
         """
         states = states.to(self.head_weight.dtype)  # (B, S, D)
-        steps = [list(head.steps(states, mask, matches)) for head in self.heads]
+        steps = [list(head.steps(states, mask, matches, others)) for head in self.heads]
         return torch.stack([torch.stack([step.attention for step in head]) for head in steps])
 
     def _mean(self, raw: Iterable[Tensor]) -> Tensor:

@@ -165,11 +165,17 @@ class RelishHead(nn.Module):
         Whether the texts are pairs. Then ``V |t - u|`` is added to each projected token t, where u
         is the projection of its match in the other text, and V a matrix of weights. This is not
         part of the published method.
+    both_orders : bool, default=False
+        Whether the pairs are read in both orders. Then ``U (s - r)`` is added to each projected
+        token, where s is its normalized state, r that of the same token in the other order, and U a
+        matrix of weights: a state depends on what is before the token, so the difference shows what
+        the other text of the pair changes. This is not part of the published method.
 
     Raises
     ------
     ValueError
-        If `latent_size` is not a multiple of `n_heads`, or `state_norm` is unknown.
+        If `latent_size` is not a multiple of `n_heads`, `state_norm` is unknown, or `both_orders`
+        is True but `pair` is not.
 
     Attributes
     ----------
@@ -203,11 +209,14 @@ class RelishHead(nn.Module):
         share_weights: bool = False,
         state_norm: str | None = "rms",
         pair: bool = False,
+        both_orders: bool = False,
     ) -> None:
         super().__init__()
         check_head_sizes(latent_size, n_heads)
         if state_norm not in ("rms", None):
             raise ValueError(f"state_norm must be 'rms' or None, got {state_norm!r}.")
+        if both_orders and not pair:
+            raise ValueError("both_orders=True needs pair=True: only pairs have two orders.")
         self.sizes: dict[str, Any] = {
             "input_size": input_size,
             "latent_size": latent_size,
@@ -217,11 +226,15 @@ class RelishHead(nn.Module):
             "share_weights": share_weights,
             "state_norm": state_norm,
             "pair": pair,
+            "both_orders": both_orders,
         }
         self.n_iterations = n_iterations
         self.state_norm = state_norm
         self.projection = nn.Linear(input_size, latent_size)
         self.difference = nn.Linear(latent_size, latent_size, bias=False) if pair else None
+        self.order_difference = (
+            nn.Linear(input_size, latent_size, bias=False) if both_orders else None
+        )
         self.latent = nn.Parameter(torch.empty(latent_size).normal_(std=LATENT_STD))
         self.blocks = nn.ModuleList(
             RefinementBlock(latent_size, n_heads)
@@ -229,7 +242,13 @@ class RelishHead(nn.Module):
         )
         self.readout = nn.Linear(latent_size, n_outputs)
 
-    def forward(self, states: Tensor, mask: Tensor, matches: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        states: Tensor,
+        mask: Tensor,
+        matches: Tensor | None = None,
+        others: Tensor | None = None,
+    ) -> Tensor:
         """Predict for each text of a padded batch.
 
         Parameters
@@ -242,6 +261,9 @@ class RelishHead(nn.Module):
             For each token of a pair of texts, the position of its match; its own position for a
             token that has none, and -1 for one that is compared with the mean of the text. Used,
             and needed, only if `pair` is True.
+        others : Tensor of shape (B, S, D), default=None
+            The state of each token in the text with the pair in the other order; the token's own
+            state if it has none. Used, and needed, only if `both_orders` is True.
 
         Returns
         -------
@@ -250,8 +272,8 @@ class RelishHead(nn.Module):
         Raises
         ------
         ValueError
-            If the mask has no real token for a text, or the texts have no matches but `pair` is
-            True.
+            If the mask has no real token for a text, the texts have no matches but `pair` is True,
+            or they have no states in the other order but `both_orders` is True.
 
         Examples
         --------
@@ -261,10 +283,16 @@ class RelishHead(nn.Module):
         >>> head(torch.randn(2, 7, 16), torch.ones(2, 7, dtype=torch.bool)).shape
         torch.Size([2, 1])
         """
-        return self.forward_zero_padded(zero_padding(states, mask), mask, matches)
+        if others is not None:
+            others = zero_padding(others, mask)
+        return self.forward_zero_padded(zero_padding(states, mask), mask, matches, others)
 
     def forward_zero_padded(
-        self, states: Tensor, mask: Tensor, matches: Tensor | None = None
+        self,
+        states: Tensor,
+        mask: Tensor,
+        matches: Tensor | None = None,
+        others: Tensor | None = None,
     ) -> Tensor:
         """The same as `forward`, without its check and copy: the padding must hold zeros.
 
@@ -277,10 +305,16 @@ class RelishHead(nn.Module):
         >>> head.forward_zero_padded(states, mask).shape
         torch.Size([2, 1])
         """
-        *_, last = self.steps(states, mask, matches)
+        *_, last = self.steps(states, mask, matches, others)
         return self.readout(last.latent)  # (B, n_outputs)
 
-    def staged(self, states: Tensor, mask: Tensor, matches: Tensor | None = None) -> Tensor:
+    def staged(
+        self,
+        states: Tensor,
+        mask: Tensor,
+        matches: Tensor | None = None,
+        others: Tensor | None = None,
+    ) -> Tensor:
         """The prediction after each iteration, (n_iterations, B, n_outputs).
 
         The padding must hold zeros.
@@ -293,10 +327,16 @@ class RelishHead(nn.Module):
         >>> head.staged(torch.randn(2, 7, 16), torch.ones(2, 7, dtype=torch.bool)).shape
         torch.Size([3, 2, 1])
         """
-        steps = self.steps(states, mask, matches)
+        steps = self.steps(states, mask, matches, others)
         return torch.stack([self.readout(step.latent) for step in steps])
 
-    def steps(self, states: Tensor, mask: Tensor, matches: Tensor | None = None) -> Iterator[Step]:
+    def steps(
+        self,
+        states: Tensor,
+        mask: Tensor,
+        matches: Tensor | None = None,
+        others: Tensor | None = None,
+    ) -> Iterator[Step]:
         """The iterations, one by one. The padding must hold zeros.
 
         Examples
@@ -311,7 +351,7 @@ class RelishHead(nn.Module):
         ((2, 8), (2, 2, 7))
         ((2, 8), (2, 2, 7))
         """
-        context = self._context(states, mask, matches)
+        context = self._context(states, mask, matches, others)
         latent = self.latent[None]  # (1, d): all texts begin with the same state
         for iteration in range(self.n_iterations):
             step = self.blocks[iteration % len(self.blocks)](latent, context)
@@ -346,7 +386,9 @@ class RelishHead(nn.Module):
         head.load_state_dict(kept, assign=True)
         return head.eval()
 
-    def _context(self, states: Tensor, mask: Tensor, matches: Tensor | None) -> Context:
+    def _context(
+        self, states: Tensor, mask: Tensor, matches: Tensor | None, others: Tensor | None
+    ) -> Context:
         """The tokens to attend to: projected, or not where folding the projection is cheaper."""
         weight, bias = self.projection.weight, self.projection.bias  # (d, D), (d,)
         states = states.to(weight.dtype)  # (B, S, D)
@@ -363,11 +405,26 @@ class RelishHead(nn.Module):
             tokens = linear(states, weight)  # (B, S, d)
             if scale is not None:
                 tokens = tokens * scale.transpose(1, 2)
+            if self.order_difference is not None:
+                tokens = tokens + self.order_difference(self._order_differences(states, others))
             differences = match_differences(tokens, mask, matches)
             return Context(tokens + self.difference(differences), None, bias, None, padding)
         if self._folding_is_cheaper(*states.shape):
             return Context(states, weight, bias, scale, padding)
         return Context(linear(states, weight), None, bias, scale, padding)  # tokens (B, S, d)
+
+    def _order_differences(self, states: Tensor, others: Tensor | None) -> Tensor:
+        """What the other text of a pair changes in the normalized state of a token, (B, S, D)."""
+        if others is None:
+            raise ValueError(
+                "The heads compare the states of both orders of a pair, but there are states of one"
+                " order only: pass others."
+            )
+        others = others.to(states.dtype)
+        if self.state_norm is None:
+            return states - others
+        own = states * rms_scale(states)[..., None]
+        return own.addcmul_(others, rms_scale(others)[..., None], value=-1)
 
     def _folding_is_cheaper(self, n_texts: int, n_tokens: int, input_size: int) -> bool:
         """Whether a training step needs fewer multiplications if the tokens are not projected.

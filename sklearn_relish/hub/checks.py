@@ -78,6 +78,7 @@ SIZES: dict[str, list[Any]] = {
     "share_weights": ["boolean"],
     "state_norm": [StrOptions({"rms"}), None],
     "pair": ["boolean"],
+    "both_orders": ["boolean"],
 }
 LOSS: dict[str, list[Any]] = {"name": [StrOptions(set(LOSSES))], "quantiles": [list]}
 # Values of `model_kwargs` that a file may contain; others could run code or write files.

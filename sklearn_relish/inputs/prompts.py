@@ -343,6 +343,17 @@ def parse_prompt(prompt: str, names: Sequence[str]) -> list[tuple[str, int | Non
     return [(literal, None if field is None else index[field]) for literal, field in parsed]
 
 
+def pair_columns(names: Sequence[str], prompt: str) -> list[int]:
+    """The numbers of the columns of a prompt, in the order in which it has them.
+
+    Examples
+    --------
+    >>> pair_columns(["a", "b"], "{b} means {a}.")
+    [1, 0]
+    """
+    return [column for _, column in parse_prompt(prompt, names) if column is not None]
+
+
 def pair_literals(
     names: Sequence[str], kinds: Sequence[str], prompt: str | None
 ) -> tuple[str, str, str] | None:

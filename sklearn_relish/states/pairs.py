@@ -1,8 +1,9 @@
-"""Pairs: which tokens belong to which of two texts, and vectors that compare them.
+"""Pairs: which tokens belong to which of two texts, and what compares them.
 
 A prompt that names two columns of texts makes one text of two, such as a sentence and its
 paraphrase or translation. Of such a text, the match of each token in the other part is kept, see
-`match_tokens`, and four more vectors, see `pair_vectors`.
+`match_tokens`, and four more vectors, see `pair_vectors`. If a row is read in both orders, each
+token has a counterpart in the other text of the row, see `counterparts`.
 """
 
 from __future__ import annotations
@@ -153,3 +154,58 @@ def pair_vectors(states: Tensor, first: Tensor, second: Tensor, matches: Tensor)
         for parts in ((first, second, every), (second, first, every))
     ]
     return torch.stack([*means, *distances])
+
+
+def counterparts(
+    matches: Tensor, mask: Tensor, other_matches: Tensor, other_mask: Tensor
+) -> Tensor:
+    """For each token, the position of the same token in the text with the parts in the other order.
+
+    Which part a token belongs to follows from its match: a token of the first part has a later
+    one, a token of the second part an earlier one. The tokens of a part are counted from its end,
+    since the first ones may be joined with what is before them.
+
+    Parameters
+    ----------
+    matches : int64 Tensor of shape (B, S)
+        What `match_tokens` returns for each text.
+    mask : bool Tensor of shape (B, S)
+        True on real tokens.
+    other_matches, other_mask : Tensor of shape (B, T)
+        The same of the texts in the other order.
+
+    Returns
+    -------
+    int64 Tensor of shape (B, S)
+        `NO_MATCH` for a token of neither part, or of a part whose other part has no tokens.
+
+    Examples
+    --------
+    >>> matches = torch.tensor([[0, 3, 3, 1]])  # a token before the parts, two, one
+    >>> other_matches = torch.tensor([[0, 2, 1, 1]])
+    >>> mask = torch.ones(1, 4, dtype=torch.bool)
+    >>> counterparts(matches, mask, other_matches, mask)
+    tensor([[-1,  2,  3,  1]])
+    """
+    parts, other_parts = _parts(matches, mask), _parts(other_matches, other_mask)
+    positions = torch.full_like(matches, NO_MATCH)
+    n_places = 1 + max(matches.shape[1], other_matches.shape[1])
+    every = torch.arange(other_matches.shape[1], device=matches.device).expand_as(other_matches)
+    for part, other in zip(parts, reversed(other_parts), strict=True):
+        places = positions.new_full((len(matches), n_places), NO_MATCH)
+        places.scatter_(1, _from_end(other), every)
+        places[:, 0] = NO_MATCH  # where the tokens outside of the part are
+        positions = torch.where(part, places.gather(1, _from_end(part)), positions)
+    return positions
+
+
+def _parts(matches: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens of the first and of the second part, from their matches."""
+    own = torch.arange(matches.shape[1], device=matches.device)
+    is_matched = mask & (matches != NO_MATCH)
+    return is_matched & (matches > own), is_matched & (matches < own)
+
+
+def _from_end(part: Tensor) -> Tensor:
+    """The numbers of a part's tokens, counted from its end; 0 for other tokens."""
+    return part.flip(1).cumsum(1).flip(1) * part

@@ -37,6 +37,43 @@ MAX_MEMORY = 2 * 2**30
 BLOCK_TEXTS = 2**16  # texts of a stream whose keys are in memory together
 
 
+class CutTexts:
+    """Counts texts that were cut, for one warning.
+
+    Parameters
+    ----------
+    max_length : int
+        Number of tokens after which texts are cut.
+
+    Examples
+    --------
+    >>> cut = CutTexts(max_length=512)
+    >>> cut.add(np.array([512, 20]), np.array([600, 20]))
+    >>> cut.n_cut, cut.n_texts, cut.longest
+    (1, 2, 600)
+    """
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.n_cut = self.n_texts = self.longest = 0
+
+    def add(self, lengths: np.ndarray, full_lengths: np.ndarray) -> None:
+        """Count texts, given their numbers of tokens as they were read and before."""
+        self.n_cut += int(np.count_nonzero(full_lengths > lengths))
+        self.n_texts += len(lengths)
+        self.longest = max(self.longest, int(full_lengths.max(initial=0)))
+
+    def warn(self) -> None:
+        """Warn if texts were cut."""
+        if self.n_cut:
+            warn(
+                f"{self.n_cut} of {self.n_texts} texts are longer than"
+                f" max_length={self.max_length} tokens, or do not fit into the model's context"
+                f" after the prefix, and were cut; the longest has {self.longest}. A larger"
+                " max_length, or long_text='window', reads more of them.",
+            )
+
+
 class StateStore:
     """Token states of texts: a model reads each text once, later calls find its states by text.
 
@@ -259,8 +296,9 @@ class StateStore:
         states = gather(entries)
         _log_reading(reading, len(wanted), layer, began)
         full_lengths = np.array([entry.full_length for entry in entries])
-        n_cut = int((full_lengths > states.lengths.numpy()).sum())
-        _warn_cut(n_cut, len(texts), max_length, full_lengths.max(initial=0))
+        cut = CutTexts(max_length)
+        cut.add(states.lengths.numpy(), full_lengths)
+        cut.warn()
         return states
 
     def stream(
@@ -273,6 +311,7 @@ class StateStore:
         windows: bool = False,
         pair: PairTemplate | None = None,
         progress: bool = False,
+        cut: CutTexts | None = None,
     ) -> Iterator[tuple[np.ndarray, TokenStates]]:
         """Yield the states of texts in pieces of some MiB, for predictions. No file is written.
 
@@ -303,6 +342,9 @@ class StateStore:
             texts; to read such rows ahead, call `LLMEncoder.fit_transform` with the same prompt.
         progress : bool, default=False
             Whether a bar counts the texts whose states were yielded.
+        cut : CutTexts, default=None
+            Where cut texts are counted, for one warning about several calls. None: this call warns
+            of them.
 
         Yields
         ------
@@ -343,7 +385,7 @@ class StateStore:
             progress=progress,
         )
         collection = reading.collection(layer)
-        n_cut, longest, n_distinct, began = 0, 0, 0, time.monotonic()
+        n_distinct, began, counted = 0, time.monotonic(), cut or CutTexts(max_length)
         with (
             contents.calling(call),
             ProgressBar(len(texts), "Reading", "text", progress) as bar,
@@ -357,12 +399,15 @@ class StateStore:
                 for entries in reading.stream(distinct, layer):
                     rows = [row for key in entries for row in rows_of[key]]
                     repeated = [entry for key, entry in entries.items() for _ in rows_of[key]]
-                    n_cut += sum(entry.full_length > entry.length for entry in repeated)
-                    longest = max(longest, *(entry.full_length for entry in repeated))
+                    counted.add(
+                        np.array([entry.length for entry in repeated]),
+                        np.array([entry.full_length for entry in repeated]),
+                    )
                     bar.update(len(rows))
                     yield np.array(rows), gather(repeated)
         _log_reading(reading, n_distinct, layer, began, logging.DEBUG)
-        _warn_cut(n_cut, len(texts), max_length, longest)
+        if cut is None:
+            counted.warn()
 
     def info(self) -> list[dict[str, Any]]:
         """List what the store holds: a dict for each model, layer, dtype and way of reading.
@@ -516,12 +561,3 @@ def _shards_of(contents: Contents, texts: list[str], collection: str) -> set[Sha
     keys = [text_key(collection, text) for text in texts]
     with contents.lock:
         return {entries[key].holder for key in keys if key in entries}
-
-
-def _warn_cut(n_cut: int, n_texts: int, max_length: int, longest: int) -> None:
-    if n_cut:
-        warn(
-            f"{n_cut} of {n_texts} texts are longer than max_length={max_length} tokens, or do not"
-            " fit into the model's context after the prefix, and were cut; the longest has"
-            f" {longest}. A larger max_length, or long_text='window', reads more of them.",
-        )

@@ -41,6 +41,9 @@ class TokenStates:
         Of pairs of texts: int32 arrays of shape (n_tokens, 1) in place of states, for each token
         the position of the one that it is compared with, see `match_tokens`. None: the texts are
         not pairs.
+    others : TokenStates, default=None
+        Of pairs that are read in both orders: the states of each row's text in the other order,
+        with their matches. None: they are read in one order.
 
     Examples
     --------
@@ -59,6 +62,7 @@ class TokenStates:
     files: tuple[Path | None, ...] = ()
     vectors: TokenStates | None = None
     matches: TokenStates | None = None
+    others: TokenStates | None = None
 
     @classmethod
     def from_lengths(cls, values: Tensor, lengths: Tensor) -> TokenStates:
@@ -100,6 +104,7 @@ class TokenStates:
         files = [part.files or (None,) * len(part.arrays) for part in parts]
         vectors = [part.vectors for part in parts if part.vectors is not None]
         matches = [part.matches for part in parts if part.matches is not None]
+        others = [part.others for part in parts if part.others is not None]
         return cls(
             tuple(array for part in parts for array in part.arrays),
             torch.cat(array_index),
@@ -108,6 +113,7 @@ class TokenStates:
             tuple(file for part in files for file in part),
             cls.concatenated(vectors) if len(vectors) == len(parts) else None,
             cls.concatenated(matches) if len(matches) == len(parts) else None,
+            cls.concatenated(others) if len(others) == len(parts) else None,
         )
 
     @staticmethod
@@ -153,6 +159,7 @@ class TokenStates:
             self.files,
             None if self.vectors is None else self.vectors[rows],
             None if self.matches is None else self.matches[rows],
+            None if self.others is None else self.others[rows],
         )
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -169,15 +176,21 @@ class TokenStates:
         return int(self.vectors.lengths[0])
 
     @property
+    def head_inputs(self) -> dict[str, bool]:
+        """What a head gets next to states: the arguments of `RelishHead` that say so."""
+        return {"pair": self.matches is not None, "both_orders": self.others is not None}
+
+    @property
     def n_rows(self) -> Tensor:
         """Rows of each text in its array, int64 (n_texts,): its tokens, or more if quantized."""
         return n_rows(self.arrays[0], self.lengths)
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the texts' states."""
+        """Bytes of the texts' states, in both orders if there are two."""
         array = self.arrays[0]
-        return int(self.n_rows.sum()) * array.shape[1] * array.element_size()
+        n_bytes = int(self.n_rows.sum()) * array.shape[1] * array.element_size()
+        return n_bytes if self.others is None else n_bytes + self.others.n_bytes
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """States of a batch of texts, padded with zeros, and a mask of the real tokens.

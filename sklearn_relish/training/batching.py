@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sklearn_relish.states.pairs import NO_MATCH, counterparts
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.windows import Windows
 
@@ -88,7 +89,7 @@ class BatchLoader:
         self.dtype = dtype
         self._windows = Windows(states, window_bytes)
         self._window = states  # what `load` can use: all states, or those of a window
-        self._buffer = torch.empty(0, dtype=dtype)
+        self._buffers = [torch.empty(0, dtype=dtype)] * 2
 
     def training_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
         """Random batches of an epoch, see `shuffled_batches`; each text is in one of them.
@@ -142,15 +143,34 @@ class BatchLoader:
             True on real tokens.
         matches : int64 Tensor of shape (B, S)
             Only of pairs of texts, see `TokenStates`.
+        others : Tensor of shape (B, S, D)
+            Only of pairs that are read in both orders: the states of the same tokens in the other
+            text, see `counterparts`. A token without a counterpart has its own state.
         """
-        states, mask = self._window.batch(rows)
+        window = self._window
+        states, mask, matches = self._load(window, rows, 0)
+        if matches is None:
+            return states, mask
+        if window.others is None:
+            return states, mask, matches
+        other_states, other_mask, other_matches = self._load(window.others, rows, 1)
+        if other_matches is None:
+            return states, mask, matches
+        positions = counterparts(matches, mask, other_matches, other_mask)[:, :, None]  # (B, S, 1)
+        others = other_states.gather(1, positions.clamp(min=0).expand_as(states))
+        return states, mask, matches, torch.where(positions == NO_MATCH, states, others)
+
+    def _load(
+        self, states: TokenStates, rows: Tensor, buffer: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """States, mask and matches of a batch on the device."""
+        batch, mask = states.batch(rows)
         if self.device.type == "cpu":
-            states = self._in_buffer(states)
-        batch = states.to(self.device), mask.to(self.device)
-        if self._window.matches is None:
-            return batch
-        matches, _ = self._window.matches.batch(rows)  # (B, S, 1)
-        return *batch, matches[:, :, 0].long().to(self.device)
+            batch = self._in_buffer(batch, buffer)
+        matches = None
+        if states.matches is not None:
+            matches = states.matches.batch(rows)[0][:, :, 0].long().to(self.device)  # (B, S)
+        return batch.to(self.device), mask.to(self.device), matches
 
     def _load_window(self, rows: Tensor, following: list[Tensor]) -> None:
         self._window = self.states  # lets go of the last window
@@ -162,10 +182,10 @@ class BatchLoader:
         self._window = self.states
         self._windows.release()
 
-    def _in_buffer(self, states: Tensor) -> Tensor:
+    def _in_buffer(self, states: Tensor, number: int) -> Tensor:
         """States in the loader's dtype, in memory that is reused: new memory takes longer."""
         if states.dtype == self.dtype:
             return states
-        if self._buffer.numel() < states.numel():
-            self._buffer = torch.empty(states.numel(), dtype=self.dtype)
-        return self._buffer[: states.numel()].view(states.shape).copy_(states)
+        if self._buffers[number].numel() < states.numel():
+            self._buffers[number] = torch.empty(states.numel(), dtype=self.dtype)
+        return self._buffers[number][: states.numel()].view(states.shape).copy_(states)

@@ -46,9 +46,12 @@ class Plan(NamedTuple):
 
 def training_seconds(plan: Plan, states: TokenStates) -> float:
     """Estimated seconds of all trainings of a plan, on texts like those of a sample."""
-    if plan.trainings[0][0].sizes["pair"]:  # any matches take the same time
+    sizes = plan.trainings[0][0].sizes
+    if sizes.get("pair"):  # any matches take the same time
         matches = torch.zeros(int(states.lengths.sum()), 1, dtype=torch.int32)
         states = replace(states, matches=TokenStates.from_lengths(matches, states.lengths))
+    if sizes.get("both_orders"):
+        states = replace(states, others=states)
     timed = plan.trainings[:: math.ceil(len(plan.trainings) / MAX_TIMED)]
     n_sample = len(states)
     y = np.linspace(0.5, 1.5, n_sample)  # valid for each loss

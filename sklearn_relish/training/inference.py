@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -94,7 +95,7 @@ def pool_states(
     (tensor([[2.]]), tensor([[3.]]))
     """
     pooled = torch.empty(len(states), states.hidden_size, dtype=torch.float32)
-    windows = Windows(states, window_bytes)
+    windows = Windows(replace(states, others=None), window_bytes)
     for rows in windows.in_order():
         for row, text in zip(rows.tolist(), windows.load(rows)[rows], strict=True):
             mask = torch.ones(1, len(text), dtype=torch.bool)

@@ -42,6 +42,7 @@ class Windows:
 
     The texts are sorted as they lie in the files and cut into units of at most `UNIT_BYTES`. A
     window has `MIN_UNITS` or more of them: neighbours for predictions, random ones for training.
+    The texts in the other order, if there are any, are loaded with those of a window.
     The texts of a file have similar lengths, because texts are sorted by length before the language
     model reads them. A window of random units has texts of many lengths.
 
@@ -54,7 +55,8 @@ class Windows:
 
     def __init__(self, states: TokenStates, n_bytes: float) -> None:
         self.states = states
-        self.n_bytes = n_bytes
+        self.n_bytes = n_bytes if states.others is None else n_bytes / 2
+        self._others = None if states.others is None else Windows(states.others, self.n_bytes)
         self._buffer: Tensor | None = None
 
     def in_order(self) -> list[Tensor]:
@@ -111,7 +113,10 @@ class Windows:
                     end += length
         matches = None if states.matches is None else _in_memory(states.matches, rows)
         arrays = buffer, *states.arrays
-        return TokenStates(arrays, array_index, starts, states.lengths, matches=matches)
+        others = None if self._others is None else self._others.load(rows)
+        return TokenStates(
+            arrays, array_index, starts, states.lengths, matches=matches, others=others
+        )
 
     def read_ahead(self, rows: Tensor) -> None:
         """Ask the system to read the rows' files into its cache, without waiting for that."""
@@ -128,10 +133,14 @@ class Windows:
                             length * self._row_bytes,
                             os.POSIX_FADV_WILLNEED,
                         )
+        if self._others is not None:
+            self._others.read_ahead(rows)
 
     def release(self) -> None:
         """Free the memory of the last window."""
         self._buffer = None
+        if self._others is not None:
+            self._others.release()
 
     @property
     def _row_bytes(self) -> int:

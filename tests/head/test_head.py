@@ -267,3 +267,61 @@ def test_gradients_of_a_head_of_pairs():
     states, mask = ragged_batch(n_texts=2, longest=3, size=4)
     states, matches = states.double().requires_grad_(), torch.zeros(2, 3, dtype=torch.int64)
     assert torch.autograd.gradcheck(lambda x: head(x, mask, matches), states)
+
+
+def batch_in_both_orders():
+    """A ragged batch of pairs, and the states of its tokens in the other order."""
+    states, mask, matches = pair_batch()
+    generator = torch.Generator().manual_seed(3)
+    others = states + 0.1 * torch.randn(states.shape, generator=generator)
+    return states.double(), mask, matches, others.double()
+
+
+@pytest.mark.parametrize("state_norm", ["rms", None])
+def test_a_head_of_both_orders_adds_how_states_differ_from_the_other_order(state_norm):
+    sizes = TEXTBOOK_SIZES | {"state_norm": state_norm, "pair": True}
+    head = randomized(RelishHead(24, **sizes, both_orders=True)).double()
+    plain = RelishHead(48, **sizes | {"state_norm": None}).double()
+    weights = head.state_dict()
+    both = torch.cat([weights["projection.weight"], weights.pop("order_difference.weight")], 1)
+    plain.load_state_dict(weights | {"projection.weight": both})
+    states, mask, matches, others = batch_in_both_orders()
+    found = RelishEnsemble([head], linear_path=False).double()(states, mask, matches, others)
+    if state_norm == "rms":
+        states, others = (nn.functional.rms_norm(x, (24,), eps=1e-6) for x in (states, others))
+    expected = plain(torch.cat([states, states - others], dim=2), mask, matches)
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("padding", [0.0, math.nan])
+def test_the_prediction_in_both_orders_does_not_depend_on_batch_or_padding(padding):
+    head = randomized(RelishHead(24, **TEXTBOOK_SIZES, pair=True, both_orders=True)).double()
+    ensemble = RelishEnsemble([head], linear_path=False)
+    states, mask, matches, others = batch_in_both_orders()
+    states, others = (x.masked_fill(~mask[:, :, None], padding) for x in (states, others))
+    together = ensemble(states, mask, matches, others)
+    torch.testing.assert_close(together, head(states, mask, matches, others))
+    for row, length in enumerate(mask.sum(dim=1).tolist()):
+        alone = [x[row : row + 1, :length] for x in (states, mask, matches, others)]
+        torch.testing.assert_close(head(*alone)[0], together[row], atol=1e-9, rtol=1e-9)
+
+
+def test_a_head_of_both_orders_needs_the_other_states_and_another_one_ignores_them():
+    states, mask, matches, others = batch_in_both_orders()
+    pair = RelishHead(24, **TEXTBOOK_SIZES, pair=True)
+    assert torch.equal(pair(states, mask, matches, others), pair(states, mask, matches))
+    both = RelishHead(24, **TEXTBOOK_SIZES, pair=True, both_orders=True)
+    for module in (both, RelishEnsemble([both], linear_path=True)):
+        with pytest.raises(ValueError, match="one order only: pass others"):
+            module(states, mask, matches)
+    with pytest.raises(ValueError, match="both_orders=True needs pair=True"):
+        RelishHead(24, both_orders=True)
+
+
+def test_gradients_of_a_head_of_both_orders():
+    sizes = {"latent_size": 4, "n_heads": 2, "n_iterations": 1, "pair": True, "both_orders": True}
+    head = randomized(RelishHead(4, **sizes)).double()
+    states, mask = ragged_batch(n_texts=2, longest=3, size=4)
+    states, matches = states.double().requires_grad_(), torch.zeros(2, 3, dtype=torch.int64)
+    others = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).double()
+    assert torch.autograd.gradcheck(lambda x: head(x, mask, matches, others), states)

@@ -1,6 +1,7 @@
 """Training sets larger than memory: windows of texts, read from files."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,6 +103,21 @@ def test_a_window_has_the_states_of_its_texts(entries, tmp_path):
     for rows in (torch.arange(len(entries)), torch.tensor([5, 5, 1]), torch.tensor([0])):
         chosen.read_ahead(rows)
         assert same(chosen.load(rows), rows, expected)
+    chosen.release()
+
+
+def test_a_window_has_the_states_in_the_other_order(entries, small_windows):
+    states, others = gather(entries), gather(entries[::-1])
+    chosen = Windows(replace(states, others=others), 20_000)
+    found = chosen.in_order()
+    assert len(found) > 8
+    for rows in found:
+        chosen.read_ahead(rows)
+        loaded = chosen.load(rows)
+        assert loaded.n_bytes == 2 * states.n_bytes
+        assert same(loaded, rows, states)
+        assert same(loaded.others, rows, others)
+        assert same(loaded.others.matches, rows, others.matches)
     chosen.release()
 
 

@@ -162,8 +162,8 @@ def counterparts(
     """For each token, the position of the same token in the text with the parts in the other order.
 
     Which part a token belongs to follows from its match: a token of the first part has a later
-    one, a token of the second part an earlier one. The tokens of a part are counted from its end,
-    since the first ones may be joined with what is before them.
+    one, a token of the second part an earlier one. The tokens of a part are counted from its
+    beginning, since its end may be cut in one of the orders.
 
     Parameters
     ----------
@@ -177,7 +177,8 @@ def counterparts(
     Returns
     -------
     int64 Tensor of shape (B, S)
-        `NO_MATCH` for a token of neither part, or of a part whose other part has no tokens.
+        `NO_MATCH` for a token of neither part, of a part whose other part has no tokens, or that is
+        cut in the other order.
 
     Examples
     --------
@@ -193,9 +194,9 @@ def counterparts(
     every = torch.arange(other_matches.shape[1], device=matches.device).expand_as(other_matches)
     for part, other in zip(parts, reversed(other_parts), strict=True):
         places = positions.new_full((len(matches), n_places), NO_MATCH)
-        places.scatter_(1, _from_end(other), every)
+        places.scatter_(1, _numbers(other), every)
         places[:, 0] = NO_MATCH  # where the tokens outside of the part are
-        positions = torch.where(part, places.gather(1, _from_end(part)), positions)
+        positions = torch.where(part, places.gather(1, _numbers(part)), positions)
     return positions
 
 
@@ -206,6 +207,6 @@ def _parts(matches: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return is_matched & (matches > own), is_matched & (matches < own)
 
 
-def _from_end(part: Tensor) -> Tensor:
-    """The numbers of a part's tokens, counted from its end; 0 for other tokens."""
-    return part.flip(1).cumsum(1).flip(1) * part
+def _numbers(part: Tensor) -> Tensor:
+    """The tokens of a part, numbered from 1; 0 for other tokens."""
+    return part.cumsum(1) * part

@@ -268,9 +268,8 @@ def installed_version(package: str) -> str | None:
 
 
 PACKAGES = ["torch", "transformers", "scikit-learn", "sentence-transformers", "peft"]
-# These go up when a change of the package changes 100 r with the same settings by 0.01 or more: of
-# methods that train its heads on both orders or on one, and of those that only read states with it,
-# or do not use it.
+# These go up when a change of the package changes 100 r with the same settings by 0.01 or more.
+# There is one for heads that read both orders, one for heads that read one, and one for the rest.
 ORDERS_REVISION, HEADS_REVISION, REVISION = 5, 4, 3
 VERSIONS = {name: installed_version(name) for name in PACKAGES}
 

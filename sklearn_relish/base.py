@@ -26,7 +26,7 @@ from sklearn_relish.inputs.prompts import (
 from sklearn_relish.llm.frozen import FrozenLLM, shared_llm
 from sklearn_relish.llm.prefix import with_prefix
 from sklearn_relish.states.pairs import PairTemplate
-from sklearn_relish.states.reader import TokenStateReader, check_reader
+from sklearn_relish.states.reader import TokenStateReader, check_reader, read_spans
 from sklearn_relish.states.store import StateStore, open_store
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.utils.versions import STAMP, check_format, stamp, warn_versions
@@ -176,12 +176,21 @@ class BaseLLMEstimator(BaseEstimator):
         store = open_store(self.memory)
         return store.fetch(texts, self._llm(), layer=layer, also=also, **self._reading_options())
 
-    def _stream(
-        self, texts: list[str], layer: int, **options: Any
-    ) -> Iterator[tuple[np.ndarray, TokenStates]]:
+    def _stream(self, texts: list[str], layer: int) -> Iterator[tuple[np.ndarray, TokenStates]]:
         """States of texts for a prediction, batch by batch; see `StateStore.stream`."""
-        options = self._reading_options() | options
-        return open_store(self.memory).stream(texts, self._llm(), layer=layer, **options)
+        store = open_store(self.memory)
+        return store.stream(texts, self._llm(), layer=layer, **self._reading_options())
+
+    def _places(self, texts: list[str], states: TokenStates) -> list[np.ndarray] | None:
+        """The place of each token in a pair, see `PairTemplate.places`; None if it is not known."""
+        pair = self._pair()
+        if pair is None or states.matches is None:
+            return None
+        windows = self.long_text == "window"
+        spans = read_spans(
+            self._llm(), texts, states.lengths, max_length=self.max_length, windows=windows
+        )
+        return None if spans is None else list(map(pair.places, texts, spans))
 
     def _pair(self) -> PairTemplate | None:
         """The template of rows whose text is made of two columns of texts."""

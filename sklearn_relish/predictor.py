@@ -17,7 +17,8 @@ from sklearn_relish.base import BaseLLMEstimator
 from sklearn_relish.head.ensemble import RelishEnsemble
 from sklearn_relish.inputs.prompts import Table, pair_columns
 from sklearn_relish.inputs.training_rows import TrainingRows
-from sklearn_relish.states.store import CutTexts
+from sklearn_relish.states.pairs import counterparts
+from sklearn_relish.states.store import CutTexts, open_store
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.conformal import Conformal
 from sklearn_relish.training.inference import (
@@ -158,13 +159,14 @@ class RelishPredictor(BaseLLMEstimator):
         True
         """
         fitted = self._snapshot()
-        texts, device = fitted._fitted_views()[0]._texts(X), fitted._llm().torch_device
+        texts = fitted._fitted_views()[0]._texts(X)
         tokens = fitted._llm().tokens(
             texts, max_length=fitted.max_length, windows=fitted.long_text == "window"
         )
         weights: list[Any] = [None] * len(texts)
-        for rows, states in fitted._stream_views(X):
-            batch_weights = attention_weights(fitted.head_.of_view(0), states[0], device)
+        head, device = fitted.head_.of_view(0), fitted._llm().torch_device
+        for rows, states in fitted._stream_views(X, only_first=True):
+            batch_weights = attention_weights(head, states[0], device)
             for row, text_weights in zip(rows, batch_weights, strict=True):
                 weights[row] = text_weights
         return [
@@ -303,14 +305,13 @@ class RelishPredictor(BaseLLMEstimator):
 
     def _states_of_views(self, rows: TrainingRows, layer: int) -> list[TokenStates]:
         """States for a fit of the texts of each prompt, with the same vectors and matches."""
-        states = [
-            view._states(rows.texts_of_view(number), layer)
-            for number, view in enumerate(self._views())
-        ]
-        return self._in_both_orders(TokenStates.aligned(states))
+        views = self._views()
+        texts = [rows.texts_of_view(number) for number in range(len(views))]
+        states = [view._states(of_view, layer) for view, of_view in zip(views, texts, strict=True)]
+        return self._in_both_orders(TokenStates.aligned(states), texts)
 
     def _other_orders(self) -> list[int] | None:
-        """For each prompt, the first one that has the two columns of texts in the other order.
+        """For each prompt, the number of the first one with the two columns in the other order.
 
         None if there is not one for each prompt.
         """
@@ -322,19 +323,32 @@ class RelishPredictor(BaseLLMEstimator):
             return None
         return [columns.index(each[::-1]) for each in columns]
 
-    def _head_inputs(self) -> dict[str, bool]:
-        """What heads get next to states, see `TokenStates.head_inputs`."""
+    def _head_options(self) -> dict[str, bool]:
+        """What heads read in addition to the states, see `TokenStates.head_options`."""
         is_pair = self._views()[0]._pair() is not None
         return {"pair": is_pair, "both_orders": self._other_orders() is not None}
 
-    def _in_both_orders(self, states: list[TokenStates]) -> list[TokenStates]:
-        """States of each prompt, with those of the same rows in the other order, if any."""
+    def _in_both_orders(
+        self, states: list[TokenStates], texts: list[list[str]]
+    ) -> list[TokenStates]:
+        """The states of each prompt's texts, with those of the same rows in the other order."""
         others = self._other_orders()
-        if others is None or any(each.matches is None for each in states):
+        if others is None:
             return states
-        return [
-            replace(own, others=states[other]) for own, other in zip(states, others, strict=True)
+        places = [
+            view._places(of_view, each)
+            for view, of_view, each in zip(self._views(), texts, states, strict=True)
         ]
+        result = []
+        for number, other in enumerate(others):
+            own_places, other_places = places[number], places[other]
+            if own_places is None or other_places is None:
+                return states
+            positions = np.concatenate(list(map(counterparts, own_places, other_places)))
+            lengths = states[number].lengths
+            found = TokenStates.from_lengths(torch.from_numpy(positions)[:, None], lengths)
+            result.append(replace(states[number], others=states[other], counterparts=found))
+        return result
 
     def _texts(self, X: ArrayLike) -> list[str]:
         """The text of each row; the regressor is fitted and has its language model."""
@@ -343,43 +357,67 @@ class RelishPredictor(BaseLLMEstimator):
         self._check_model()
         return self._render(table)
 
-    def _stream_views(self, X: ArrayLike) -> Iterator[tuple[np.ndarray, list[TokenStates]]]:
+    def _stream_views(
+        self, X: ArrayLike, *, only_first: bool = False
+    ) -> Iterator[tuple[np.ndarray, list[TokenStates]]]:
         """Row numbers, and for each prompt the states of the rows' texts; a batch at a time.
 
-        The states of all texts are never in memory together.
+        The states of all texts are never in memory together. With `only_first`, prompts that the
+        first one does not need are left out.
         """
         views = self._fitted_views()
-        first, *further = views
-        texts, *further_texts = [view._texts(X) for view in views]
+        if only_first and self._other_orders() is None:
+            views = views[:1]
+        texts = [view._texts(X) for view in views]
         cut = CutTexts(self.max_length)
-        for rows, states in first._stream(texts, self.layer_, cut=cut):
-            read = [states]
-            for view, of_view in zip(further, further_texts, strict=True):
-                batch = [of_view[row] for row in rows]
-                pieces = list(view._stream(batch, self.layer_, cut=cut, progress=False))
-                places = torch.from_numpy(np.concatenate([places for places, _ in pieces]))
-                of_batch = TokenStates.concatenated([piece for _, piece in pieces])
-                read.append(of_batch[places.argsort()])
-            yield rows, self._in_both_orders(read)
+        for rows, states in self._stream_rows(views, texts, np.arange(len(texts[0])), cut):
+            if len(views) > 1:
+                batch = [[of_view[row] for row in rows] for of_view in texts]
+                states = self._in_both_orders(states, batch)
+            yield rows, states
         cut.warn()
+
+    def _stream_rows(
+        self, views: list[Self], texts: list[list[str]], rows: np.ndarray, cut: CutTexts
+    ) -> Iterator[tuple[np.ndarray, list[TokenStates]]]:
+        """The rows in batches of some MiB of states, with the states of each prompt.
+
+        The texts of a batch of one prompt are read in batches for the next one.
+        """
+        *before, last = views
+        if not before:
+            batches = iter([(rows, list[TokenStates]())])
+        else:
+            batches = self._stream_rows(before, texts[:-1], rows, cut)
+        for batch, states in batches:
+            pieces = open_store(self.memory)._pieces(
+                [texts[-1][row] for row in batch],
+                self._llm(),
+                cut,
+                layer=self.layer_,
+                **last._reading_options() | {"progress": bool(self.verbose) and not before},
+            )
+            for places, piece in pieces:
+                chosen = torch.from_numpy(places)
+                yield batch[places], [*(each[chosen] for each in states), piece]
 
     def _predict_rows(
         self, X: ArrayLike, function: Callable[..., Any] = predict_states
     ) -> np.ndarray:
         """Predictions in standardized units, of shape (n_samples, ..., n_outputs * n_predictions).
 
-        They are the mean over the prompts. The predictions of each are rounded to
+        They are the mean over the prompts. The predictions of each prompt are rounded to
         `PREDICTION_BITS`, because the last bits of float64 depend on the batch.
         """
-        device = self._llm().torch_device
         order, predictions = [], []
         for rows, states in self._stream_views(X):
+            device = self._llm().torch_device
             of_views = [
-                self._rounded(function(self.head_.of_view(view), each, device))
-                for view, each in enumerate(states)
+                self._rounded(function(self.head_.of_view(number), each, device))
+                for number, each in enumerate(states)
             ]
             order.append(rows)
-            predictions.append(of_views[0] if len(states) == 1 else np.mean(of_views, axis=0))
+            predictions.append(np.mean(of_views, axis=0))
         return np.concatenate(predictions)[np.concatenate(order).argsort()]
 
     def _rounded(self, predictions: np.ndarray) -> np.ndarray:

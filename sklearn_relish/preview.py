@@ -128,11 +128,11 @@ class PreviewMixin:
         n_heads: int | None = None,
         is_partial: bool = False,
         *,
-        head_inputs: dict[str, bool] | None = None,
+        head_options: dict[str, bool] | None = None,
     ) -> Plan:
         """The trainings of a fit or `partial_fit` on different texts with one output.
 
-        None heads: those of a new fit. `head_inputs` are as of `TokenStates.head_inputs`.
+        None heads: those of a new fit. `head_options` are as of `TokenStates.head_options`.
         """
         regressor: Any = self
         loss_fn = regressor._loss_fn(np.ones(1))
@@ -142,7 +142,7 @@ class PreviewMixin:
         if is_partial and training["max_epochs"] == "auto":
             training["max_epochs"] = AUTO_EPOCHS
         sizes = regressor._head_sizes(input_size, 1, loss_fn)
-        candidate = Candidate({}, sizes | (head_inputs or {}), training)
+        candidate = Candidate({}, sizes | (head_options or {}), training)
         if n_heads is None:
             n_heads = regressor._n_estimators(n_texts, continuing=False)
         return Plan(
@@ -219,8 +219,8 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
         n_read, full_lengths = llm.count_tokens(distinct, **reading)
         n_tokens, n_cut = int(n_read.sum()), int((full_lengths > n_read).sum())
 
-    head_inputs = regressor._head_inputs()
-    n_vectors = N_VECTORS + (N_PAIR_VECTORS if head_inputs["pair"] else 0)
+    head_options = regressor._head_options()
+    n_vectors = N_VECTORS + (N_PAIR_VECTORS if head_options["pair"] else 0)
     vector_bytes = n_vectors * pieces[0][0].nbytes if len(layers) > 1 else 0
     values, bits = torch.cat(pieces), open_store(regressor.memory).bits
     lengths = torch.tensor([len(piece) for piece in pieces])
@@ -229,7 +229,7 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
     known = {}
     if further:  # the number of heads follows from that of the rows
         known["n_heads"] = regressor._n_estimators(len(set(texts)), continuing=False)
-    plan = regressor._plan(n_texts, states.hidden_size, head_inputs=head_inputs, **known)
+    plan = regressor._plan(n_texts, states.hidden_size, head_options=head_options, **known)
     return FitPreview(
         texts=texts,
         n_distinct=n_texts,
@@ -239,7 +239,7 @@ def _preview(regressor: Any, X: Any) -> FitPreview:
         n_cut=n_cut,
         n_bytes=(n_tokens + n_texts * n_rows(values, 0)) * values[0].nbytes
         + n_texts * vector_bytes
-        + n_tokens * (MATCH_BYTES if head_inputs["pair"] else 0),
+        + n_tokens * (MATCH_BYTES if head_options["pair"] else 0),
         read_seconds=seconds / sample_tokens * n_tokens,
         train_seconds=training_seconds(plan, states),
     )

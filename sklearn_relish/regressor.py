@@ -406,7 +406,7 @@ class RelishRegressor(
         rows, targets, loss_fn = self._check_rows(X, y, sample_weight, continuing)
         n_heads = self._n_estimators(len(rows.texts), continuing)
         n_texts = len(self._views()) * rows.n_texts
-        with self._fit_progress(n_texts, n_heads=n_heads, head_inputs=self._head_inputs()):
+        with self._fit_progress(n_texts, n_heads=n_heads, head_options=self._head_options()):
             self._fit_rows(rows, targets, loss_fn, n_heads, continuing)
 
     def _fit_rows(
@@ -424,7 +424,7 @@ class RelishRegressor(
         def make_head(number: int, seed: int) -> RelishHead:
             if continuing:
                 return copy.deepcopy(self.head_.heads[number])
-            return new_head(seed, **states.head_inputs, **sizes)
+            return new_head(seed, **states.head_options, **sizes)
 
         max_epochs = self.max_epochs
         if max_epochs == "auto":
@@ -494,7 +494,7 @@ class RelishRegressor(
         rows, targets, loss_fn = self._check_rows(X, y, sample_weight, continuing)
         n_heads = self._n_estimators(None, continuing)
         n_texts = len(self._views()) * rows.n_texts
-        known = {"n_heads": n_heads, "head_inputs": self._head_inputs()}
+        known = {"n_heads": n_heads, "head_options": self._head_options()}
         with self._fit_progress(n_texts, is_partial=True, **known):
             self._partial_fit_rows(rows, targets, loss_fn, n_heads, continuing)
 
@@ -509,7 +509,7 @@ class RelishRegressor(
             heads, history = list(copy.deepcopy(self.head_.heads)), list(self.history_)
         else:
             sizes = self._head_sizes(states.hidden_size, targets.shape[1], loss_fn)
-            sizes |= states.head_inputs
+            sizes |= states.head_options
             seeds = random.randint(np.iinfo(np.int32).max, size=n_heads)
             heads, history = [new_head(int(seed), **sizes) for seed in seeds], []
         n_epochs = AUTO_EPOCHS if self.max_epochs == "auto" else int(self.max_epochs)

@@ -365,7 +365,7 @@ class RelishRegressorCV(
             rows.n_texts,
             n_folds=len(folds),
             n_trained=len(unfinished.trained),
-            head_inputs=first._head_inputs(),
+            head_options=first._head_options(),
         ):
             first.layer_, first.layer_scores_ = first._find_layer(rows, targets, random)
             states = first._states(rows.texts_of_view(0), first.layer_)
@@ -378,7 +378,7 @@ class RelishRegressorCV(
                 loss_fn,
                 input_size=states.hidden_size,
                 n_outputs=n_outputs,
-                head_inputs=states.head_inputs,
+                head_options=states.head_options,
             )
             seeds = random.randint(np.iinfo(np.int32).max, size=(len(folds), 2)).tolist()
             weight = None
@@ -449,7 +449,7 @@ class RelishRegressorCV(
         n_folds: int | None = None,
         n_trained: int = 0,
         *,
-        head_inputs: dict[str, bool] | None = None,
+        head_options: dict[str, bool] | None = None,
     ) -> Plan:
         """The trainings of a search; None folds: as many as `cv` says, if it does."""
         grid, regressors = self._grid()
@@ -462,8 +462,9 @@ class RelishRegressorCV(
                 with suppress(TypeError, ValueError):  # it depends on the rows or the groups
                     n_folds = int(cv.get_n_splits())
         loss_fn = regressors[0]._loss_fn(np.ones(1))
+        sizes = {"input_size": input_size, "n_outputs": 1}
         candidates = candidates_of(
-            grid, regressors, loss_fn, input_size=input_size, n_outputs=1, head_inputs=head_inputs
+            grid, regressors, loss_fn, **sizes, head_options=head_options or {}
         )
         shared = shared_trainings(candidates)
         n_held_out = min(round(n_texts / n_folds), n_texts - 1)
@@ -518,13 +519,13 @@ def candidates_of(
     *,
     input_size: int,
     n_outputs: int,
-    head_inputs: dict[str, bool] | None,
+    head_options: dict[str, bool],
 ) -> list[Candidate]:
     """The candidates of a grid, from its values and their regressors."""
     return [
         Candidate(
             values,
-            regressor._head_sizes(input_size, n_outputs, loss_fn) | (head_inputs or {}),
+            regressor._head_sizes(input_size, n_outputs, loss_fn) | head_options,
             {name: getattr(regressor, name) for name in TRAINING},
         )
         for values, regressor in zip(grid, regressors, strict=True)

@@ -225,6 +225,7 @@ class RelishEnsemble(nn.Module):
         torch.Size([2, 1])
         """
         states = states.to(self.head_weight.dtype)  # (B, S, D)
+        others = None if others is None else others.to(states.dtype)
         raw = [head.forward_zero_padded(states, mask, matches, others) for head in self.heads]
         # (B, n_outputs) each
         return self._with_linear_path(self._mean(raw), states, mask, vectors)
@@ -253,6 +254,7 @@ class RelishEnsemble(nn.Module):
         torch.Size([3, 2, 1])
         """
         states = states.to(self.head_weight.dtype)  # (B, S, D)
+        others = None if others is None else others.to(states.dtype)
         raw = [head.staged(states, mask, matches, others).unbind() for head in self.heads]
         mean = torch.stack([self._mean(stage) for stage in zip(*raw, strict=True)])
         # (n_iterations, B, n_outputs)
@@ -281,6 +283,7 @@ class RelishEnsemble(nn.Module):
         torch.Size([5, 3, 2, 2, 7])
         """
         states = states.to(self.head_weight.dtype)  # (B, S, D)
+        others = None if others is None else others.to(states.dtype)
         steps = [list(head.steps(states, mask, matches, others)) for head in self.heads]
         return torch.stack([torch.stack([step.attention for step in head]) for head in steps])
 

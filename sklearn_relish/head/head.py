@@ -406,24 +406,28 @@ class RelishHead(nn.Module):
             if scale is not None:
                 tokens = tokens * scale.transpose(1, 2)
             if self.order_difference is not None:
-                tokens = tokens + self.order_difference(self._order_differences(states, others))
+                differences = self._order_differences(states, scale, others)
+                tokens = tokens + self.order_difference(differences)
             differences = match_differences(tokens, mask, matches)
             return Context(tokens + self.difference(differences), None, bias, None, padding)
         if self._folding_is_cheaper(*states.shape):
             return Context(states, weight, bias, scale, padding)
         return Context(linear(states, weight), None, bias, scale, padding)  # tokens (B, S, d)
 
-    def _order_differences(self, states: Tensor, others: Tensor | None) -> Tensor:
+    def _order_differences(
+        self, states: Tensor, scale: Tensor | None, others: Tensor | None
+    ) -> Tensor:
         """What the other text of a pair changes in the normalized state of a token, (B, S, D)."""
         if others is None:
             raise ValueError(
-                "The heads compare the states of both orders of a pair, but there are states of one"
-                " order only: pass others."
+                "The heads compare the states of both orders of a pair, but which token of the"
+                " other order is the same one is not known: pass others, or a model that maps"
+                " tokens to pieces of the text, as in fit."
             )
         others = others.to(states.dtype)
-        if self.state_norm is None:
+        if scale is None:
             return states - others
-        own = states * rms_scale(states)[..., None]
+        own = states * scale.transpose(1, 2)
         return own.addcmul_(others, rms_scale(others)[..., None], value=-1)
 
     def _folding_is_cheaper(self, n_texts: int, n_tokens: int, input_size: int) -> bool:

@@ -1,4 +1,4 @@
-"""Pairs: which tokens belong to which of two texts, and what compares them.
+"""Pairs: which tokens belong to which of two texts, and how the two are compared.
 
 A prompt that names two columns of texts makes one text of two, such as a sentence and its
 paraphrase or translation. Of such a text, the match of each token in the other part is kept, see
@@ -80,6 +80,27 @@ class PairTemplate(NamedTuple):
         )
         return first, second
 
+    def places(self, text: str, spans: np.ndarray) -> np.ndarray:
+        """The part of each token, and where in the part it begins and ends.
+
+        Parameters
+        ----------
+        text, spans
+            As of `tokens_of_parts`.
+
+        Returns
+        -------
+        int64 ndarray of shape (n_tokens, 3)
+            The number of the part, 0 or 1, and -1 for a token of neither. What a token has of the
+            text around the part does not count.
+        """
+        places = np.full((len(spans), 3), -1)
+        both = zip(self.parts(text), self.tokens_of_parts(text, spans), strict=True)
+        for number, ((begin, end), tokens) in enumerate(both):
+            places[tokens, 0] = number
+            places[tokens, 1:] = spans[tokens].clip(begin, end) - begin
+        return places
+
 
 def match_tokens(states: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """For each token, the position of its match; int32, (n_tokens,).
@@ -156,57 +177,38 @@ def pair_vectors(states: Tensor, first: Tensor, second: Tensor, matches: Tensor)
     return torch.stack([*means, *distances])
 
 
-def counterparts(
-    matches: Tensor, mask: Tensor, other_matches: Tensor, other_mask: Tensor
-) -> Tensor:
+def counterparts(places: np.ndarray, other_places: np.ndarray) -> np.ndarray:
     """For each token, the position of the same token in the text with the parts in the other order.
-
-    Which part a token belongs to follows from its match: a token of the first part has a later
-    one, a token of the second part an earlier one. The tokens of a part are counted from its
-    beginning, since its end may be cut in one of the orders.
 
     Parameters
     ----------
-    matches : int64 Tensor of shape (B, S)
-        What `match_tokens` returns for each text.
-    mask : bool Tensor of shape (B, S)
-        True on real tokens.
-    other_matches, other_mask : Tensor of shape (B, T)
-        The same of the texts in the other order.
+    places, other_places : int64 ndarray of shape (n_tokens, 3)
+        What `PairTemplate.places` returns for the text, and for the one in the other order.
 
     Returns
     -------
-    int64 Tensor of shape (B, S)
-        `NO_MATCH` for a token of neither part, of a part whose other part has no tokens, or that is
-        cut in the other order.
+    int32 ndarray of shape (n_tokens,)
+        `NO_MATCH` for a token of neither part, and for one that the other text does not have: a
+        part may be cut there, or its beginning may be divided into other tokens.
 
     Examples
     --------
-    >>> matches = torch.tensor([[0, 3, 3, 1]])  # a token before the parts, two, one
-    >>> other_matches = torch.tensor([[0, 2, 1, 1]])
-    >>> mask = torch.ones(1, 4, dtype=torch.bool)
-    >>> counterparts(matches, mask, other_matches, mask)
-    tensor([[-1,  2,  3,  1]])
+    >>> places = np.array([[-1, 0, 0], [0, 0, 3], [0, 3, 5], [1, 0, 4]])
+    >>> other_places = np.array([[0, 0, 4], [-1, 0, 0], [1, 0, 3]])
+    >>> counterparts(places, other_places)
+    array([-1,  2, -1,  0], dtype=int32)
     """
-    parts, other_parts = _parts(matches, mask), _parts(other_matches, other_mask)
-    positions = torch.full_like(matches, NO_MATCH)
-    n_places = 1 + max(matches.shape[1], other_matches.shape[1])
-    every = torch.arange(other_matches.shape[1], device=matches.device).expand_as(other_matches)
-    for part, other in zip(parts, reversed(other_parts), strict=True):
-        places = positions.new_full((len(matches), n_places), NO_MATCH)
-        places.scatter_(1, _numbers(other), every)
-        places[:, 0] = NO_MATCH  # where the tokens outside of the part are
-        positions = torch.where(part, places.gather(1, _numbers(part)), positions)
-    return positions
+    other_part = np.where(other_places[:, :1] < 0, -1, 1 - other_places[:, :1])
+    keys = _keys(np.hstack([other_part, other_places[:, 1:]]))
+    found = {key: position for position, key in enumerate(keys) if key[0] >= 0}
+    positions = [found.get(key, NO_MATCH) for key in _keys(places)]
+    return np.array(positions, dtype=np.int32)
 
 
-def _parts(matches: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens of the first and of the second part, from their matches."""
-    own = torch.arange(matches.shape[1], device=matches.device)
-    is_matched = mask & (matches != NO_MATCH)
-    return is_matched & (matches > own), is_matched & (matches < own)
-
-
-def _numbers(part: Tensor) -> Tensor:
-    """The tokens of a part, numbered from 1; 0 for other tokens."""
-    return part.cumsum(1) * part
+def _keys(places: np.ndarray) -> list[tuple[int, ...]]:
+    """The place of each token, and a number for those of several tokens that form a character."""
+    n = np.arange(len(places))
+    is_new = np.ones(len(places), dtype=bool)
+    is_new[1:] = (places[1:] != places[:-1]).any(axis=1)
+    number = n - np.maximum.accumulate(np.where(is_new, n, 0))
+    return list(map(tuple, np.column_stack([places, number]).tolist()))

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.utils.devices import resolve_device
@@ -125,6 +126,9 @@ class TokenStateReader(ABC):
         self, texts: list[str], *, layers: Sequence[int], max_length: int, windows: bool = False
     ) -> Batches:
         """Compute the states of texts, batch by batch and in any order.
+
+        With several prompts, another call begins before all batches of this one have been taken,
+        in the same thread: hold no lock between batches.
 
         Parameters
         ----------
@@ -326,6 +330,33 @@ def read_batches(
             yield rows, states_of_layers, full_lengths
     if n_unread:
         raise _invalid(reader, f"no states for {n_unread} of {len(texts)} texts")
+
+
+def read_spans(
+    reader: TokenStateReader,
+    texts: list[str],
+    lengths: Tensor,
+    *,
+    max_length: int,
+    windows: bool,
+) -> list[np.ndarray] | None:
+    """Where the tokens of each text begin and end in it, int64 (n_tokens, 2).
+
+    None if the reader does not know. `lengths` are the numbers of tokens whose states were read.
+    """
+    try:
+        tokens = reader.tokens(texts, max_length=max_length, windows=windows)
+    except ValueError as error:
+        if type(error) is not ValueError:  # such as a server's JSONDecodeError
+            raise
+        return None
+    for (_, spans), length in zip(tokens, lengths.tolist(), strict=True):
+        if len(spans) != length:
+            raise ValueError(
+                f"{reader!r} is not a valid reader: tokens returned {len(spans)} spans for a text"
+                f" of {length} states."
+            )
+    return [spans for _, spans in tokens]
 
 
 def _invalid(reader: TokenStateReader, what: str) -> ValueError:

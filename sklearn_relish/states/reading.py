@@ -19,7 +19,7 @@ from sklearn_relish.states.contents import Call, Contents
 from sklearn_relish.states.index import ShardIndex, text_key
 from sklearn_relish.states.pairs import PairTemplate
 from sklearn_relish.states.quantization import QUANTIZERS, kept_dtype_name, n_rows
-from sklearn_relish.states.reader import TokenStateReader, read_batches
+from sklearn_relish.states.reader import TokenStateReader, read_batches, read_spans
 from sklearn_relish.states.retention import Retention
 from sklearn_relish.states.shard import KEY_BYTES, Entry, MemoryStates, Shard
 from sklearn_relish.states.token_states import TokenStates
@@ -329,22 +329,12 @@ class Reading:
         """
         if self.pair is None:
             return None
-        try:
-            tokens = self.llm.tokens(texts, max_length=self.max_length, windows=self.windows)
-        except ValueError as error:
-            if type(error) is not ValueError:  # such as a server's JSONDecodeError
-                raise
+        spans = read_spans(
+            self.llm, texts, lengths, max_length=self.max_length, windows=self.windows
+        )
+        if spans is None:
             return None
-        for (_, spans), length in zip(tokens, lengths.tolist(), strict=True):
-            if len(spans) != length:
-                raise ValueError(
-                    f"{self.llm!r} is not a valid reader: tokens returned {len(spans)} spans for a"
-                    f" text of {length} states."
-                )
-        return [
-            self.pair.tokens_of_parts(text, spans)
-            for text, (_, spans) in zip(texts, tokens, strict=True)
-        ]
+        return list(map(self.pair.tokens_of_parts, texts, spans))
 
     def _keep(self, gathered: _Gathered, mine: set[bytes]) -> None:
         """Keep the gathered states of each layer as a shard, and release their texts."""

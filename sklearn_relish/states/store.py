@@ -58,7 +58,7 @@ class CutTexts:
         self.n_cut = self.n_texts = self.longest = 0
 
     def add(self, lengths: np.ndarray, full_lengths: np.ndarray) -> None:
-        """Count texts, given their numbers of tokens as they were read and before."""
+        """Count texts, given their numbers of tokens after and before the cut."""
         self.n_cut += int(np.count_nonzero(full_lengths > lengths))
         self.n_texts += len(lengths)
         self.longest = max(self.longest, int(full_lengths.max(initial=0)))
@@ -311,7 +311,6 @@ class StateStore:
         windows: bool = False,
         pair: PairTemplate | None = None,
         progress: bool = False,
-        cut: CutTexts | None = None,
     ) -> Iterator[tuple[np.ndarray, TokenStates]]:
         """Yield the states of texts in pieces of some MiB, for predictions. No file is written.
 
@@ -342,9 +341,6 @@ class StateStore:
             texts; to read such rows ahead, call `LLMEncoder.fit_transform` with the same prompt.
         progress : bool, default=False
             Whether a bar counts the texts whose states were yielded.
-        cut : CutTexts, default=None
-            Where cut texts are counted, for one warning about several calls. None: this call warns
-            of them.
 
         Yields
         ------
@@ -372,20 +368,34 @@ class StateStore:
         ...     rows.tolist(), len(states)
         ([0], 1)
         """
+        cut = CutTexts(max_length)
+        reading = {"max_length": max_length, "windows": windows, "pair": pair}
+        yield from self._pieces(texts, llm, cut, layer=layer, progress=progress, **reading)
+        cut.warn()
+
+    def _pieces(
+        self,
+        texts: list[str],
+        llm: TokenStateReader,
+        cut: CutTexts,
+        *,
+        layer: int,
+        progress: bool,
+        **options: Any,
+    ) -> Iterator[tuple[np.ndarray, TokenStates]]:
+        """As `stream`, but cut texts are counted for a warning about several calls."""
         contents, call = self._contents, Call()
         reading = Reading(
             call,
             contents,
             Retention(contents, self.max_memory, self.max_bytes),
             llm,
-            max_length=max_length,
-            windows=windows,
-            pair=pair,
             bits=self.bits,
             progress=progress,
+            **options,
         )
         collection = reading.collection(layer)
-        n_distinct, began, counted = 0, time.monotonic(), cut or CutTexts(max_length)
+        n_distinct, began = 0, time.monotonic()
         with (
             contents.calling(call),
             ProgressBar(len(texts), "Reading", "text", progress) as bar,
@@ -399,15 +409,13 @@ class StateStore:
                 for entries in reading.stream(distinct, layer):
                     rows = [row for key in entries for row in rows_of[key]]
                     repeated = [entry for key, entry in entries.items() for _ in rows_of[key]]
-                    counted.add(
+                    cut.add(
                         np.array([entry.length for entry in repeated]),
                         np.array([entry.full_length for entry in repeated]),
                     )
                     bar.update(len(rows))
                     yield np.array(rows), gather(repeated)
         _log_reading(reading, n_distinct, layer, began, logging.DEBUG)
-        if cut is None:
-            counted.warn()
 
     def info(self) -> list[dict[str, Any]]:
         """List what the store holds: a dict for each model, layer, dtype and way of reading.

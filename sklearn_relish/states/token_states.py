@@ -42,8 +42,11 @@ class TokenStates:
         the position of the one that it is compared with, see `match_tokens`. None: the texts are
         not pairs.
     others : TokenStates, default=None
-        Of pairs that are read in both orders: the states of each row's text in the other order,
-        with their matches. None: they are read in one order.
+        Of pairs that are read in both orders: the states of each row's text in the other order.
+        None: they are read in one order.
+    counterparts : TokenStates, default=None
+        With `others`: int32 arrays of shape (n_tokens, 1) in place of states, for each token its
+        position in the other text, see `sklearn_relish.states.pairs.counterparts`.
 
     Examples
     --------
@@ -63,6 +66,7 @@ class TokenStates:
     vectors: TokenStates | None = None
     matches: TokenStates | None = None
     others: TokenStates | None = None
+    counterparts: TokenStates | None = None
 
     @classmethod
     def from_lengths(cls, values: Tensor, lengths: Tensor) -> TokenStates:
@@ -105,6 +109,7 @@ class TokenStates:
         vectors = [part.vectors for part in parts if part.vectors is not None]
         matches = [part.matches for part in parts if part.matches is not None]
         others = [part.others for part in parts if part.others is not None]
+        counterparts = [part.counterparts for part in parts if part.counterparts is not None]
         return cls(
             tuple(array for part in parts for array in part.arrays),
             torch.cat(array_index),
@@ -114,6 +119,7 @@ class TokenStates:
             cls.concatenated(vectors) if len(vectors) == len(parts) else None,
             cls.concatenated(matches) if len(matches) == len(parts) else None,
             cls.concatenated(others) if len(others) == len(parts) else None,
+            cls.concatenated(counterparts) if len(counterparts) == len(parts) else None,
         )
 
     @staticmethod
@@ -160,6 +166,7 @@ class TokenStates:
             None if self.vectors is None else self.vectors[rows],
             None if self.matches is None else self.matches[rows],
             None if self.others is None else self.others[rows],
+            None if self.counterparts is None else self.counterparts[rows],
         )
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -176,8 +183,8 @@ class TokenStates:
         return int(self.vectors.lengths[0])
 
     @property
-    def head_inputs(self) -> dict[str, bool]:
-        """What a head gets next to states: the arguments of `RelishHead` that say so."""
+    def head_options(self) -> dict[str, bool]:
+        """The arguments of `RelishHead` that say what a head reads in addition to the states."""
         return {"pair": self.matches is not None, "both_orders": self.others is not None}
 
     @property
@@ -187,10 +194,9 @@ class TokenStates:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the texts' states, in both orders if there are two."""
+        """Bytes of the texts' states."""
         array = self.arrays[0]
-        n_bytes = int(self.n_rows.sum()) * array.shape[1] * array.element_size()
-        return n_bytes if self.others is None else n_bytes + self.others.n_bytes
+        return int(self.n_rows.sum()) * array.shape[1] * array.element_size()
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """States of a batch of texts, padded with zeros, and a mask of the real tokens.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sklearn_relish.states.pairs import NO_MATCH, counterparts
+from sklearn_relish.states.pairs import NO_MATCH
 from sklearn_relish.states.token_states import TokenStates
 from sklearn_relish.training.windows import Windows
 
@@ -145,32 +145,25 @@ class BatchLoader:
             Only of pairs of texts, see `TokenStates`.
         others : Tensor of shape (B, S, D)
             Only of pairs that are read in both orders: the states of the same tokens in the other
-            text, see `counterparts`. A token without a counterpart has its own state.
+            text. A token without a counterpart has its own state.
         """
         window = self._window
-        states, mask, matches = self._load(window, rows, 0)
-        if matches is None:
-            return states, mask
-        if window.others is None:
-            return states, mask, matches
-        other_states, other_mask, other_matches = self._load(window.others, rows, 1)
-        if other_matches is None:
-            return states, mask, matches
-        positions = counterparts(matches, mask, other_matches, other_mask)[:, :, None]  # (B, S, 1)
-        others = other_states.gather(1, positions.clamp(min=0).expand_as(states))
-        return states, mask, matches, torch.where(positions == NO_MATCH, states, others)
+        states, mask = window.batch(rows)
+        states = self._on_device(states, 0)
+        batch = states, mask.to(self.device)
+        if window.matches is None:
+            return batch
+        matches = self._numbers(window.matches, rows)
+        if window.others is None or window.counterparts is None:
+            return *batch, matches
+        others = self._on_device(window.others.batch(rows)[0], 1)  # (B, T, D)
+        positions = self._numbers(window.counterparts, rows)[:, :, None]  # (B, S, 1)
+        found = others.gather(1, positions.clamp(min=0).expand_as(states))
+        return *batch, matches, torch.where(positions == NO_MATCH, states, found)
 
-    def _load(
-        self, states: TokenStates, rows: Tensor, buffer: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """States, mask and matches of a batch on the device."""
-        batch, mask = states.batch(rows)
-        if self.device.type == "cpu":
-            batch = self._in_buffer(batch, buffer)
-        matches = None
-        if states.matches is not None:
-            matches = states.matches.batch(rows)[0][:, :, 0].long().to(self.device)  # (B, S)
-        return batch.to(self.device), mask.to(self.device), matches
+    def _numbers(self, numbers: TokenStates, rows: Tensor) -> Tensor:
+        """Matches or counterparts of a batch on the device, int64 (B, S)."""
+        return numbers.batch(rows)[0][:, :, 0].long().to(self.device)
 
     def _load_window(self, rows: Tensor, following: list[Tensor]) -> None:
         self._window = self.states  # lets go of the last window
@@ -182,10 +175,15 @@ class BatchLoader:
         self._window = self.states
         self._windows.release()
 
-    def _in_buffer(self, states: Tensor, number: int) -> Tensor:
-        """States in the loader's dtype, in memory that is reused: new memory takes longer."""
+    def _on_device(self, states: Tensor, buffer: int) -> Tensor:
+        """States on the device; on a CPU in the loader's dtype, in memory that is reused.
+
+        New memory takes longer.
+        """
+        if self.device.type != "cpu":
+            return states.to(self.device)
         if states.dtype == self.dtype:
             return states
-        if self._buffers[number].numel() < states.numel():
-            self._buffers[number] = torch.empty(states.numel(), dtype=self.dtype)
-        return self._buffers[number][: states.numel()].view(states.shape).copy_(states)
+        if self._buffers[buffer].numel() < states.numel():
+            self._buffers[buffer] = torch.empty(states.numel(), dtype=self.dtype)
+        return self._buffers[buffer][: states.numel()].view(states.shape).copy_(states)

@@ -51,7 +51,7 @@ def training_seconds(plan: Plan, states: TokenStates) -> float:
         matches = torch.zeros(int(states.lengths.sum()), 1, dtype=torch.int32)
         states = replace(states, matches=TokenStates.from_lengths(matches, states.lengths))
     if sizes.get("both_orders"):
-        states = replace(states, others=states)
+        states = replace(states, others=states, counterparts=states.matches)
     timed = plan.trainings[:: math.ceil(len(plan.trainings) / MAX_TIMED)]
     n_sample = len(states)
     y = np.linspace(0.5, 1.5, n_sample)  # valid for each loss

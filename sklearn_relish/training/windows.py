@@ -2,7 +2,8 @@
 
 A window is a set of texts whose states fit into a budget. They are read from the files in the order
 in which they lie there, into memory of the process. An epoch thus reads each file once, in long
-pieces. The files' memory maps are not used for this: their pages would count as the process's.
+pieces, and twice if pairs are read in both orders. The files' memory maps are not used for this:
+their pages would count as the process's.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -113,10 +115,11 @@ class Windows:
                     end += length
         matches = None if states.matches is None else _in_memory(states.matches, rows)
         arrays = buffer, *states.arrays
-        others = None if self._others is None else self._others.load(rows)
-        return TokenStates(
-            arrays, array_index, starts, states.lengths, matches=matches, others=others
-        )
+        window = TokenStates(arrays, array_index, starts, states.lengths, matches=matches)
+        if self._others is None or states.counterparts is None:
+            return window
+        counterparts = _in_memory(states.counterparts, rows)
+        return replace(window, others=self._others.load(rows), counterparts=counterparts)
 
     def read_ahead(self, rows: Tensor) -> None:
         """Ask the system to read the rows' files into its cache, without waiting for that."""
@@ -206,12 +209,12 @@ class _Part(NamedTuple):
     n_rows: Tensor
 
 
-def _in_memory(matches: TokenStates, rows: Tensor) -> TokenStates:
-    """The matches of some rows, copied from their files; those of others may not be used."""
-    copied = TokenStates.from_lengths(torch.cat(list(matches[rows])), matches.lengths[rows])
-    starts = torch.zeros_like(matches.starts)
+def _in_memory(numbers: TokenStates, rows: Tensor) -> TokenStates:
+    """Matches or counterparts of some rows, copied; those of others may not be used."""
+    copied = TokenStates.from_lengths(torch.cat(list(numbers[rows])), numbers.lengths[rows])
+    starts = torch.zeros_like(numbers.starts)
     starts[rows] = copied.starts
-    return TokenStates(copied.arrays, torch.zeros_like(starts), starts, matches.lengths)
+    return TokenStates(copied.arrays, torch.zeros_like(starts), starts, numbers.lengths)
 
 
 def _storage_order(states: TokenStates) -> Tensor:

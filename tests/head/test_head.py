@@ -312,7 +312,7 @@ def test_a_head_of_both_orders_needs_the_other_states_and_another_one_ignores_th
     assert torch.equal(pair(states, mask, matches, others), pair(states, mask, matches))
     both = RelishHead(24, **TEXTBOOK_SIZES, pair=True, both_orders=True)
     for module in (both, RelishEnsemble([both], linear_path=True)):
-        with pytest.raises(ValueError, match="one order only: pass others"):
+        with pytest.raises(ValueError, match="pass others, or a model that maps tokens"):
             module(states, mask, matches)
     with pytest.raises(ValueError, match="both_orders=True needs pair=True"):
         RelishHead(24, both_orders=True)

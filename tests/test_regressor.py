@@ -835,13 +835,13 @@ def odd_pieces(monkeypatch):
     """Stores give states in small pieces of any order; the sizes of these pieces."""
     sizes = []
 
-    def stream(store, texts, llm, *, progress=False, **settings):
+    def pieces(store, texts, llm, cut, *, progress=False, **settings):
         states = store.fetch(texts, llm, progress=progress, **settings)
         for rows in np.array_split(np.random.RandomState(0).permutation(len(texts)), 7):
             sizes.append(len(rows))
             yield rows, states[torch.from_numpy(rows)]
 
-    monkeypatch.setattr(StateStore, "stream", stream)
+    monkeypatch.setattr(StateStore, "_pieces", pieces)
     return sizes
 
 
@@ -922,14 +922,14 @@ def test_a_refit_within_a_prediction_changes_nothing(llm, method, monkeypatch):
     settings = {"max_epochs": 1, "n_estimators": 2, "validation_fraction": 0.4}
     regressor = make(llm, **settings).fit(texts, y)
     before = said_by(regressor, texts)[method]
-    stream = StateStore.stream
+    pieces = StateStore._pieces
 
     def refit_meanwhile(*args, **kwargs):
         regressor.__dict__ = make(llm, **settings).fit(texts, 1000.0 - 50 * y).__dict__
-        yield from stream(*args, **kwargs)
+        yield from pieces(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(StateStore, "stream", refit_meanwhile)
+        patched.setattr(StateStore, "_pieces", refit_meanwhile)
         if method == "staged_predict":
             during = np.stack(list(regressor.staged_predict(texts)))
         elif method == "attention":

@@ -105,7 +105,7 @@ def test_counterparts_have_the_same_place_in_the_same_part():
 
 def test_tokens_that_form_a_character_have_counterparts_of_their_own():
     places = np.array([[0, 0, 1], [0, 1, 2], [0, 1, 2], [0, 1, 2], [1, 1, 2], [1, 1, 2]])
-    assert counterparts(places, places[:, :]).tolist() == [NO_MATCH, 4, 5, NO_MATCH, 1, 2]
+    assert counterparts(places, places).tolist() == [NO_MATCH, 4, 5, NO_MATCH, 1, 2]
 
 
 def test_a_part_without_tokens_has_no_counterparts():
@@ -128,7 +128,7 @@ def test_a_part_without_tokens_has_no_counterparts():
 )
 def test_heads_compare_both_orders_if_each_prompt_has_another_order(llm, prompts, expected):
     X, y = rows_of_pairs(20)
-    fitted = regressor(llm, prompt=prompts, max_epochs=1).fit(X, y)
+    fitted = regressor(llm, prompt=prompts).fit(X, y)
     assert fitted._other_orders() == expected
     sizes = fitted.head_.heads[0].sizes
     assert sizes["both_orders"] == (expected is not None) == fitted._head_options()["both_orders"]
@@ -167,7 +167,7 @@ def test_cut_texts_of_all_orders_are_one_warning(llm):
     assert "of 120 texts are longer than max_length=24" in message
 
 
-def test_missing_cells_have_no_counterparts(llm):
+def test_rows_with_missing_cells_have_predictions(llm):
     X, y = rows_of_pairs()
     X.loc[[0, 1], "first"], X.loc[2, "second"] = None, None
     fitted = regressor(llm).fit(X, y)
